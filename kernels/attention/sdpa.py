@@ -1,0 +1,312 @@
+"""Attention on the kernels that torch carries: its CPU flash kernel, and cuDNN and FlashAttention-2 on NVIDIA GPUs.
+
+These are the kernels behind `torch.nn.functional.scaled_dot_product_attention`, called one level lower because that
+function does not return the log-sum-exp. Any key intervals are served: as a dense additive mask on the CPU, and on the
+GPU as a few variable-length batches, one a kind of edge (`segments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.reference import finite_lse, repeat_heads, sum_repeated_heads
+
+aten = torch.ops.aten
+T = TypeVar("T")
+
+
+def unsupported(q: Tensor) -> str | None:
+    """Why inputs like `q` cannot be served here, or None if they can."""
+    if q.device.type == "cpu":
+        return None
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"torch's GPU kernels take float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] > 248 or q.shape[-1] % 8:
+        return f"torch's GPU kernels take head dims that are multiples of 8 up to 248, not {q.shape[-1]}"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `reference`."""
+    if q.device.type == "cpu":
+        return _cpu_forward(q, k, v, mask, scale)
+    if _is_dense(q, mask):
+        return _cudnn_forward(q, k, v, mask, scale)
+    return _varlen_forward(q, k, v, mask, scale)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: KeyIntervals,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; `out` and `lse` may be those of a softmax over more keys than `k` holds."""
+    if dlse is not None:
+        return _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale)
+    if q.device.type == "cpu":
+        return _cpu_backward(dout, q, k, v, out, lse, mask, scale)
+    if _is_dense(q, mask):
+        return _cudnn_backward(dout, q, k, v, out, lse, mask, scale)
+    return _varlen_backward(dout, q, k, v, out, lse, mask, scale)
+
+
+def _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient through lse with kernels that know none.
+
+    A kernel forms dS = P * (dP - rowsum(dout * out)); the gradient of lse adds P * dlse. One more head dim in which
+    out is -1, dout is dlse and q, k and v are 0 changes the row sum by -dlse and nothing else.
+    """
+    head_dim, extra = q.shape[-1], 8
+    q, k, v, dout, out = (F.pad(x, (0, extra)) for x in (q, k, v, dout, out))
+    out[..., head_dim] = -1
+    dout[..., head_dim] = dlse.transpose(1, 2)
+    gradients = backward(dout, None, q, k, v, out, lse, mask, scale)
+    dq, dk, dv = (gradient[..., :head_dim] for gradient in gradients)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def _once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
+    """Keeps the results of `compute(mask, *arguments)` as long as the mask's bounds live: all layers share one."""
+    results: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
+        if mask.start is None:
+            return compute(mask, *arguments)
+        of_mask = results.setdefault(mask.start, {})
+        key = (mask.n_keys, *arguments)
+        if key not in of_mask:
+            of_mask[key] = compute(mask, *arguments)
+        return of_mask[key]
+
+    return cached
+
+
+# CPU: one kernel with a dense additive mask --------------------------------------------------------------------------
+
+
+@_once_a_mask
+def _additive_mask(mask: KeyIntervals, dtype: torch.dtype) -> Tensor:
+    """(batch or 1, 1, n_queries, n_keys): 0 where a row sees a key, else -inf."""
+    start, end = mask.bounds("cpu")
+    key = torch.arange(mask.n_keys, dtype=torch.int32)
+    hidden = (key < start.unsqueeze(-1)) | (key >= end.unsqueeze(-1))
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+
+
+def _cpu_arguments(q: Tensor, mask: KeyIntervals, scale: float) -> dict:
+    if mask.start is None and mask.is_causal and mask.n_queries == mask.n_keys:
+        return {"is_causal": True, "scale": scale}
+    if mask.start is None and not mask.is_causal:
+        return {"is_causal": False, "scale": scale}
+    return {"is_causal": False, "attn_mask": _additive_mask(mask, q.dtype), "scale": scale}
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+    heads = q.shape[2]
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, repeat_heads(k, heads), repeat_heads(v, heads)), 0.0, **_cpu_arguments(q, mask, scale)
+    )
+    out, lse = out.transpose(1, 2), lse.contiguous()
+    if mask.start is not None or mask.is_causal:
+        # The kernel says lse 0 or NaN of a row that sees no key, torch's version decides which.
+        start, end = mask.bounds("cpu")
+        empty = (end <= start).unsqueeze(1)
+        lse = lse.masked_fill(empty, -torch.inf)
+        out = out.masked_fill(empty.transpose(1, 2).unsqueeze(-1), 0)
+    return out.contiguous(), lse
+
+
+def _cpu_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads = q.shape[2], k.shape[2]
+    arguments = _cpu_arguments(q, mask, scale)
+    is_causal = arguments.pop("is_causal")
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_first(dout, q, repeat_heads(k, heads), repeat_heads(v, heads), out),
+        finite_lse(lse),
+        0.0,
+        is_causal,
+        **arguments,
+    )
+    dq, dk, dv = _heads_first(dq, dk, dv)
+    return dq.contiguous(), sum_repeated_heads(dk, kv_heads).contiguous(), sum_repeated_heads(dv, kv_heads).contiguous()
+
+
+# GPU, full and causal: cuDNN -----------------------------------------------------------------------------------------
+
+
+def _is_dense(q: Tensor, mask: KeyIntervals) -> bool:
+    square = mask.n_queries == mask.n_keys
+    return mask.start is None and (square or not mask.is_causal) and q.shape[-1] <= 128
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+        *_heads_first(q, k, v), None, True, 0.0, mask.is_causal, False, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), lse.view(lse.shape[:3]).contiguous()
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    gradients = aten._scaled_dot_product_cudnn_attention_backward(
+        *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), seed, seed, None, None, None,
+        q.shape[1], k.shape[1], 0.0, mask.is_causal, scale=scale,
+    )  # fmt: skip
+    dq, dk, dv = _heads_first(*gradients)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+# GPU, key intervals: FlashAttention-2 over variable-length batches ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentBatch:
+    """Runs of query rows whose bounds move alike, as one variable-length call.
+
+    `rows` and `keys` index the flattened (batch * n) queries and keys, a segment's rows beside each other and its keys
+    beside each other; None means all of them in order. Row i of a segment with m rows and n keys sees the keys from
+    `i + n - m - left` (from 0 where left is -1) up to `i + n - m` if causal, else to n.
+    """
+
+    is_causal: bool
+    left: int
+    rows: Tensor | None
+    keys: Tensor | None
+    row_offsets: Tensor
+    key_offsets: Tensor
+    max_rows: int
+    max_keys: int
+
+    def window(self) -> dict[str, int | None]:
+        if self.left < 0:
+            return {"window_size_left": None, "window_size_right": None}
+        return {"window_size_left": self.left, "window_size_right": 0 if self.is_causal else -1}
+
+
+def find_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Cuts the rows of one sequence into runs `(first row, last row + 1, step of start, step of end)`, steps 0 or 1.
+
+    Rows without keys are left out; rows whose bounds jump by more than one stand alone with steps (0, 0).
+    """
+    some = end > start
+    start_step, end_step = np.diff(start), np.diff(end)
+    steady = (start_step >= 0) & (start_step <= 1) & (end_step >= 0) & (end_step <= 1) & some[1:] & some[:-1]
+    kind = np.where(steady, start_step * 2 + end_step, -1)
+    changes = np.flatnonzero(np.diff(kind)) + 1
+    runs, free = [], 0  # free: the first row that is in no run yet
+    for first, last in zip([0, *changes], [*changes, len(kind)], strict=True):
+        if first == last or kind[first] < 0:
+            continue
+        runs += [(row, row + 1, 0, 0) for row in range(free, first) if some[row]]
+        begin = max(free, int(first))
+        if begin <= last:
+            runs.append((begin, int(last) + 1, int(kind[first]) // 2, int(kind[first]) % 2))
+            free = int(last) + 1
+    return runs + [(row, row + 1, 0, 0) for row in range(free, len(start)) if some[row]]
+
+
+@_once_a_mask
+def segments(mask: KeyIntervals, batch: int, device: torch.device) -> list[SegmentBatch]:
+    """The variable-length batches that together are `mask` over a batch of sequences."""
+    starts, ends = (bound.expand(batch, -1).cpu().numpy() for bound in mask.bounds(device))
+    groups: dict[tuple[bool, int], list[tuple[int, int, int, int]]] = {}
+    for sequence in range(batch):
+        start, end = starts[sequence], ends[sequence]
+        for first, last, start_step, end_step in find_runs(start, end):
+            n_rows, n_keys = last - first, int(end[last - 1] - start[first])
+            left = -1
+            if start_step:
+                left = int(end[first] - start[first]) - 1 if end_step else n_keys - n_rows
+            row, key = sequence * mask.n_queries + first, sequence * mask.n_keys + int(start[first])
+            groups.setdefault((bool(end_step), left), []).append((row, n_rows, key, n_keys))
+
+    def index(ranges: list[tuple[int, int]], total: int) -> Tensor | None:
+        flat = np.concatenate([np.arange(first, first + count) for first, count in ranges])
+        if len(flat) == total and np.array_equal(flat, np.arange(total)):
+            return None
+        return torch.from_numpy(flat).to(device)
+
+    def offsets(counts: list[int]) -> Tensor:
+        return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device)
+
+    batches = []
+    for (is_causal, left), members in groups.items():
+        row_counts, key_counts = [m[1] for m in members], [m[3] for m in members]
+        batches.append(
+            SegmentBatch(
+                is_causal,
+                left,
+                index([(m[0], m[1]) for m in members], batch * mask.n_queries),
+                index([(m[2], m[3]) for m in members], batch * mask.n_keys),
+                offsets(row_counts),
+                offsets(key_counts),
+                max(row_counts),
+                max(key_counts),
+            )
+        )
+    return batches
+
+
+def _pick(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index]
+
+
+def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+    batch, n_queries, heads, _ = q.shape
+    rows, keys, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    out = torch.zeros_like(rows)
+    lse = torch.full((heads, batch * n_queries), -torch.inf, dtype=torch.float32, device=q.device)
+    for s in segments(mask, batch, q.device):
+        part, part_lse, *_ = aten._flash_attention_forward(
+            _pick(rows, s.rows), _pick(keys, s.keys), _pick(values, s.keys), s.row_offsets, s.key_offsets,
+            s.max_rows, s.max_keys, 0.0, s.is_causal, False, scale=scale, **s.window(),
+        )  # fmt: skip
+        if s.rows is None:
+            out, lse = part, part_lse
+        else:
+            out[s.rows], lse[:, s.rows] = part, part_lse
+    return out.view(q.shape), lse.view(heads, batch, n_queries).transpose(0, 1).contiguous()
+
+
+def _varlen_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n_queries, heads, _ = q.shape
+    rows, keys, values, drows, outs = (x.flatten(0, 1).contiguous() for x in (q, k, v, dout, out))
+    flat_lse = lse.transpose(0, 1).reshape(heads, batch * n_queries)
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    dq = torch.zeros_like(rows)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (keys, values))
+    for s in segments(mask, batch, q.device):
+        part_dq, part_dk, part_dv = aten._flash_attention_backward(
+            _pick(drows, s.rows), _pick(rows, s.rows), _pick(keys, s.keys), _pick(values, s.keys), _pick(outs, s.rows),
+            (flat_lse if s.rows is None else flat_lse[:, s.rows]).contiguous(), s.row_offsets, s.key_offsets,
+            s.max_rows, s.max_keys, 0.0, s.is_causal, seed, seed, scale=scale, **s.window(),
+        )  # fmt: skip
+        if s.rows is None:
+            dq = part_dq
+        else:
+            dq[s.rows] = part_dq
+        if s.keys is None:
+            dk, dv = dk + part_dk, dv + part_dv
+        else:
+            dk.index_add_(0, s.keys, part_dk.float())
+            dv.index_add_(0, s.keys, part_dv.float())
+    return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)

@@ -1,0 +1,440 @@
+"""Every knob of a run: what it means, its unit, and what it may be.
+
+Standard library only. Hydra fills these dataclasses (see `train.py`); `check` then looks at the whole and reports
+everything that is wrong at once. Each part of the program is handed its own piece.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """A configuration that cannot run: every problem, each with the value, the rule and the fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"{count} in this run's configuration:", *(f"  - {p}" for p in problems)]))
+
+
+# the choices: OmegaConf reads an enum by its member's name, so names and values are the same word ---------------------
+
+
+class Norm(StrEnum):
+    rms_norm = "rms_norm"
+    layer_norm = "layer_norm"
+
+
+class Activation(StrEnum):
+    swiglu = "swiglu"
+    gelu = "gelu"
+
+
+class Positions(StrEnum):
+    rotary = "rotary"
+    learned = "learned"
+
+
+class RotaryScaling(StrEnum):
+    none = "none"
+    linear = "linear"
+    ntk = "ntk"
+    yarn = "yarn"
+    llama3 = "llama3"
+
+
+class AttentionImplementation(StrEnum):
+    auto = "auto"
+    sdpa = "sdpa"
+    reference = "reference"
+
+
+class DataSource(StrEnum):
+    builtin = "builtin"
+    prepared = "prepared"
+    recall = "recall"
+
+
+class Strategy(StrEnum):
+    ring = "ring"
+    gather = "gather"
+    ulysses = "ulysses"
+
+
+class Recompute(StrEnum):
+    none = "none"
+    attention_saved = "attention_saved"
+    full = "full"
+
+
+class Optimizer(StrEnum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+class Schedule(StrEnum):
+    cosine = "cosine"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class ComputeDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class WandbMode(StrEnum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+# the groups ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RotaryConfig:
+    """Rotary position embedding and its scalings to longer contexts."""
+
+    theta: float = 10000.0  # base of the frequencies
+    scaling: RotaryScaling = RotaryScaling.none
+    factor: float = 1.0  # how many times longer than `original_length` the context is
+    original_length: int = 8192  # context the frequencies were first trained at, tokens (yarn, llama3)
+    low_frequency_factor: float = 1.0  # llama3: wavelengths over original_length / this are divided by `factor`
+    high_frequency_factor: float = 4.0  # llama3: wavelengths under original_length / this are kept
+    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this within original_length are kept
+    beta_slow: float = 1.0  # yarn: those that turn less often are divided by `factor`
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the transformer. A preset of `configs/model` fills it."""
+
+    vocab_size: int = 8192
+    layers: int = 4
+    width: int = 128  # of the residual stream
+    heads: int = 4
+    kv_heads: int = 4  # fewer than `heads`: grouped-query attention
+    head_dim: int = 32
+    mlp_width: int = 512
+    norm: Norm = Norm.rms_norm
+    norm_eps: float = 1e-5
+    activation: Activation = Activation.swiglu
+    positions: Positions = Positions.rotary
+    max_positions: int = 0  # learned positions only: rows of the table, tokens
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys
+    qkv_bias: bool = False
+    projection_bias: bool = False  # of the attention's output projection and of the MLP
+    tied_embeddings: bool = True  # the output projection is the token embedding
+    window: int = 0  # keys a sliding-window layer sees; 0: every layer sees all
+    full_attention_every: int = 1  # with `window`: every how many layers one sees all keys
+    logit_softcap: float | None = None  # logits are squashed to +- this by tanh
+    init_std: float = 0.02  # of every weight matrix; output projections: divided by sqrt(2 * layers)
+    attention: AttentionImplementation = AttentionImplementation.auto
+
+
+@dataclass
+class RecallConfig:
+    """The synthetic stream `data=recall`: pairs of a key and its value, each key's value drawn anew a sequence."""
+
+    keys: int = 64  # distinct keys
+    values: int = 64  # distinct values
+
+
+@dataclass
+class DataConfig:
+    """What the model reads."""
+
+    source: DataSource = DataSource.builtin
+    folder: str = ""  # source=prepared: a folder that tools/prepare_data.py wrote
+    cache_folder: str = "~/.cache/longctx"  # where source=builtin keeps its tokens
+    sequence_length: int = 2048  # tokens
+    sequences_per_step: int = 8  # over all ranks and accumulation steps
+    sequences_per_micro_batch: int = 1  # on one data rank at a time
+    separate_documents: bool = True  # attention stays inside a document and positions restart with each
+    validation_sequences: int = 16
+    check_hashes: bool = False  # read every shard in full at start and compare its sha256 with the manifest
+    recall: RecallConfig = field(default_factory=RecallConfig)
+
+
+@dataclass
+class ParallelConfig:
+    """How many ranks share what. The product of the four sizes is the number of ranks."""
+
+    replicate: int = 1  # copies of the sharded model (HSDP)
+    shard: int = -1  # ranks that share parameters and read different data (FSDP2); -1: all that are left
+    context: int = 1  # ranks that share a sequence; they share parameters too
+    tensor: int = 1  # ranks that share every matrix product
+    strategy: Strategy = Strategy.ring  # how attention crosses the context axis
+    recompute: Recompute = Recompute.none  # what the backward pass computes again to save memory
+    compile: bool = False  # torch.compile each block
+    timeout_seconds: int = 600  # a collective that takes longer ends the run
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: Optimizer = Optimizer.adamw
+    steps: int = 100
+    lr: float = 3e-4  # AdamW, at the top of the schedule
+    muon_lr: float = 0.02  # Muon (weight matrices of the blocks; the rest takes AdamW), scaled by matrix shape
+    muon_momentum: float = 0.95
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; vectors have none
+    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 10
+    decay_fraction: float = 0.2  # wsd: the share of the steps in which the rate falls
+    final_lr_fraction: float = 0.1  # of lr, at the last step
+    max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats. Master weights, their gradients and the optimizer's state are float32."""
+
+    compute: ComputeDtype = ComputeDtype.bfloat16
+    tf32: bool = True  # float32 matrix products may run in TF32 on NVIDIA GPUs
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved, and from what it starts."""
+
+    every_steps: int = 500  # 0: only at the end
+    keep: int = 2  # newest committed checkpoints that stay
+    resume: str = "auto"  # auto: the newest committed one of this run, if any; never; or the path of a step folder
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown, how often."""
+
+    every_steps: int = 1  # metrics and console line
+    validate_every_steps: int = 100  # 0: only at the end
+    wandb: WandbMode = WandbMode.auto  # auto: online with an API key, else offline
+    wandb_project: str = "longctx"
+    wandb_timeout_seconds: int = 20  # a server that has not answered by then is left alone
+    peak_tflops: float | None = None  # of one device, for MFU; null: known for common GPUs
+    sample_prompts: list[str] = field(default_factory=lambda: ["def ", "class "])
+    sample_tokens: int = 64  # generated after each prompt at the end; 0: none
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "run"
+    folder: str = "runs"  # the run's files are in folder/name
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+
+# checks --------------------------------------------------------------------------------------------------------------
+
+
+def resolve_shard(parallel: ParallelConfig, world_size: int) -> int:
+    """`parallel.shard`, with -1 as the ranks that the other axes leave (0 if they do not divide the ranks)."""
+    if parallel.shard != -1:
+        return parallel.shard
+    others = parallel.replicate * parallel.context * parallel.tensor
+    return world_size // others if world_size % others == 0 else 0
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
+    problems = [
+        *_check_ranges(config),
+        *_check_model(config.model),
+        *_check_layout(config.parallel, world_size),
+    ]
+    if not problems:  # the rest divides by what was checked above
+        problems = [*_check_batch(config, world_size), *_check_sharing(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+_AT_LEAST_ONE = """
+    model.vocab_size model.layers model.width model.heads model.kv_heads model.head_dim model.mlp_width
+    model.full_attention_every data.sequence_length data.sequences_per_step data.sequences_per_micro_batch
+    data.recall.keys data.recall.values parallel.replicate parallel.context parallel.tensor parallel.timeout_seconds
+    optim.steps optim.max_skipped_steps checkpoint.keep logging.every_steps logging.wandb_timeout_seconds
+""".split()
+_AT_LEAST_ZERO = """
+    model.window model.max_positions data.validation_sequences optim.lr optim.muon_lr optim.weight_decay optim.clip_norm
+    optim.warmup_steps checkpoint.every_steps logging.validate_every_steps logging.sample_tokens seed
+""".split()
+_FRACTIONS = "optim.decay_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.muon_momentum".split()
+_POSITIVE = "optim.eps model.norm_eps model.init_std model.rotary.theta model.rotary.factor".split()
+
+
+def _value(config: Config, path: str):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _check_ranges(config: Config) -> list[str]:
+    problems = [
+        f"{path}={_value(config, path)} is less than {least}; give {least} or more"
+        for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO))
+        for path in paths
+        if _value(config, path) < least
+    ]
+    problems += [
+        f"{path}={_value(config, path)} is outside 0 to 1; give a fraction"
+        for path in _FRACTIONS
+        if not 0 <= _value(config, path) <= 1
+    ]
+    problems += [
+        f"{path}={_value(config, path)} must be above 0" for path in _POSITIVE if not _value(config, path) > 0
+    ]
+    if config.parallel.shard != -1 and config.parallel.shard < 1:
+        problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
+    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+        problems.append(f"name={config.name!r} is no folder name; give one without slashes")
+    if config.data.source == DataSource.prepared and not config.data.folder:
+        problems.append("data.source=prepared needs data.folder=FOLDER, as tools/prepare_data.py writes it")
+    return problems
+
+
+def _check_model(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.kv_heads > 0 and model.heads % model.kv_heads:
+        problems.append(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; use {_divisors(model.heads)}"
+        )
+    if model.positions == Positions.rotary and model.head_dim % 2:
+        problems.append(f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs, so give an even one")
+    if model.logit_softcap is not None and model.logit_softcap <= 0:
+        problems.append(f"model.logit_softcap={model.logit_softcap} must be above 0; null is none")
+    return problems
+
+
+def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
+    sizes = {"replicate": parallel.replicate, "context": parallel.context, "tensor": parallel.tensor}
+    if parallel.shard >= 1:
+        sizes["shard"] = parallel.shard
+    problems = [
+        f"parallel.{axis}={size} does not divide the {world_size} ranks of this run; use {_divisors(world_size)}"
+        for axis, size in sizes.items()
+        if size > 0 and world_size % size
+    ]
+    if problems or min(sizes.values()) < 1:
+        return problems
+    product = 1
+    for size in sizes.values():
+        product *= size
+    named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if parallel.shard == -1 and world_size % product:
+        return [f"parallel: {named} = {product} does not divide the {world_size} ranks of this run; change one of them"]
+    if parallel.shard != -1 and product != world_size:
+        return [
+            f"parallel: {named} = {product}, but the run has {world_size} ranks; "
+            f"start {product} (torchrun --nproc-per-node) or set parallel.shard=-1"
+        ]
+    return []
+
+
+def _check_batch(config: Config, world_size: int) -> list[str]:
+    data, parallel, model = config.data, config.parallel, config.model
+    problems = []
+    pieces = 2 * parallel.context * parallel.tensor if parallel.context > 1 else parallel.tensor
+    if data.sequence_length % pieces:
+        near = max(pieces, round(data.sequence_length / pieces) * pieces)
+        problems.append(
+            f"data.sequence_length={data.sequence_length} is no multiple of {pieces} (2 x context {parallel.context} "
+            f"x tensor {parallel.tensor}; 2 chunks a rank balance causal work); use {near}"
+        )
+    readers = parallel.replicate * resolve_shard(parallel, world_size) * data.sequences_per_micro_batch
+    if data.sequences_per_step % readers:
+        near = max(1, round(data.sequences_per_step / readers)) * readers
+        problems.append(
+            f"data.sequences_per_step={data.sequences_per_step} is no multiple of {readers} (data ranks "
+            f"{readers // data.sequences_per_micro_batch} x sequences_per_micro_batch "
+            f"{data.sequences_per_micro_batch}); use {near}"
+        )
+    if model.positions == Positions.learned and model.max_positions < data.sequence_length:
+        problems.append(
+            f"model.max_positions={model.max_positions} is less than data.sequence_length={data.sequence_length}; "
+            f"set model.max_positions={data.sequence_length} or shorten the sequence"
+        )
+    if data.source == DataSource.recall:
+        needed = data.recall.keys + data.recall.values
+        if model.vocab_size < needed:
+            problems.append(
+                f"model.vocab_size={model.vocab_size} is less than the {needed} ids of the recall stream "
+                f"(keys {data.recall.keys} + values {data.recall.values}); set model.vocab_size={needed}"
+            )
+    return problems
+
+
+def _check_sharing(config: Config) -> list[str]:
+    model, parallel = config.model, config.parallel
+    problems = [
+        f"parallel.tensor={parallel.tensor} does not divide model.{name}={count}; use {_divisors(count)}"
+        for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
+        if count % parallel.tensor
+    ]
+    if problems or parallel.strategy != Strategy.ulysses or parallel.context == 1:
+        return problems
+    heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
+    if heads % parallel.context:
+        problems.append(
+            f"parallel.context={parallel.context} with strategy=ulysses does not divide the {heads} query heads a "
+            f"tensor rank has; use {_divisors(heads)}, or strategy=ring or gather"
+        )
+    elif kv_heads % parallel.context and parallel.context % kv_heads:
+        problems.append(
+            f"parallel.context={parallel.context} with strategy=ulysses neither divides nor is a multiple of the "
+            f"{kv_heads} key/value heads a tensor rank has; use strategy=ring or gather"
+        )
+    return problems
+
+
+def _divisors(n: int) -> str:
+    numbers = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"
+
+
+# unknown keys --------------------------------------------------------------------------------------------------------
+
+
+def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every key of the configuration, dotted: `optim.lr`."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.default_factory):
+            keys += all_keys(f.default_factory, f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
+    return keys
+
+
+def explain_unknown_key(key: str) -> str:
+    """Why `key` (dotted) is refused, and the keys its writer may have meant."""
+    keys = all_keys()
+    last = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
+    near += [k for k in keys if k not in near and difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.75)]
+    hint = f"did you mean {' or '.join(near[:4])}?" if near else "`python train.py --cfg job recipe=...` lists all keys."
+    return f"{key} is no key of the configuration; {hint}"

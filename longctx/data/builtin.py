@@ -1,0 +1,74 @@
+"""Real text without a download: the Python sources installed on this machine.
+
+The standard library and torch, a package a document (cut at 3M tokens), each file under a line with its path. Some
+packages are held out for validation. The text differs between versions of Python and torch, so the tokens are kept
+under a fingerprint of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from longctx.data.prepare import BUILTIN_TOKENIZER, Document, prepare
+from longctx.data.tokens import sha256
+
+MAX_DOCUMENT_TOKENS = 3_000_000
+HELD_OUT = {
+    "python/asyncio", "python/email", "python/http", "python/logging", "python/xml",
+    "torch/distributions", "torch/fx", "torch/jit", "torch/optim",
+}  # fmt: skip
+
+
+def packages() -> dict[str, list[Path]]:
+    """Package name -> its source files, sorted: `python/asyncio`, `torch/nn`; single modules go to `python` or `torch`."""
+    roots = {"python": Path(sysconfig.get_path("stdlib"))}
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        roots["torch"] = Path(torch.origin).parent
+    grouped: dict[str, list[Path]] = {}
+    for root_name, root in roots.items():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if "site-packages" in parts or "dist-packages" in parts or not path.is_file():
+                continue
+            package = f"{root_name}/{parts[0]}" if len(parts) > 1 else root_name
+            grouped.setdefault(package, []).append(path)
+    return grouped
+
+
+def read_package(name: str, files: list[Path]) -> Iterator[str]:
+    """The text of each file under a comment with its path; files that are not UTF-8 are left out."""
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        inside = path.parts[path.parts.index(name.split("/")[-1]) :] if "/" in name else path.parts[-1:]
+        yield f"# {name.split('/')[0]}: {'/'.join(inside)}\n{text}\n"
+
+
+def documents() -> Iterator[Document]:
+    """The packages as documents, the held-out ones marked."""
+    for name, files in packages().items():
+        yield Document(name, read_package(name, files), name in HELD_OUT)
+
+
+def fingerprint() -> str:
+    """Changes with the tokenizer, the files and their sizes."""
+    names = [(name, [(p.name, p.stat().st_size) for p in files]) for name, files in packages().items()]
+    return hashlib.sha256(repr((sha256(BUILTIN_TOKENIZER), sorted(HELD_OUT), names)).encode()).hexdigest()[:12]
+
+
+def folder(cache_folder: str) -> Path:
+    """Where this machine's tokens are kept."""
+    return Path(cache_folder).expanduser() / f"builtin-{fingerprint()}"
+
+
+def build(target: Path) -> None:
+    """Tokenizes the sources into `target` (`folder(...)`); about half a minute on two cores."""
+    source = "Python sources of the standard library and torch"
+    prepare(documents(), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source)

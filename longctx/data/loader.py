@@ -1,0 +1,122 @@
+"""Which sequence comes when: a pure function of the seed and the number of sequences consumed so far.
+
+That number is the loader's whole state, so a run resumes with the same sequences at any number of data ranks, none
+lost and none repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.config import DataConfig
+from longctx.data.packing import Sequence, pack
+from longctx.data.recall import recall_sequence
+from longctx.data.tokens import DataError, TokenSplit
+
+
+class Batch(NamedTuple):
+    """Sequences side by side; each tensor int64, (batch, sequence_length)."""
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    document_start: Tensor
+
+
+class Source(Protocol):
+    """Something that has sequence number 0, 1, 2 ... for as long as one asks."""
+
+    def sequence(self, number: int) -> Sequence: ...
+
+
+def shuffled(number: int, size: int, seed: int, epoch: int) -> int:
+    """Where `number` lands in a shuffle of 0..size-1: a Feistel network, walked until it stays in range.
+
+    Nothing is stored, so corpora of any size cost nothing. (Black and Rogaway 2002, Ciphers with Arbitrary Domains)
+    """
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = number >> half_bits, number & mask
+        for round_number in range(4):
+            word = f"{seed},{epoch},{round_number},{right}".encode()
+            left, right = right, left ^ (int.from_bytes(hashlib.blake2b(word, digest_size=8).digest(), "big") & mask)
+        number = left << half_bits | right
+        if number < size:
+            return number
+
+
+class ShuffledTokens:
+    """Training order: windows of the stream, each once an epoch, shuffled anew each epoch."""
+
+    def __init__(self, split: TokenSplit, data: DataConfig, seed: int, where: str) -> None:
+        self.split, self.length, self.seed = split, data.sequence_length, seed
+        self.separate_documents = data.separate_documents
+        self.size = count_windows(split, self.length, where)
+
+    def sequence(self, number: int) -> Sequence:
+        epoch, number = divmod(number, self.size)
+        window = shuffled(number, self.size, self.seed, epoch)
+        return pack(*self.split.read(window * self.length, self.length + 1), self.separate_documents)
+
+
+class SpacedTokens:
+    """Validation order: windows spread evenly over the stream, the same ones each time."""
+
+    def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
+        self.split, self.length = split, data.sequence_length
+        self.separate_documents = data.separate_documents
+        self.windows = count_windows(split, self.length, where)
+        self.size = min(self.windows, data.validation_sequences)
+
+    def sequence(self, number: int) -> Sequence:
+        window = number % self.size * self.windows // self.size
+        return pack(*self.split.read(window * self.length, self.length + 1), self.separate_documents)
+
+
+class RecallStream:
+    """Endless synthetic recall; see `recall.py`."""
+
+    def __init__(self, data: DataConfig, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.size = data.validation_sequences
+
+    def sequence(self, number: int) -> Sequence:
+        recall = self.data.recall
+        return recall_sequence(number, self.data.sequence_length, recall.keys, recall.values, self.seed)
+
+
+def count_windows(split: TokenSplit, length: int, where: str) -> int:
+    """Sequences of `length` tokens (and the target of the last) in a split. Raises `DataError` if there is none."""
+    windows = (len(split) - 1) // length
+    if windows < 1:
+        raise DataError(
+            f"{where}: {len(split)} tokens, a sequence needs {length + 1}; add text or set data.sequence_length="
+            f"{max(1, len(split) - 1)} or less"
+        )
+    return windows
+
+
+class Loader:
+    """Hands data rank `rank` of `ranks` its share of each step's sequences."""
+
+    def __init__(self, source: Source, data: DataConfig, rank: int, ranks: int) -> None:
+        self.source, self.rank, self.ranks = source, rank, ranks
+        self.micro_batch = data.sequences_per_micro_batch
+        self.accumulation = data.sequences_per_step // (ranks * self.micro_batch)
+
+    def step(self, consumed: int) -> list[Batch]:
+        """This rank's micro-batches of the step that begins when `consumed` sequences are done."""
+        return [
+            self.batch(consumed + (part * self.ranks + self.rank) * self.micro_batch)
+            for part in range(self.accumulation)
+        ]
+
+    def batch(self, first: int) -> Batch:
+        sequences = [self.source.sequence(first + i) for i in range(self.micro_batch)]
+        return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*sequences, strict=True)))

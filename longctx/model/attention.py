@@ -1,0 +1,49 @@
+"""The attention layer. `attend` is the seam where a context-parallel strategy is put around the kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longctx.config import ModelConfig, Positions
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.reference import apply_rotary
+from longctx.model.norm import RMSNorm
+
+
+class Attend(nn.Module):
+    """The attention op as a module, so that `longctx.parallel` can wrap it."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        self.implementation = implementation
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
+        """q (batch, sequence, heads, head_dim), k and v with kv_heads -> out like q, lse (batch, heads, sequence)."""
+        return attention(q, k, v, mask, implementation=self.implementation)
+
+
+class Attention(nn.Module):
+    """Projections, rotary positions, optional QK-norm, and `attend`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.rotates = config.positions == Positions.rotary
+        self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.projection_bias)
+        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attend = Attend(config.attention)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
+        """x (batch, sequence, width); rotation: cos and sin, (batch, sequence, head_dim / 2)."""
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+        q, k = self.query_norm(q), self.key_norm(k)
+        if self.rotates:
+            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        out, _ = self.attend(q, k, v, mask)
+        return self.output(torch.flatten(out, 2))

@@ -1,0 +1,64 @@
+"""Rotary frequencies and their scalings to longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longctx.config import RotaryConfig, RotaryScaling
+
+
+def frequencies(rotary: RotaryConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Radians a token of each pair of dimensions: float64, (head_dim / 2,)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    theta = rotary.theta
+    if rotary.scaling == RotaryScaling.ntk:  # bloc97 2023: a larger base, so that only slow dimensions stretch
+        theta *= rotary.factor ** (head_dim / (head_dim - 2))
+    base = theta**-exponent
+    if rotary.scaling == RotaryScaling.linear:  # Chen et al. 2023, position interpolation
+        return base / rotary.factor
+    if rotary.scaling == RotaryScaling.llama3:
+        return _llama3(base, rotary)
+    if rotary.scaling == RotaryScaling.yarn:
+        return _yarn(base, rotary, head_dim)
+    return base
+
+
+def _llama3(base: Tensor, rotary: RotaryConfig) -> Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, those between blended. (Llama 3.1, 2024)"""
+    turns = rotary.original_length * base / (2 * math.pi)  # within the original context
+    low, high = rotary.low_frequency_factor, rotary.high_frequency_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * keep + base / rotary.factor * (1 - keep)
+
+
+def _yarn(base: Tensor, rotary: RotaryConfig, head_dim: int) -> Tensor:
+    """A ramp over the dimensions from kept to divided by `factor`. (Peng et al. 2023, YaRN, section 3.2)"""
+
+    def dimension_turning(turns: float) -> float:
+        return head_dim * math.log(rotary.original_length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(dimension_turning(rotary.beta_fast)), 0)
+    high = min(math.ceil(dimension_turning(rotary.beta_slow)), head_dim - 1)
+    dimension = torch.arange(len(base), dtype=base.dtype, device=base.device)
+    keep = 1 - ((dimension - low) / max(high - low, 0.001)).clamp(0, 1)
+    return base * keep + base / rotary.factor * (1 - keep)
+
+
+def attention_factor(rotary: RotaryConfig) -> float:
+    """What cos and sin are multiplied by: YaRN's temperature, 1 for all else. (YaRN, section 3.3)"""
+    if rotary.scaling == RotaryScaling.yarn and rotary.factor > 1:
+        return 0.1 * math.log(rotary.factor) + 1.0
+    return 1.0
+
+
+def cos_sin(positions: Tensor, rotary: RotaryConfig, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at `positions` (batch, sequence): each (batch, sequence, head_dim / 2).
+
+    The angles are float64: at position 1M a float32 angle is off by 0.06 radians.
+    """
+    angles = positions.to(torch.float64).unsqueeze(-1) * frequencies(rotary, head_dim, positions.device)
+    factor = attention_factor(rotary)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -1,0 +1,169 @@
+"""One decoder-only transformer for the shapes of GPT-2, Llama 3 and Qwen 3; `ModelConfig` says which."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longctx.config import Activation, ModelConfig, Positions
+from longctx.kernels import reference
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.model.attention import Attention
+from longctx.model.norm import make_norm
+from longctx.model.rotary import cos_sin
+
+
+class MLP(nn.Module):
+    """SwiGLU or GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.projection_bias)
+        self.gate = None
+        if config.activation == Activation.swiglu:
+            self.gate = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(reference.swiglu(self.gate(x), self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, window: int) -> None:
+        super().__init__()
+        self.window = window  # keys a row sees; 0: all
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """From hidden states to the loss of each token, or to logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.softcap = config.logit_softcap
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
+        """hidden (batch, sequence, width), weight (vocabulary, width) -> losses (batch, sequence), nats.
+
+        Without targets: logits (batch, sequence, vocabulary). A token whose target is -100 has loss 0.
+        """
+        if targets is None:
+            return reference.project_to_vocabulary(hidden, weight, self.softcap)
+        return reference.linear_cross_entropy(hidden, weight, targets, self.softcap)
+
+
+class Transformer(nn.Module):
+    """The whole model. It knows nothing of processes: `longctx.parallel.parallelize` spreads it from outside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = None
+        if config.positions == Positions.learned:
+            self.position_embedding = nn.Embedding(config.max_positions, config.width)
+        self.blocks = nn.ModuleList(Block(config, window) for window in layer_windows(config))
+        self.final_norm = make_norm(config)
+        self.head = Head(config)
+        self.output_weight = None
+        if not config.tied_embeddings:
+            self.output_weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: KeyIntervals, targets: Tensor | None = None) -> Tensor:
+        """tokens, positions, targets (batch, sequence) integers -> loss of each token (batch, sequence), nats.
+
+        `mask` is that of the whole sequence, `tokens` and the rest may be one rank's share of it. Without targets:
+        logits (batch, sequence, vocabulary).
+        """
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        rotation_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rotation = cos_sin(positions, self.config.rotary, self.config.head_dim, rotation_dtype)
+        windows = {window: mask.window(window, tokens.device) for window in {b.window for b in self.blocks} if window}
+        for block in self.blocks:
+            x = block(x, rotation, windows.get(block.window, mask))
+        weight = self.embedding.weight if self.output_weight is None else self.output_weight
+        return self.head(self.final_norm(x), weight, targets)
+
+
+def layer_windows(config: ModelConfig) -> list[int]:
+    """Keys a row of each layer sees; 0: all."""
+    if not config.window:
+        return [0] * config.layers
+    return [0 if (i + 1) % config.full_attention_every == 0 and config.full_attention_every > 1 else config.window
+            for i in range(config.layers)]  # fmt: skip
+
+
+# initial values ------------------------------------------------------------------------------------------------------
+
+
+def initial_value(name: str, like: Tensor, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
+    """The whole parameter `name` before training, drawn from a generator seeded by (seed, name).
+
+    So every layout starts from the same values, and a parameter's do not depend on which others exist. Matrices:
+    normal, `init_std`; those that write to the residual stream: divided by sqrt(2 * layers) (Radford et al. 2019).
+    """
+    if name.endswith("bias"):
+        return torch.zeros(like.shape, dtype=like.dtype, device=device)
+    if like.ndim == 1:
+        return torch.ones(like.shape, dtype=like.dtype, device=device)
+    std = config.init_std
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=device).mul_(std).to(like.dtype)
+
+
+def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """A whole, initialised model on one device: for tests and tools. Training goes through `parallelize`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter, config, seed, torch.device(device)))
+    return model
+
+
+# size and work -------------------------------------------------------------------------------------------------------
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Parameters that take part in matrix products a token: all but embeddings, norms and biases."""
+    attention = config.width * config.head_dim * 2 * (config.heads + config.kv_heads)
+    mlp = (3 if config.activation == Activation.swiglu else 2) * config.width * config.mlp_width
+    return config.layers * (attention + mlp) + config.width * config.vocab_size
+
+
+def training_flops(config: ModelConfig, positions: Tensor) -> float:
+    """FLOPs of forward and backward over sequences whose tokens are at `positions` in their documents.
+
+    6 a parameter and token, and 12 * heads * head_dim a layer and pair of a query and a key it sees: causal, aware of
+    documents and windows. For whole documents of length L the second is 6 * layers * heads * head_dim * sum of L^2.
+    """
+    seen = positions + 1
+    pairs = sum(float((seen.clamp(max=window) if window else seen).sum()) for window in layer_windows(config))
+    return 6.0 * matmul_parameters(config) * positions.numel() + 12.0 * config.heads * config.head_dim * pairs
+
+
+def palm_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:
+    """FLOPs as others count them: attention as if nothing were masked. (Chowdhery et al. 2022, appendix B)"""
+    attention = 12.0 * config.layers * config.heads * config.head_dim * sequence_length
+    return tokens * (6.0 * matmul_parameters(config) + attention)

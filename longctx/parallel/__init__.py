@@ -1,0 +1,1 @@
+"""How a model and a sequence are spread over ranks."""
