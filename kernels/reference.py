@@ -156,12 +156,12 @@ def linear_cross_entropy(
         return cross_entropy(project_to_vocabulary(chunk, weight, softcap), labels)
 
     if tokens.shape[0] <= chunk_tokens:
-        return chunk_losses(tokens, labels).view_as(targets)
+        return chunk_losses(tokens, labels).view_as(targets).clone()  # no view: module hooks refuse one
     losses = [
         checkpoint(chunk_losses, chunk, chunk_labels, use_reentrant=False)
         for chunk, chunk_labels in zip(tokens.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
     ]
-    return torch.cat(losses).view_as(targets)  # pyright: ignore[reportArgumentType]  checkpoint is untyped
+    return torch.cat(losses).view_as(targets).clone()  # pyright: ignore[reportArgumentType]  checkpoint is untyped
 
 
 # pointwise -----------------------------------------------------------------------------------------------------------

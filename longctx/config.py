@@ -134,7 +134,7 @@ class ModelConfig:
     projection_bias: bool = False  # of the attention's output projection and of the MLP
     tied_embeddings: bool = True  # the output projection is the token embedding
     window: int = 0  # keys a sliding-window layer sees; 0: every layer sees all
-    full_attention_every: int = 1  # with `window`: every how many layers one sees all keys
+    full_attention_every: int = 0  # with `window`: of so many layers the last sees all keys; 0: none does
     logit_softcap: float | None = None  # logits are squashed to +- this by tanh
     init_std: float = 0.02  # of every weight matrix; output projections: divided by sqrt(2 * layers)
     attention: AttentionImplementation = AttentionImplementation.auto
@@ -276,12 +276,12 @@ def check(config: Config, world_size: int) -> None:
 
 _AT_LEAST_ONE = """
     model.vocab_size model.layers model.width model.heads model.kv_heads model.head_dim model.mlp_width
-    model.full_attention_every data.sequence_length data.sequences_per_step data.sequences_per_micro_batch
+    data.sequence_length data.sequences_per_step data.sequences_per_micro_batch
     data.recall.keys data.recall.values parallel.replicate parallel.context parallel.tensor parallel.timeout_seconds
     optim.steps optim.max_skipped_steps checkpoint.keep logging.every_steps logging.wandb_timeout_seconds
 """.split()
 _AT_LEAST_ZERO = """
-    model.window model.max_positions data.validation_sequences optim.lr optim.muon_lr optim.weight_decay optim.clip_norm
+    model.window model.full_attention_every model.max_positions data.validation_sequences optim.lr optim.muon_lr optim.weight_decay optim.clip_norm
     optim.warmup_steps checkpoint.every_steps logging.validate_every_steps logging.sample_tokens seed
 """.split()
 _FRACTIONS = "optim.decay_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.muon_momentum".split()

@@ -7,10 +7,15 @@ split over processes, are all of this form. Query row `i` sees the keys `start[i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,3 +88,19 @@ class KeyIntervals:
             return torch.searchsorted(index, bound.contiguous(), out_int32=True)
 
         return KeyIntervals(self.n_queries, index.numel(), start=kept_before(start), end=kept_before(end))
+
+
+def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
+    """Keeps the results of `compute(mask, *arguments)` as long as the mask's bounds live: all layers share one."""
+    results: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
+        if mask.start is None:
+            return compute(mask, *arguments)
+        of_mask = results.setdefault(mask.start, {})
+        key = (mask.n_keys, *arguments)
+        if key not in of_mask:
+            of_mask[key] = compute(mask, *arguments)
+        return of_mask[key]
+
+    return cached

@@ -7,21 +7,17 @@ GPU as a few variable-length batches, one a kind of edge (`segments`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import finite_lse, repeat_heads, sum_repeated_heads
 
 aten = torch.ops.aten
-T = TypeVar("T")
 
 
 def unsupported(q: Tensor) -> str | None:
@@ -80,26 +76,10 @@ def _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale) -> tuple[Ten
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
-    """Keeps the results of `compute(mask, *arguments)` as long as the mask's bounds live: all layers share one."""
-    results: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
-        if mask.start is None:
-            return compute(mask, *arguments)
-        of_mask = results.setdefault(mask.start, {})
-        key = (mask.n_keys, *arguments)
-        if key not in of_mask:
-            of_mask[key] = compute(mask, *arguments)
-        return of_mask[key]
-
-    return cached
-
-
 # CPU: one kernel with a dense additive mask --------------------------------------------------------------------------
 
 
-@_once_a_mask
+@once_a_mask
 def _additive_mask(mask: KeyIntervals, dtype: torch.dtype) -> Tensor:
     """(batch or 1, 1, n_queries, n_keys): 0 where a row sees a key, else -inf."""
     start, end = mask.bounds("cpu")
@@ -224,7 +204,7 @@ def find_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, int, i
     return runs + [(row, row + 1, 0, 0) for row in range(free, len(start)) if some[row]]
 
 
-@_once_a_mask
+@once_a_mask
 def segments(mask: KeyIntervals, batch: int, device: torch.device) -> list[SegmentBatch]:
     """The variable-length batches that together are `mask` over a batch of sequences."""
     starts, ends = (bound.expand(batch, -1).cpu().numpy() for bound in mask.bounds(device))

@@ -104,10 +104,8 @@ class Transformer(nn.Module):
 
 def layer_windows(config: ModelConfig) -> list[int]:
     """Keys a row of each layer sees; 0: all."""
-    if not config.window:
-        return [0] * config.layers
-    return [0 if (i + 1) % config.full_attention_every == 0 and config.full_attention_every > 1 else config.window
-            for i in range(config.layers)]  # fmt: skip
+    every = config.full_attention_every
+    return [0 if every and (layer + 1) % every == 0 else config.window for layer in range(config.layers)]
 
 
 # initial values ------------------------------------------------------------------------------------------------------

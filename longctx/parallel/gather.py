@@ -1,0 +1,61 @@
+"""All-gather attention: every rank fetches all keys and values and computes its own rows in one call.
+
+The form of Llama 3's training (Llama Team 2024, section 3.3.2). Grouped-query attention makes keys and values small.
+They are gathered again in the backward pass rather than kept; their gradients are reduce-scattered in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longctx.kernels.attention import interface
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.reference import accumulation_dtype
+from longctx.parallel.context_op import Block, ContextAttend, context_op, rows_of
+from longctx.parallel.sequence import sequence_order
+
+
+def gather_keys_values(k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """All ranks' keys and values in the sequence's order: (batch, sequence, kv_heads, head_dim)."""
+    mine = torch.stack((k, v)).transpose(1, 2).contiguous()  # (2, n, b, h, d): tokens of all ranks become neighbours
+    everyone = mine.new_empty((block.size, *mine.shape))
+    dist.all_gather_into_tensor(everyone.flatten(0, 1), mine, group=block.group)
+    to_sequence, _ = sequence_order(block.size, k.shape[1] * block.size, k.device)
+    keys, values = everyone.transpose(0, 1).flatten(1, 2)[:, to_sequence].transpose(1, 2)
+    return keys.contiguous(), values.contiguous()
+
+
+def scatter_gradients(dk: Tensor, dv: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """The sum over ranks of the gradients of all keys and values, each rank its own tokens: in float32."""
+    _, to_rank = sequence_order(block.size, dk.shape[1], dk.device)
+    gradients = torch.stack((dk, dv)).to(accumulation_dtype(dk.dtype)).transpose(1, 2)[:, to_rank]
+    gradients = gradients.unflatten(1, (block.size, -1)).transpose(0, 1).contiguous()
+    mine = torch.empty_like(gradients[0])
+    dist.reduce_scatter_tensor(mine, gradients.flatten(0, 1), group=block.group)
+    my_dk, my_dv = mine.transpose(1, 2)
+    return my_dk, my_dv
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor]:
+    rows = rows_of(mask, block.rank, block.size, q.device)
+    return interface.forward(q, *gather_keys_values(k, v, block), rows, block.scale, block.implementation)
+
+
+def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    rows = rows_of(mask, block.rank, block.size, q.device)
+    keys, values = gather_keys_values(k, v, block)
+    dq, dk, dv = interface.backward(
+        dout, dlse, q, keys, values, out, lse, rows, block.scale, block.implementation
+    )
+    my_dk, my_dv = scatter_gradients(dk, dv, block)
+    return dq, my_dk.to(k.dtype).contiguous(), my_dv.to(v.dtype).contiguous()
+
+
+_gather_attention = context_op("gather_attention", _forward, _backward)
+
+
+def gather(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
+    """Wraps `attend` so that it works on a sequence split over `group`."""
+    return ContextAttend(attend, group, _gather_attention)

@@ -1,0 +1,112 @@
+"""Ring attention: keys and values go round the ranks, one shard a hop, while each rank keeps its queries.
+
+(Liu et al. 2023, Ring Attention with Blockwise Transformers.) Partial results are merged in float32 by their
+log-sum-exp. In the backward pass the gradient of a shard travels with it in float32 and is home after the last hop.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longctx.kernels.attention import interface
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.reference import accumulation_dtype, finite_lse
+from longctx.parallel.context_op import Block, ContextAttend, context_op, keys_of, rows_of
+
+
+class Neighbours:
+    """Sends to the next rank of the ring while receiving from the one before."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.next = dist.get_global_rank(group, (rank + 1) % size)
+        self.before = dist.get_global_rank(group, (rank - 1) % size)
+
+    def start(self, outgoing: Tensor) -> tuple[Tensor, list[dist.Work]]:
+        """Begins the exchange; the received tensor holds its values once `finish` has returned."""
+        incoming = torch.empty_like(outgoing)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, outgoing, self.next, self.group),
+                dist.P2POp(dist.irecv, incoming, self.before, self.group),
+            ]
+        )
+        return incoming, works
+
+    @staticmethod
+    def finish(exchange: tuple[Tensor, list[dist.Work]]) -> Tensor:
+        incoming, works = exchange
+        for work in works:
+            work.wait()
+        return incoming
+
+
+def owner_at(hop: int, rank: int, size: int) -> int:
+    """Whose keys and values `rank` holds at `hop`."""
+    return (rank - hop) % size
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over two sets of keys from that over each: out (b, n, h, d) in float32, lse (b, h, n)."""
+    total = torch.logaddexp(lse, part_lse)
+    reference = finite_lse(total)
+    weight, part_weight = ((x - reference).exp().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse))
+    return out * weight + part * part_weight, total
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor]:
+    rows = rows_of(mask, block.rank, block.size, q.device)
+    ring = Neighbours(block.group)
+    compute = accumulation_dtype(q.dtype)
+    out = torch.zeros(q.shape, dtype=compute, device=q.device)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=compute, device=q.device)
+    keys_values = torch.stack((k, v))
+    for hop in range(block.size):
+        exchange = ring.start(keys_values) if hop + 1 < block.size else None
+        owner = owner_at(hop, block.rank, block.size)
+        hop_mask = keys_of(rows, owner, block.size, q.device)
+        part, part_lse = interface.forward(q, *keys_values, hop_mask, block.scale, block.implementation)
+        out, lse = merge(out, lse, part.to(compute), part_lse)
+        if exchange:
+            keys_values = ring.finish(exchange)
+    return out.to(q.dtype), lse
+
+
+def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    rows = rows_of(mask, block.rank, block.size, q.device)
+    ring = Neighbours(block.group)
+    compute = accumulation_dtype(q.dtype)
+    dq = torch.zeros(q.shape, dtype=compute, device=q.device)
+    keys_values = torch.stack((k, v))
+    gradients = torch.zeros(keys_values.shape, dtype=compute, device=q.device)  # of the shard at hand, so far
+    gradient_exchange = None
+    for hop in range(block.size):
+        exchange = ring.start(keys_values) if hop + 1 < block.size else None
+        owner = owner_at(hop, block.rank, block.size)
+        hop_mask = keys_of(rows, owner, block.size, q.device)
+        part_dq, part_dk, part_dv = interface.backward(
+            dout, dlse, q, *keys_values, out, lse, hop_mask, block.scale, block.implementation
+        )
+        dq += part_dq
+        if gradient_exchange:
+            gradients = ring.finish(gradient_exchange)
+        gradients[0] += part_dk
+        gradients[1] += part_dv
+        gradient_exchange = ring.start(gradients) if block.size > 1 else None
+        if exchange:
+            keys_values = ring.finish(exchange)
+    if gradient_exchange:
+        gradients = ring.finish(gradient_exchange)
+    dk, dv = gradients
+    return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+
+
+_ring_attention = context_op("ring_attention", _forward, _backward)
+
+
+def ring(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
+    """Wraps `attend` so that it works on a sequence split over `group`."""
+    return ContextAttend(attend, group, _ring_attention)

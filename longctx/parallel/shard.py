@@ -1,0 +1,43 @@
+"""Parameters, gradients and optimizer state split over ranks: FSDP2, with float32 masters and a compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from longctx.config import ComputeDtype, PrecisionConfig
+from longctx.model.transformer import Transformer, initial_value
+from longctx.parallel.mesh import Mesh
+
+
+def shard_parameters(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
+    """Each block is gathered when it runs; embedding, last norm and head stay gathered through a step.
+
+    Gradients are summed, not averaged, over ranks: the loss is divided by the number of tokens of the whole batch.
+    """
+    if mesh.size("replicate") > 1:
+        fsdp_mesh = mesh.parameters["replicate", "shard_context"]
+    else:
+        fsdp_mesh = mesh.parameters["shard_context"]
+    policy = MixedPrecisionPolicy()
+    if precision.compute != ComputeDtype.float32:
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, precision.compute), reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def materialize(model: Transformer, seed: int, device: torch.device) -> None:
+    """Gives a model on the meta device its initial values, the same ones in every layout."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = initial_value(name, parameter, model.config, seed, device)
+            assert isinstance(parameter, DTensor)
+            mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(mine.to_local())

@@ -1,0 +1,177 @@
+"""The result does not depend on the layout: loss and every gradient against one process and against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+from distributed import run_on_ranks
+
+from longctx.config import Activation, Config, ModelConfig, Norm, ParallelConfig, Positions, Recompute, Strategy
+from longctx.model.transformer import build
+from longctx.parallel import ring
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.parallel.sequence import sequence_mask, shard
+
+LENGTH, BATCH, VOCAB = 64, 4, 97
+IGNORE = -100
+
+GQA = ModelConfig(vocab_size=VOCAB, layers=2, width=48, heads=4, kv_heads=2, head_dim=12, mlp_width=80)
+WINDOW = dataclasses.replace(GQA, layers=3, window=11, full_attention_every=3)
+QWEN = dataclasses.replace(GQA, qk_norm=True, tied_embeddings=False, heads=8, kv_heads=4, head_dim=8)
+GPT2 = dataclasses.replace(
+    GQA, kv_heads=4, norm=Norm.layer_norm, activation=Activation.gelu, positions=Positions.learned, max_positions=LENGTH,
+    qkv_bias=True, projection_bias=True, logit_softcap=5.0,
+)  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    document_start: torch.Tensor
+
+
+def make_inputs(document_starts: tuple[tuple[int, ...], ...]) -> Inputs:
+    """One sequence for each tuple of the indices where its documents begin."""
+    generator = torch.Generator().manual_seed(1)
+    batch = len(document_starts)
+    stream = torch.randint(VOCAB, (batch, LENGTH + 1), generator=generator)
+    targets = stream[:, 1:].clone()
+    start = torch.zeros(batch, LENGTH, dtype=torch.int64)
+    for row, begins in enumerate(document_starts):
+        for begin in begins:
+            start[row, begin:] = begin
+            if begin:
+                targets[row, begin - 1] = IGNORE
+    return Inputs(stream[:, :-1], targets, torch.arange(LENGTH) - start, start)
+
+
+# Shard borders lie at multiples of 16 (context 2) and 8 (context 4).
+ONE_DOCUMENT = ((0,), (0,), (0,), (0,))
+DOCUMENTS = (
+    (0, 13, 32, 33, 50),  # inside a shard, at a border, one token long, over a border
+    (0, 16, 48),  # all at borders of chunks
+    (0, 31, 34, 63),  # one of three tokens: shorter than 4 ranks and over a border
+    (0, 7, 8, 9, 10, 40),
+)
+
+
+def loss_and_gradients(model, inputs: Inputs, mask, denominator) -> dict[str, torch.Tensor]:
+    loss = model(inputs.tokens, inputs.positions, mask, inputs.targets).sum() / denominator
+    loss.backward()
+    return {"loss": loss.detach()}
+
+
+def one_process(config: ModelConfig, inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model = build(config, seed=0).to(dtype)
+    valid = (inputs.targets != IGNORE).sum()
+    results = loss_and_gradients(model, inputs, sequence_mask(inputs.document_start, torch.device("cpu")), valid)
+    return results | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def on_layout(rank: int, model: ModelConfig, parallel: ParallelConfig, inputs: Inputs, accumulation: int, broken: str):
+    """This layout's loss and gradients, as the trainer computes them, gathered whole."""
+    world_size = torch.distributed.get_world_size()
+    mesh = make_mesh(parallel, world_size, "cpu")
+    config = Config(model=model, parallel=parallel)
+    config.precision.compute = config.precision.compute.float32
+    parallel_model = parallelize(config, mesh, torch.device("cpu"))
+    context_rank, context_size = mesh.rank("context"), mesh.size("context")
+    if broken == "dropped hop":
+        ring.owner_at = lambda hop, rank, size: (rank - min(hop, size - 2)) % size
+    valid = (inputs.targets != IGNORE).sum()
+    if broken == "targets shifted after sharding":
+        inputs = inputs._replace(targets=inputs.targets.roll(1, dims=1))
+    micro_batch = BATCH // mesh.readers // accumulation
+    total = torch.zeros(())
+    for part in range(accumulation):
+        first = (part * mesh.readers + mesh.reader) * micro_batch
+        mine = Inputs(*(x[first : first + micro_batch] for x in inputs))
+        mask = sequence_mask(mine.document_start, torch.device("cpu"))
+        local = Inputs(*(shard(x, context_rank, context_size) for x in mine))
+        if broken == "shifted position":
+            local = local._replace(positions=local.positions + context_rank)
+        if broken == "targets shifted after sharding":
+            local = local._replace(targets=local.targets.roll(-1, dims=1))
+        total += loss_and_gradients(parallel_model, local, mask, valid)["loss"]
+    torch.distributed.all_reduce(total)
+    results = {"loss": total / mesh.size("tensor")}
+    results |= {name: p.grad.full_tensor() for name, p in parallel_model.named_parameters() if p.grad is not None}
+    return results if rank == 0 else None
+
+
+def worst_ratio(model: ModelConfig, parallel: ParallelConfig, ranks: int, inputs: Inputs, accumulation=1, broken=""):
+    """Largest error against float64, per tensor, as a multiple of one process's; and the tensor's name."""
+    truth = one_process(model, inputs, torch.float64)
+    single = one_process(model, inputs, torch.float32)
+    layout = run_on_ranks(ranks, on_layout, model, parallel, inputs, accumulation, broken)[0]
+    assert set(layout) == set(truth), set(layout) ^ set(truth)
+    ratios = {}
+    for name, true in truth.items():
+        # a unit in the last place of the largest element: below it two float32 results are equal
+        rounding = 2.0**-23 * float(true.abs().max()) * true.numel() ** 0.5
+        error = float((layout[name].double() - true).norm())
+        ratios[name] = error / max(float((single[name].double() - true).norm()), rounding)
+    return max((ratio, name) for name, ratio in ratios.items())
+
+
+STRATEGIES = [Strategy.ring, Strategy.gather, Strategy.ulysses]
+CONTEXT = [(ParallelConfig(context=n, strategy=s), n) for n in (2, 4) for s in STRATEGIES]
+
+
+@pytest.mark.parametrize(("parallel", "ranks"), CONTEXT, ids=lambda x: getattr(x, "strategy", x))
+@pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one", "packed"])
+def test_context_parallelism(parallel, ranks, documents):
+    ratio, name = worst_ratio(GQA, parallel, ranks, make_inputs(documents))  # context 4 is larger than 2 K/V heads
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_window_layers(strategy):
+    ratio, name = worst_ratio(WINDOW, ParallelConfig(context=2, strategy=strategy), 2, make_inputs(DOCUMENTS))
+    assert ratio < 1.5, (ratio, name)
+
+
+LAYOUTS = {
+    "shard 2": (ParallelConfig(), 2, 1),
+    "replicate 2": (ParallelConfig(replicate=2), 2, 1),
+    "replicate 2 x shard 2": (ParallelConfig(replicate=2), 4, 1),
+    "tensor 2": (ParallelConfig(tensor=2), 2, 1),
+    "shard 2 x context 2": (ParallelConfig(context=2), 4, 1),
+    "context 2 x tensor 2": (ParallelConfig(context=2, tensor=2), 4, 1),
+    "shard 2 x tensor 2": (ParallelConfig(tensor=2), 4, 1),
+    "accumulation 2": (ParallelConfig(), 1, 2),
+    "shard 2, accumulation 2": (ParallelConfig(), 2, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    parallel, ranks, accumulation = LAYOUTS[layout]
+    ratio, name = worst_ratio(GQA, parallel, ranks, make_inputs(DOCUMENTS), accumulation)
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.parametrize("model", [QWEN, GPT2], ids=["qwen3", "gpt2"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(context=2, tensor=2), ParallelConfig(context=4)], ids=["c2t2", "c4"])
+def test_model_shapes(model, parallel):
+    ratio, name = worst_ratio(model, parallel, 4, make_inputs(DOCUMENTS))
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.attention_saved, Recompute.full])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recompute(recompute, strategy):
+    parallel = ParallelConfig(context=2, strategy=strategy, recompute=recompute)
+    ratio, name = worst_ratio(GQA, parallel, 2, make_inputs(DOCUMENTS))
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.parametrize("broken", ["dropped hop", "shifted position", "targets shifted after sharding"])
+def test_parity_notices(broken):
+    ratio, _ = worst_ratio(GQA, ParallelConfig(context=2), 2, make_inputs(ONE_DOCUMENT), broken=broken)
+    assert ratio > 1000, ratio
