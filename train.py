@@ -1,7 +1,8 @@
-"""Trains a model: `torchrun --nproc-per-node N train.py recipe=gpt_32k optim.lr=1e-3`. `--help` lists the groups.
+"""Trains a model: `torchrun --nproc-per-node N train.py recipe=gpt_32k optim.lr=1e-3`.
 
-Hydra composes the configuration, `longctx.trainer` does the rest. Nothing heavy is imported before a run starts, so
-completion and `--cfg job` stay instant.
+`python train.py` alone lists the recipes, `python train.py recipe=gpt_32k --help` the groups. Hydra composes the
+configuration, `longctx.trainer` does the rest. Nothing heavy is imported before a run starts, so completion and
+`--cfg job` stay instant.
 """
 
 from __future__ import annotations
@@ -11,22 +12,44 @@ import sys
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx.config import Config, ConfigError, explain_unknown_key
+from longctx.config import Config, ConfigError, UserError, all_keys, explain_unknown_key
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(composed: DictConfig) -> None:
-    from longctx.trainer import train
-
+    refuse_unknown_keys(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
-    train(config, as_written=OmegaConf.to_yaml(composed, resolve=False))
+    from longctx.trainer import train
+
+    overrides = [str(word) for word in HydraConfig.get().overrides.task]
+    train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+
+
+def refuse_unknown_keys(composed: DictConfig) -> None:
+    """Keys that `+key=value` has added: Hydra lets them pass."""
+    known = set(all_keys())
+
+    def unknown(node: DictConfig, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            path = f"{prefix}{key}"
+            if path not in known:
+                found.append(path)
+            elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node._get_node(key)):
+                found += unknown(node[key], f"{path}.")
+        return found
+
+    problems = [explain_unknown_key(key) for key in unknown(composed, "")]
+    if problems:
+        raise ConfigError(problems)
 
 
 def explain(error: BaseException) -> str:
@@ -45,7 +68,12 @@ def explain(error: BaseException) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
+    failed: str | None = None
     try:
         main()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"train.py: {explain(error)}")
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        failed = f"train.py: {explain(error)}"
+    if "longctx.runtime" in sys.modules:
+        sys.modules["longctx.runtime"].stop()
+    if failed:  # all ranks fail alike; one of them says so
+        sys.exit(failed if os.environ.get("RANK", "0") == "0" else 2)

@@ -127,13 +127,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # losses --------------------------------------------------------------------------------------------------------------
 
-IGNORE_INDEX = -100
-
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss of each token, nats: logits (..., vocabulary), targets (...) with -100 for none. Losses (...), fp32 or fp64."""
     flat = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view_as(targets)
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
 
 
 def project_to_vocabulary(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:

@@ -13,7 +13,11 @@ from enum import StrEnum
 from pathlib import Path
 
 
-class ConfigError(Exception):
+class UserError(Exception):
+    """Something the user can mend: shown as its message alone, without a trace."""
+
+
+class ConfigError(UserError):
     """A configuration that cannot run: every problem, each with the value, the rule and the fix."""
 
     def __init__(self, problems: list[str]) -> None:

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from longctx.config import UserError
+
 FORMAT = "longctx-tokens-1"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that cannot be trained on: the message names the file, what is wrong and what to do."""
 
 

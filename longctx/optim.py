@@ -1,0 +1,121 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from longctx.config import OptimConfig, Optimizer, Schedule
+
+
+def schedule(step: int, optim: OptimConfig) -> float:
+    """The learning rate of step 0, 1, ... as a fraction of its top.
+
+    A linear warm-up, then: cosine to the final fraction (Loshchilov and Hutter 2017), or wsd: constant, with a linear
+    fall over the last `decay_fraction` of the steps (Hu et al. 2024, MiniCPM), or constant.
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    final = optim.final_lr_fraction
+    if optim.schedule == Schedule.constant:
+        return 1.0
+    if optim.schedule == Schedule.cosine:
+        progress = (step - optim.warmup_steps) / max(1, optim.steps - optim.warmup_steps)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    decay_steps = max(1, round(optim.decay_fraction * optim.steps))
+    progress = (step - (optim.steps - decay_steps)) / decay_steps
+    return 1.0 - (1 - final) * min(1.0, max(0.0, progress))
+
+
+class Optimizers:
+    """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+        self.config = optim
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        is_muon = optim.optimizer == Optimizer.muon
+        muon = [p for p, name in self.names.items() if is_muon and p.ndim == 2 and name.startswith("blocks.")]
+        chosen = set(muon)
+        rest = [p for p in self.names if p not in chosen]
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [g for g in groups if g["params"]],
+                lr=optim.lr,
+                betas=(optim.beta1, optim.beta2),
+                eps=optim.eps,
+                fused=True,
+            )
+        ]
+        if muon:
+            self.optimizers.append(
+                torch.optim.Muon(
+                    muon, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay
+                )
+            )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["top_lr"] = group["lr"]
+
+    def step(self, step: int) -> None:
+        """Updates the parameters with the rates of step number `step`."""
+        fraction = schedule(step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["top_lr"] * fraction
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors a checkpoint keeps, by `<state>.<parameter>`; created if no step was taken yet."""
+        if not all(optimizer.state for optimizer in self.optimizers):
+            self._create_state()
+        return {
+            f"{key}.{self.names[parameter]}": value
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+            if key != "step"
+        }
+
+    @property
+    def updates(self) -> int:
+        """Steps that have changed the parameters."""
+        states = self.optimizers[0].state.values()
+        return next((int(state["step"]) for state in states), 0)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.state()
+        for state in self.optimizers[0].state.values():
+            state["step"].fill_(count)
+
+    def _create_state(self) -> None:
+        """A step with zero gradients and a rate of zero: it makes the state and changes no parameter."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        self.zero_grad()
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for key, value in state.items():
+                    if key == "step":
+                        value.zero_()
+
+
+def global_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients together, over all ranks that share them."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,95 @@
+"""One process of the run: its device, its place among the others, and how they agree on an error."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longctx.config import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Prints on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; if it fails on one, all raise `UserError` with that rank's message.
+
+        So a full disk or a damaged file on one machine ends the run cleanly everywhere instead of hanging the others.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        for rank, message in enumerate(problems):
+            if message is not None:
+                everywhere = all(p == message for p in problems)
+                raise UserError(message if everywhere else f"rank {rank}: {message}")
+        return result  # pyright: ignore[reportReturnType]  only None if that is what `action` returned
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 and hands its result to all; if it fails, all raise."""
+        result = self.together(lambda: action() if self.is_main else None)
+        box = [result]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # pyright: ignore[reportReturnType]
+
+
+def world_size() -> int:
+    """Ranks that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_seconds: int) -> Runtime:
+    """Joins the process group, once a process: NCCL on GPUs, gloo on CPUs. Raises `UserError` on too few GPUs."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_ranks > gpus:
+            raise UserError(
+                f"{local_ranks} ranks on a machine with {gpus} GPUs: each rank needs one; start {gpus} "
+                f"(torchrun --nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        if world_size() == 1 and "RANK" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return Runtime(rank, world_size(), device)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,357 @@
+"""The run: set-up, one line a part; the step as prose; what is left at the end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from longctx import runtime as runtime_module
+from longctx.checkpoint import Checkpoints, read_manifest, state_tensors
+from longctx.config import Config, DataSource, UserError, check
+from longctx.data import builtin
+from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
+from longctx.data.packing import IGNORE_INDEX
+from longctx.data.tokens import DataError, TokenFolder
+from longctx.evaluate import generate, validate
+from longctx.metrics import Metrics, peak_tflops
+from longctx.model.transformer import palm_flops, training_flops
+from longctx.optim import Optimizers, global_norm, schedule
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.parallel.sequence import sequence_mask, shard
+from longctx.runtime import Runtime
+
+GIB = 2.0**30
+
+
+def train(config: Config, as_written: str, overrides: list[str]) -> None:
+    """Runs `config`. Raises `UserError`.
+
+    `as_written` is its text with nothing resolved, for the logs; `overrides` the words of the command line.
+    """
+    check(config, runtime_module.world_size())
+    runtime = runtime_module.start(config.parallel.timeout_seconds)
+    trainer = Trainer(config, as_written, overrides, runtime)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: Config, as_written: str, overrides: list[str], runtime: Runtime) -> None:
+        self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
+        torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+        folder = config.run_folder
+        runtime.on_main(lambda: _make_run_folder(folder))
+        self.tokens = open_tokens(config, runtime)
+        self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
+        self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
+        self.validation = validation_source(config, self.tokens)
+        self.model = parallelize(config, self.mesh, runtime.device)
+        self.optimizer = Optimizers(self.model, config.optim)
+        self.parameters = list(self.model.parameters())
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime)
+        self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
+
+        self.step = 0  # steps taken, skipped ones included
+        self.consumed = 0  # sequences read, over all ranks
+        self.skipped, self.skipped_in_row = 0, 0
+        self.checkpoint_stall_s = 0.0
+        self.saved_step: int | None = None
+        self._resume()
+        self.metrics = Metrics(
+            config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
+        )
+        self.stop_signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._introduce()
+
+    def run(self) -> None:
+        """Trains to the last step, or until a signal; saves, and shows what came of it."""
+        config = self.config
+        started, first_step = time.perf_counter(), self.step
+        while self.step < config.optim.steps:
+            values, stop = self.train_step()
+            values["time/left_s"] = (config.optim.steps - self.step) * (time.perf_counter() - started) / (
+                self.step - first_step
+            )
+            is_last = self.step == config.optim.steps
+            if is_last or self.step % config.logging.every_steps == 0:
+                self.metrics.log(self.step, values)
+                self.metrics.show(self.step, values)
+            if stop:
+                self.metrics.say(f"stopping after step {self.step} on signal {signal.Signals(stop).name}")
+                break
+            every = config.logging.validate_every_steps
+            if every and self.step % every == 0 and not is_last:
+                self.validate()
+            every = config.checkpoint.every_steps
+            if every and self.step % every == 0:
+                self.save()
+        self.save()
+        self._finish()
+
+    def train_step(self) -> tuple[dict[str, float], int]:
+        """One step: fetch, forward, backward, clip, update. Returns its metrics and the signal that asks to stop."""
+        started = time.perf_counter()
+        batches = self.loader.step(self.consumed)
+        fetched = time.perf_counter()
+
+        # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
+        facts = torch.tensor(self._count(batches) + [float(self.stop_signal)], dtype=torch.float64)
+        facts = facts.to(self.runtime.device)
+        dist.all_reduce(facts[:-1])
+        dist.all_reduce(facts[-1:], op=dist.ReduceOp.MAX)
+        valid_tokens = facts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for batch in batches:
+            losses = self._forward(batch)
+            (losses.sum() / valid_tokens.float()).backward()
+            loss_sum += losses.detach().double().sum()
+        dist.all_reduce(loss_sum)
+        loss = loss_sum / valid_tokens / self.mesh.size("tensor")
+
+        norm = global_norm(self.parameters)
+        loss_value, norm_value, *counts = torch.stack((loss, norm.double(), *facts)).tolist()  # the step's one sync
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
+            self.optimizer.step(self.step)
+            self.skipped_in_row = 0
+        else:  # every rank has the same numbers and skips too; parameters and optimizer stay as they were
+            self._skip(loss_value, norm_value)
+        self.optimizer.zero_grad()
+        lr = self.config.optim.lr * schedule(self.step, self.config.optim)
+        self.step += 1
+        self.consumed += self.config.data.sequences_per_step
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        values = {"loss/train": loss_value, "optim/grad_norm": norm_value, "optim/lr": lr}
+        values |= self._work_done(seconds, counts) | {"time/data_s": fetched - started}
+        return values, int(counts[-1])
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Losses of the tokens this rank holds: (batch, sequence / context), nats."""
+        rank, size, device = self.mesh.rank("context"), self.mesh.size("context"), self.runtime.device
+        tokens, targets, positions = (
+            shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.positions)
+        )
+        return self.model(tokens, positions, sequence_mask(batch.document_start, device), targets)
+
+    def _count(self, batches: list[Batch]) -> list[float]:
+        """Valid targets, FLOPs in units of 1e12, and documents of this rank's sequences."""
+        valid = sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches)
+        flops = sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12
+        documents = sum(float((b.positions == 0).sum()) for b in batches)
+        return [valid, flops, documents]
+
+    def _skip(self, loss: float, norm: float) -> None:
+        self.skipped += 1
+        self.skipped_in_row += 1
+        self.metrics.say(f"step {self.step + 1} skipped on all ranks: loss {loss}, gradient norm {norm}")
+        if self.skipped_in_row >= self.config.optim.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); the run stops at step "
+                f"{self.step + 1}. Lower optim.lr, or resume from an earlier checkpoint with checkpoint.resume=PATH"
+            )
+
+    def _work_done(self, seconds: float, counts: list[float]) -> dict[str, float]:
+        """Throughput, utilisation and memory of a step that took `seconds`."""
+        config, world_size = self.config, self.runtime.world_size
+        copies = world_size / self.mesh.readers  # ranks that count the same sequences
+        tokens = config.data.sequences_per_step * config.data.sequence_length
+        tflops = counts[1] / copies / seconds / world_size
+        values = {
+            "optim/skipped_steps": self.skipped,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/tokens_per_s_per_gpu": tokens / seconds / world_size,
+            "perf/step_s": seconds,
+            "perf/tflops_per_gpu": tflops,
+            "time/checkpoint_stall_s": self.checkpoint_stall_s,
+            "data/tokens": self.consumed * config.data.sequence_length,
+            "data/documents_per_sequence": counts[2] / copies / config.data.sequences_per_step,
+        }
+        if self.peak_tflops:
+            palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
+            values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
+        if self.runtime.device.type == "cuda":
+            values["mem/peak_alloc_gib"] = torch.cuda.max_memory_allocated() / GIB
+            values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        self.checkpoint_stall_s = 0.0
+        return values
+
+    def validate(self) -> dict[str, float]:
+        """Validation metrics of the model as it is, logged and said."""
+        if not self.validation:
+            return {}
+        bytes_of = self.tokens.token_bytes if self.tokens else None
+        results = validate(
+            self.model, self.validation, self.validation.size, self.config.data, self.mesh, self.runtime.device, bytes_of
+        )
+        self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
+        if results:
+            bits = results.get("loss/val_bits_per_byte")
+            more = f", {bits:.4f} bits a byte" if bits else ""
+            self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")
+        return results
+
+    def save(self) -> None:
+        """Writes a checkpoint of the run as it is, unless that one exists already."""
+        if self.saved_step == self.step:
+            return
+        started = time.perf_counter()
+        facts = {
+            "consumed": self.consumed,
+            "updates": self.optimizer.updates,
+            "skipped": self.skipped,
+            "seed": self.config.seed,
+            "data": self._data_fingerprint(),
+            "layout": asdict(self.config.parallel),
+            "world_size": self.runtime.world_size,
+            "torch": torch.__version__,
+            "configuration": self.as_written,
+        }
+        path = self.checkpoints.save(self.step, state_tensors(self.model, self.optimizer.state()), facts)
+        self.saved_step = self.step
+        self.checkpoint_stall_s += time.perf_counter() - started
+        self.metrics.say(f"saved {path}")
+
+    def _resume(self) -> None:
+        """Continues from the checkpoint that `checkpoint.resume` names, if there is one."""
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            if self.checkpoints.committed():
+                raise UserError(
+                    f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
+                )
+            return
+        path = self.checkpoints.newest() if resume == "auto" else Path(resume)
+        if path is None:
+            return
+        self.runtime.together(lambda: read_manifest(path))
+        facts = self.checkpoints.load(path, state_tensors(self.model, self.optimizer.state()))
+        self.step = int(read_manifest(path)["step"])
+        self.consumed, self.skipped = int(facts["consumed"]), int(facts["skipped"])
+        self.optimizer.updates = int(facts["updates"])
+        if path.parent == self.checkpoints.folder:
+            self.saved_step = self.step
+        self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
+        if facts["data"] != self._data_fingerprint():
+            self.runtime.say(f"the data differ from the checkpoint's ({facts['data']} there, {self._data_fingerprint()} here)")
+
+    def _data_fingerprint(self) -> str:
+        return self.tokens.fingerprint() if self.tokens else str(self.config.data.recall)
+
+    def _introduce(self) -> None:
+        config, mesh = self.config, self.mesh
+        count = sum(p.numel() for p in self.parameters)
+        axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
+        data = f"{self.tokens.folder} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
+        self.runtime.say(
+            f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {self.runtime.world_size} x "
+            f"{_device_name(self.runtime.device)}, {axes}\n"
+            f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
+            f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
+            f"steps {self.step} to {config.optim.steps}, files in {config.run_folder}"
+        )
+
+    def _finish(self) -> None:
+        """Validation, samples and the report; says where they are and how to go on."""
+        from longctx.report import write_report
+
+        results = self.validate()
+        samples = self._samples() if self.step >= self.config.optim.steps else []
+        if not self.runtime.is_main:
+            return
+        for sample in samples:
+            self.metrics.say(f"--- sample ---\n{sample}")
+        report = write_report(self.config.run_folder, self.config.name, self.as_written, samples)
+        bits = results.get("loss/val_bits_per_byte")
+        if results:
+            shown = f" ({bits:.4f} bits a byte)" if bits else ""
+            self.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
+        self.metrics.say(f"report: {report}\nresume: {resume_command(self.config, self.overrides, self.runtime.world_size)}")
+
+    def _samples(self) -> list[str]:
+        logging = self.config.logging
+        if not self.tokens or not logging.sample_tokens or not logging.sample_prompts:
+            return []
+        tokenizer = Tokenizer.from_file(str(self.tokens.tokenizer_file))
+        prompts = [tokenizer.encode(p, add_special_tokens=False).ids or [0] for p in logging.sample_prompts]
+        vocab_size = self.tokens.manifest.vocab_size
+        texts = generate(self.model, prompts, logging.sample_tokens, self.mesh, self.runtime.device, vocab_size)
+        return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self.stop_signal = number
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+# the parts that depend on the data source ----------------------------------------------------------------------------
+
+
+def open_tokens(config: Config, runtime: Runtime) -> TokenFolder | None:
+    """The run's token shards, checked, on every rank; None for synthetic data."""
+    data = config.data
+    if data.source == DataSource.recall:
+        return None
+    folder = Path(data.folder).expanduser()
+    if data.source == DataSource.builtin:
+        folder = builtin.folder(data.cache_folder)
+        if runtime.together(lambda: not folder.exists()):
+            runtime.on_main(lambda: folder.exists() or builtin.build(folder))
+    return runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
+
+
+def training_source(config: Config, tokens: TokenFolder | None) -> Source:
+    if tokens is None:
+        return RecallStream(config.data, config.seed)
+    return ShuffledTokens(tokens.splits["train"], config.data, config.seed, f"{tokens.folder}, training split")
+
+
+def validation_source(config: Config, tokens: TokenFolder | None) -> SpacedTokens | RecallStream | None:
+    """Held-out sequences; None if the corpus has none or `data.validation_sequences` is 0."""
+    if not config.data.validation_sequences:
+        return None
+    if tokens is None:
+        return RecallStream(config.data, config.seed + 1)
+    try:
+        return SpacedTokens(tokens.splits["validation"], config.data, f"{tokens.folder}, validation split")
+    except DataError:
+        return None
+
+
+def resume_command(config: Config, overrides: list[str], world_size: int) -> str:
+    """What to type to go on with this run, for as many steps again if it is complete."""
+    launcher = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
+    words = [w for w in overrides if w.split("=")[0] not in ("name", "optim.steps", "checkpoint.resume")]
+    return " ".join([launcher, "train.py", *words, f"name={config.name}", f"optim.steps={2 * config.optim.steps}"])
+
+
+def _make_run_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER") from None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
