@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -140,26 +139,58 @@ def project_to_vocabulary(hidden: Tensor, weight: Tensor, softcap: float | None 
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, chunk_tokens: int = 8192
-) -> Tensor:
-    """`cross_entropy(project_to_vocabulary(hidden, weight), targets)` with the logits of one chunk of tokens at a time.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """`cross_entropy(project_to_vocabulary(hidden, weight), targets)` that never holds all logits.
 
-    hidden (batch, sequence, width), weight (vocabulary, width), targets (batch, sequence). The logits of a chunk are
-    made again in the backward pass. Losses (batch, sequence), nats, 0 where the target is -100.
+    hidden (batch, sequence, width), weight (vocabulary, width), targets (batch, sequence) with -100 for none. Losses
+    (batch, sequence), nats, fp32 or fp64, 0 without a target. A chunk of tokens at a time; its logits are made again in
+    the backward pass, and the weight's gradient is summed over chunks in float32.
     """
-    tokens, labels = hidden.flatten(0, -2), targets.flatten()
+    losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), softcap)
+    return losses.view_as(targets).clone()  # pyright: ignore[reportOptionalMemberAccess]  no view: module hooks refuse one
 
-    def chunk_losses(chunk: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(project_to_vocabulary(chunk, weight, softcap), labels)
 
-    if tokens.shape[0] <= chunk_tokens:
-        return chunk_losses(tokens, labels).view_as(targets).clone()  # no view: module hooks refuse one
-    losses = [
-        checkpoint(chunk_losses, chunk, chunk_labels, use_reentrant=False)
-        for chunk, chunk_labels in zip(tokens.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-    ]
-    return torch.cat(losses).view_as(targets).clone()  # pyright: ignore[reportArgumentType]  checkpoint is untyped
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Over hidden (tokens, width), weight (vocabulary, width) and targets (tokens,)."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        losses = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
+        lse = torch.empty_like(losses)
+        for part in _token_chunks(hidden, weight):
+            logits = project_to_vocabulary(hidden[part], weight, softcap).to(losses.dtype)
+            torch.logsumexp(logits, dim=-1, out=lse[part])
+            has_target = targets[part] >= 0
+            at_target = logits.gather(1, targets[part].clamp(min=0).unsqueeze(1)).squeeze(1)
+            losses[part] = torch.where(has_target, lse[part] - at_target, 0)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.softcap = softcap
+        return losses
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        (dlosses,) = gradients
+        hidden, weight, targets, lse = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=lse.dtype)
+        for part in _token_chunks(hidden, weight):
+            logits = project_to_vocabulary(hidden[part], weight, ctx.softcap).to(lse.dtype)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            dlogits = logits.sub_(lse[part].unsqueeze(1)).exp_()
+            dlogits.scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), dlogits.new_full((len(logits), 1), -1))
+            dlogits *= torch.where(targets[part] >= 0, dlosses[part], 0).unsqueeze(1)
+            if slope is not None:
+                dlogits *= slope
+            dlogits = dlogits.to(hidden.dtype)
+            torch.mm(dlogits, weight.to(hidden.dtype), out=dhidden[part])
+            dweight += dlogits.T @ hidden[part]
+        return dhidden, dweight.to(weight.dtype), None, None
+
+
+def _token_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the tokens whose float32 logits take 16 MiB on a CPU (they stay in its cache) or 1 GiB on a GPU."""
+    size = max(1, (1 << 24 if hidden.device.type == "cpu" else 1 << 30) // (4 * weight.shape[0]))
+    return [slice(first, first + size) for first in range(0, hidden.shape[0], size)]
 
 
 # pointwise -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from longctx.config import OptimConfig, Optimizer, Schedule
 
@@ -69,6 +69,8 @@ class Optimizers:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["top_lr"] * fraction
+            if isinstance(optimizer, torch.optim.Muon):
+                _gather_gradients(optimizer)
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -106,6 +108,8 @@ class Optimizers:
                 group["lr"] = 0.0
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
+            if isinstance(optimizer, torch.optim.Muon):
+                _gather_gradients(optimizer)
             optimizer.step()
         self.zero_grad()
         for optimizer in self.optimizers:
@@ -113,6 +117,18 @@ class Optimizers:
                 for key, value in state.items():
                     if key == "step":
                         value.zero_()
+
+
+def _gather_gradients(muon: torch.optim.Muon) -> None:
+    """Makes the gradients whole on every rank: Muon's iteration multiplies whole matrices, some fifteen times each.
+
+    Gathered once, every product is local; the momentum is then whole on every rank too.
+    """
+    for group in muon.param_groups:
+        for parameter in group["params"]:
+            if isinstance(parameter.grad, DTensor):
+                replicated = [Replicate()] * parameter.grad.device_mesh.ndim
+                parameter.grad = parameter.grad.redistribute(placements=replicated)
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

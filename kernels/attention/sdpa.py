@@ -1,13 +1,14 @@
 """Attention on the kernels that torch carries: its CPU flash kernel, and cuDNN and FlashAttention-2 on NVIDIA GPUs.
 
 These are the kernels behind `torch.nn.functional.scaled_dot_product_attention`, called one level lower because that
-function does not return the log-sum-exp. Any key intervals are served: as a dense additive mask on the CPU, and on the
-GPU as a few variable-length batches, one a kind of edge (`segments`).
+function does not return the log-sum-exp. Any key intervals are served by cutting the rows into runs whose bounds move
+alike (`find_runs`): one call a run on the CPU, and on the GPU one variable-length call a kind of edge (`segments`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
-from longctx.kernels.reference import finite_lse, repeat_heads, sum_repeated_heads
+from longctx.kernels.reference import accumulation_dtype, repeat_heads, sum_repeated_heads
 
 aten = torch.ops.aten
 
@@ -76,58 +77,126 @@ def _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale) -> tuple[Ten
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-# CPU: one kernel with a dense additive mask --------------------------------------------------------------------------
+# runs of rows whose bounds move alike --------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Rows first..last-1 of sequence `sequence`, which see the keys first_key..last_key-1 but for an edge.
+
+    `start_step` and `end_step` (0 or 1) say how the bounds move from row to row: (0, 0) no edge, (0, 1) causal and
+    bottom-right aligned, (1, 1) a sliding window, (1, 0) a window's far edge.
+    """
+
+    sequence: int
+    first: int
+    last: int
+    first_key: int
+    last_key: int
+    start_step: int
+    end_step: int
 
 
 @once_a_mask
-def _additive_mask(mask: KeyIntervals, dtype: torch.dtype) -> Tensor:
-    """(batch or 1, 1, n_queries, n_keys): 0 where a row sees a key, else -inf."""
-    start, end = mask.bounds("cpu")
-    key = torch.arange(mask.n_keys, dtype=torch.int32)
-    hidden = (key < start.unsqueeze(-1)) | (key >= end.unsqueeze(-1))
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+def find_runs(mask: KeyIntervals, batch: int, device: torch.device) -> list[Run]:
+    """Cuts the rows of every sequence into runs. Rows without keys are in none."""
+    starts, ends = (bound.expand(batch, -1).cpu().numpy() for bound in mask.bounds(device))
+    return [
+        Run(sequence, first, last, int(start[first]), int(end[last - 1]), start_step, end_step)
+        for sequence, (start, end) in enumerate(zip(starts, ends, strict=True))
+        for first, last, start_step, end_step in _runs_of_sequence(start, end)
+    ]
 
 
-def _cpu_arguments(q: Tensor, mask: KeyIntervals, scale: float) -> dict:
-    if mask.start is None and mask.is_causal and mask.n_queries == mask.n_keys:
-        return {"is_causal": True, "scale": scale}
+def _runs_of_sequence(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """(first row, last row + 1, start_step, end_step); rows whose bounds jump by more than one stand alone."""
+    some = end > start
+    start_step, end_step = np.diff(start), np.diff(end)
+    steady = (start_step >= 0) & (start_step <= 1) & (end_step >= 0) & (end_step <= 1) & some[1:] & some[:-1]
+    kind = np.where(steady, start_step * 2 + end_step, -1)
+    changes = np.flatnonzero(np.diff(kind)) + 1
+    runs, free = [], 0  # free: the first row that is in no run yet
+    for first, last in zip([0, *changes], [*changes, len(kind)], strict=True):
+        if first == last or kind[first] < 0:
+            continue
+        runs += [(row, row + 1, 0, 0) for row in range(free, first) if some[row]]
+        begin = max(free, int(first))
+        if begin <= last:
+            runs.append((begin, int(last) + 1, int(kind[first]) // 2, int(kind[first]) % 2))
+            free = int(last) + 1
+    return runs + [(row, row + 1, 0, 0) for row in range(free, len(start)) if some[row]]
+
+
+# CPU: one call a run -------------------------------------------------------------------------------------------------
+
+
+class _CpuCall(NamedTuple):
+    sequences: slice
+    rows: slice
+    keys: slice
+    arguments: dict
+
+
+@once_a_mask
+def _cpu_calls(mask: KeyIntervals, batch: int, dtype: torch.dtype) -> list[_CpuCall]:
+    """What to call the kernel with: once for the compile-time masks, else once a run."""
+    everything = slice(0, batch), slice(0, mask.n_queries), slice(0, mask.n_keys)
     if mask.start is None and not mask.is_causal:
-        return {"is_causal": False, "scale": scale}
-    return {"is_causal": False, "attn_mask": _additive_mask(mask, q.dtype), "scale": scale}
+        return [_CpuCall(*everything, {"is_causal": False})]
+    if mask.start is None and mask.n_queries == mask.n_keys:
+        return [_CpuCall(*everything, {"is_causal": True})]
+    calls = []
+    for run in find_runs(mask, batch, torch.device("cpu")):
+        n_rows, n_keys = run.last - run.first, run.last_key - run.first_key
+        arguments: dict = {"is_causal": False}
+        if (run.start_step, run.end_step) == (0, 1) and n_rows == n_keys:
+            arguments = {"is_causal": True}
+        elif run.start_step or run.end_step:
+            arguments["attn_mask"] = _edge_mask(run, n_rows, n_keys, dtype)
+        sequence = slice(run.sequence, run.sequence + 1)
+        calls.append(_CpuCall(sequence, slice(run.first, run.last), slice(run.first_key, run.last_key), arguments))
+    return calls
+
+
+def _edge_mask(run: Run, n_rows: int, n_keys: int, dtype: torch.dtype) -> Tensor:
+    """(1, 1, rows, keys) to add to the scores of a run: 0 where a row sees a key, else -inf."""
+    row, key = torch.arange(n_rows).unsqueeze(1), torch.arange(n_keys)
+    hidden = (key < row * run.start_step) | (key >= n_keys - (n_rows - 1 - row) * run.end_step)
+    return torch.zeros(1, 1, n_rows, n_keys, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+    batch, n_queries, heads, _ = q.shape
+    k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    out = torch.zeros_like(q)
+    lse = torch.full((batch, heads, n_queries), -torch.inf, dtype=accumulation_dtype(q.dtype))
+    for sequences, rows, keys, arguments in _cpu_calls(mask, batch, q.dtype):
+        inputs = _heads_first(q[sequences, rows], k[sequences, keys], v[sequences, keys])
+        part, part_lse = aten._scaled_dot_product_flash_attention_for_cpu(*inputs, 0.0, **arguments, scale=scale)
+        out[sequences, rows], lse[sequences, :, rows] = part.transpose(1, 2), part_lse
+    return out, lse
+
+
+def _cpu_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, heads, _ = q.shape
+    kv_heads, repeated_k, repeated_v = k.shape[2], repeat_heads(k, heads), repeat_heads(v, heads)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(repeated_k), torch.zeros_like(repeated_v)
+    for sequences, rows, keys, arguments in _cpu_calls(mask, batch, q.dtype):
+        inputs = _heads_first(
+            dout[sequences, rows], q[sequences, rows], repeated_k[sequences, keys], repeated_v[sequences, keys],
+            out[sequences, rows],
+        )  # fmt: skip
+        settings = {name: value for name, value in arguments.items() if name != "is_causal"}
+        part_dq, part_dk, part_dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *inputs, lse[sequences, :, rows].contiguous(), 0.0, arguments["is_causal"], **settings, scale=scale
+        )
+        dq[sequences, rows] = part_dq.transpose(1, 2)
+        dk[sequences, keys] += part_dk.transpose(1, 2)
+        dv[sequences, keys] += part_dv.transpose(1, 2)
+    return dq, sum_repeated_heads(dk, kv_heads).contiguous(), sum_repeated_heads(dv, kv_heads).contiguous()
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
-    heads = q.shape[2]
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        *_heads_first(q, repeat_heads(k, heads), repeat_heads(v, heads)), 0.0, **_cpu_arguments(q, mask, scale)
-    )
-    out, lse = out.transpose(1, 2), lse.contiguous()
-    if mask.start is not None or mask.is_causal:
-        # The kernel says lse 0 or NaN of a row that sees no key, torch's version decides which.
-        start, end = mask.bounds("cpu")
-        empty = (end <= start).unsqueeze(1)
-        lse = lse.masked_fill(empty, -torch.inf)
-        out = out.masked_fill(empty.transpose(1, 2).unsqueeze(-1), 0)
-    return out.contiguous(), lse
-
-
-def _cpu_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
-    heads, kv_heads = q.shape[2], k.shape[2]
-    arguments = _cpu_arguments(q, mask, scale)
-    is_causal = arguments.pop("is_causal")
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_heads_first(dout, q, repeat_heads(k, heads), repeat_heads(v, heads), out),
-        finite_lse(lse),
-        0.0,
-        is_causal,
-        **arguments,
-    )
-    dq, dk, dv = _heads_first(dq, dk, dv)
-    return dq.contiguous(), sum_repeated_heads(dk, kv_heads).contiguous(), sum_repeated_heads(dv, kv_heads).contiguous()
 
 
 # GPU, full and causal: cuDNN -----------------------------------------------------------------------------------------
@@ -182,42 +251,15 @@ class SegmentBatch:
         return {"window_size_left": self.left, "window_size_right": 0 if self.is_causal else -1}
 
 
-def find_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Cuts the rows of one sequence into runs `(first row, last row + 1, step of start, step of end)`, steps 0 or 1.
-
-    Rows without keys are left out; rows whose bounds jump by more than one stand alone with steps (0, 0).
-    """
-    some = end > start
-    start_step, end_step = np.diff(start), np.diff(end)
-    steady = (start_step >= 0) & (start_step <= 1) & (end_step >= 0) & (end_step <= 1) & some[1:] & some[:-1]
-    kind = np.where(steady, start_step * 2 + end_step, -1)
-    changes = np.flatnonzero(np.diff(kind)) + 1
-    runs, free = [], 0  # free: the first row that is in no run yet
-    for first, last in zip([0, *changes], [*changes, len(kind)], strict=True):
-        if first == last or kind[first] < 0:
-            continue
-        runs += [(row, row + 1, 0, 0) for row in range(free, first) if some[row]]
-        begin = max(free, int(first))
-        if begin <= last:
-            runs.append((begin, int(last) + 1, int(kind[first]) // 2, int(kind[first]) % 2))
-            free = int(last) + 1
-    return runs + [(row, row + 1, 0, 0) for row in range(free, len(start)) if some[row]]
-
-
 @once_a_mask
 def segments(mask: KeyIntervals, batch: int, device: torch.device) -> list[SegmentBatch]:
     """The variable-length batches that together are `mask` over a batch of sequences."""
-    starts, ends = (bound.expand(batch, -1).cpu().numpy() for bound in mask.bounds(device))
     groups: dict[tuple[bool, int], list[tuple[int, int, int, int]]] = {}
-    for sequence in range(batch):
-        start, end = starts[sequence], ends[sequence]
-        for first, last, start_step, end_step in find_runs(start, end):
-            n_rows, n_keys = last - first, int(end[last - 1] - start[first])
-            left = -1
-            if start_step:
-                left = int(end[first] - start[first]) - 1 if end_step else n_keys - n_rows
-            row, key = sequence * mask.n_queries + first, sequence * mask.n_keys + int(start[first])
-            groups.setdefault((bool(end_step), left), []).append((row, n_rows, key, n_keys))
+    for run in find_runs(mask, batch, device):
+        n_rows, n_keys = run.last - run.first, run.last_key - run.first_key
+        left = n_keys - n_rows if run.start_step else -1
+        row, key = run.sequence * mask.n_queries + run.first, run.sequence * mask.n_keys + run.first_key
+        groups.setdefault((bool(run.end_step), left), []).append((row, n_rows, key, n_keys))
 
     def index(ranges: list[tuple[int, int]], total: int) -> Tensor | None:
         flat = np.concatenate([np.arange(first, first + count) for first, count in ranges])
