@@ -63,7 +63,7 @@ class Checkpoints:
             try:
                 self.verify(path)
                 return path
-            except CheckpointError as error:
+            except UserError as error:
                 self.runtime.say(f"checkpoint refused: {error}")
         return None
 
@@ -73,7 +73,7 @@ class Checkpoints:
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
     def verify(self, path: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint, after comparing size and sha256 of every file. Raises `CheckpointError`."""
+        """The manifest of a checkpoint, after comparing size and sha256 of every file. Raises `UserError`."""
         return self.runtime.together(lambda: self._verify(path))
 
     def _verify(self, path: Path) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class LoggingConfig:
     wandb_project: str = "longctx"
     wandb_timeout_seconds: int = 20  # a server that has not answered by then is left alone
     peak_tflops: float | None = None  # of one device, for MFU; null: known for common GPUs
-    sample_prompts: list[str] = field(default_factory=lambda: ["def ", "class "])
+    sample_prompts: list[str] = field(default_factory=lambda: ["import", "class Tensor", "def __init__(self"])
     sample_tokens: int = 64  # generated after each prompt at the end; 0: none
 
 
@@ -436,7 +436,7 @@ def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
 
 def explain_unknown_key(key: str) -> str:
     """Why `key` (dotted) is refused, and the keys its writer may have meant."""
-    keys = all_keys()
+    keys = [k for k in all_keys() if not any(other.startswith(f"{k}.") for other in all_keys())]  # without the groups
     last = key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     near += [k for k in keys if k not in near and difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.75)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import time
 from dataclasses import asdict
@@ -74,8 +75,7 @@ class Trainer:
             config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
         )
         self.stop_signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.previous_handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         self._introduce()
 
     def run(self) -> None:
@@ -299,7 +299,10 @@ class Trainer:
         self.stop_signal = number
 
     def close(self) -> None:
+        """Ends logging; the run can be resumed from what it has saved."""
         self.metrics.close()
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
 
 
 # the parts that depend on the data source ----------------------------------------------------------------------------
@@ -338,9 +341,9 @@ def validation_source(config: Config, tokens: TokenFolder | None) -> SpacedToken
 
 def resume_command(config: Config, overrides: list[str], world_size: int) -> str:
     """What to type to go on with this run, for as many steps again if it is complete."""
-    launcher = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
+    launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
     words = [w for w in overrides if w.split("=")[0] not in ("name", "optim.steps", "checkpoint.resume")]
-    return " ".join([launcher, "train.py", *words, f"name={config.name}", f"optim.steps={2 * config.optim.steps}"])
+    return shlex.join([*launcher, "train.py", *words, f"name={config.name}", f"optim.steps={2 * config.optim.steps}"])
 
 
 def _make_run_folder(folder: Path) -> None:

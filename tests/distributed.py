@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 SECONDS = 120
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "longctx.parallel.parallelize"])
+_server.set_forkserver_preload(["torch", "longctx.trainer"])
 
 
 def run_on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
@@ -58,6 +59,7 @@ def _collect(results: Any, world_size: int) -> list[Any]:
 
 def _run_rank(rank: int, world_size: int, store: str, results: Any, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     timeout = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     try:

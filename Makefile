@@ -1,0 +1,30 @@
+# make train   creates .venv from pinned versions and trains recipe=gpt_tiny on real text
+# make test    the same environment, then the test suite
+# make lint    ruff and pyright
+PYTHON ?= python3
+BIN := .venv/bin
+GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count())')
+NAME ?= gpt_tiny-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test lint
+train: .venv/.installed
+	@if [ "$(GPUS)" -gt 0 ]; then \
+		$(BIN)/torchrun --nproc-per-node "$(GPUS)" train.py recipe=gpt_tiny precision=bf16 name=$(NAME); \
+	else \
+		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
+	fi
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"longctx needs Python 3.11 or newer, this is {v.major}.{v.minor}; make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,59 @@
+"""Small runs for tests: a corpus, a configuration, a trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from longctx import runtime
+from longctx.config import ComputeDtype, Config, DataSource, ModelConfig, Optimizer, WandbMode
+from longctx.data.prepare import Document, prepare
+from longctx.trainer import Trainer
+
+TINY = ModelConfig(vocab_size=8192, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
+
+
+def make_corpus(folder: Path, documents: int = 40) -> Path:
+    """Token shards of short numbered texts, every eighth held out."""
+    texts = (
+        Document(f"text {i}", ["".join(f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(1 + i % 9))], i % 8 == 0)
+        for i in range(documents)
+    )
+    prepare(texts, folder, progress=False)
+    return folder
+
+
+def small_config(folder: Path, corpus: Path, **changes) -> Config:
+    """8 steps of 4 sequences of 64 tokens in float32; `changes` are dotted keys with `__` for the dot."""
+    config = Config(name="test", folder=str(folder), model=TINY)
+    config.data.source, config.data.folder = DataSource.prepared, str(corpus)
+    config.data.sequence_length, config.data.sequences_per_step, config.data.validation_sequences = 64, 4, 4
+    config.optim.steps, config.optim.warmup_steps, config.optim.lr = 8, 2, 3e-3
+    config.optim.optimizer = Optimizer.adamw
+    config.precision.compute = ComputeDtype.float32
+    config.logging.wandb, config.logging.sample_tokens = WandbMode.disabled, 0
+    for path, value in changes.items():
+        *groups, key = path.split("__")
+        target = config
+        for group in groups:
+            target = getattr(target, group)
+        assert hasattr(target, key), path
+        setattr(target, key, value)
+    return config
+
+
+@contextlib.contextmanager
+def trainer_of(config: Config) -> Iterator[Trainer]:
+    """A trainer in this process, closed at the end; the process group stays for the next one."""
+    trainer = Trainer(config, "", [], runtime.start(60))
+    try:
+        yield trainer
+    finally:
+        trainer.close()
+
+
+def losses_of(config: Config, steps: int) -> list[float]:
+    """Training losses of the next `steps` steps of a run."""
+    with trainer_of(config) as trainer:
+        return [trainer.train_step()[0]["loss/train"] for _ in range(steps)]

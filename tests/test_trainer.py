@@ -1,0 +1,279 @@
+"""A run from start to end: what it writes, how it resumes, what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from helpers import losses_of, make_corpus, small_config, trainer_of
+
+from longctx.config import (
+    ConfigError,
+    DataSource,
+    ModelConfig,
+    Optimizer,
+    ParallelConfig,
+    Strategy,
+    UserError,
+    WandbMode,
+)
+from longctx.data.tokens import DataError
+from longctx.metrics import read_metrics
+from longctx.trainer import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+def test_a_whole_run(tmp_path, corpus, capsys):
+    config = small_config(
+        tmp_path, corpus, logging__validate_every_steps=4, checkpoint__every_steps=4, logging__sample_tokens=5,
+        logging__peak_tflops=1.0,
+    )  # fmt: skip
+    train(config, "seed: 0", ["recipe=gpt_tiny", "optim.lr=3e-3"])
+    out = capsys.readouterr().out
+    assert "step 8/8  loss " in out
+    assert out.count("--- sample ---\n") == 3
+    assert f"report: {tmp_path}/test/report.html" in out
+    assert "resume: python train.py recipe=gpt_tiny optim.lr=3e-3 name=test optim.steps=16" in out
+
+    rows = read_metrics(tmp_path / "test" / "metrics.jsonl")
+    steps = [row for row in rows if "loss/train" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert steps[-1]["loss/train"] < steps[0]["loss/train"] - 0.3
+    assert steps[-1]["data/tokens"] == 8 * 4 * 64
+    assert {
+        "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_s", "perf/tokens_per_s_per_gpu",
+        "perf/step_s", "perf/tflops_per_gpu", "perf/mfu", "perf/mfu_palm", "time/data_s", "time/checkpoint_stall_s",
+        "data/documents_per_sequence",
+    } <= set(steps[-1])  # fmt: skip
+    assert steps[-1]["data/documents_per_sequence"] > 1
+    validations = [row for row in rows if "loss/val" in row]
+    assert [row["step"] for row in validations] == [4, 8]
+    assert "loss/val_bits_per_byte" in validations[0]
+    assert {"loss/pos/1", "loss/pos/16"} <= set(validations[0])
+    report = (tmp_path / "test" / "report.html").read_text()
+    assert report.count("<svg") == 6
+    assert "http" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest"}
+
+
+def run_steps(_rank, config, steps):
+    return losses_of(config, steps)
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_the_same_curve_in_every_layout(tmp_path, corpus, strategy):
+    config = small_config(tmp_path / "one", corpus)
+    single = run_on_ranks(1, run_steps, config, 8)[0]
+    for parallel, ranks in (
+        (ParallelConfig(context=2, strategy=strategy), 2),
+        (ParallelConfig(), 2),
+        (ParallelConfig(context=2, strategy=strategy), 4),
+    ):
+        config = dataclasses.replace(config, folder=str(tmp_path / f"{ranks}{parallel.context}"), parallel=parallel)
+        losses = run_on_ranks(ranks, run_steps, config, 8)
+        assert losses[0] == losses[-1]
+        assert losses[0] == pytest.approx(single, rel=1e-5)
+
+
+def run_and_save(_rank, config, steps):
+    with trainer_of(config) as trainer:
+        losses = [trainer.train_step()[0]["loss/train"] for _ in range(steps)]
+        trainer.save()
+        return losses
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+@pytest.mark.parametrize(("parallel", "ranks"), [(ParallelConfig(), 1), (ParallelConfig(context=2), 2)], ids=["1", "context 2"])
+def test_resume_is_bit_equal(tmp_path, corpus, optimizer, parallel, ranks):
+    config = small_config(tmp_path / "whole", corpus, optim__steps=30, optim__optimizer=optimizer, parallel=parallel)
+    whole = run_on_ranks(ranks, run_steps, config, 30)[0]
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    first = run_on_ranks(ranks, run_and_save, config, 10)[0]
+    second = run_on_ranks(ranks, run_steps, config, 20)[0]
+    assert first + second == whole
+
+
+def test_resume_on_another_layout(tmp_path, corpus):
+    config = small_config(tmp_path / "whole", corpus, optim__steps=12)
+    whole = run_on_ranks(1, run_steps, config, 12)[0]
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    losses = run_on_ranks(2, run_and_save, config, 4)[0]
+    config.parallel = ParallelConfig(context=2)
+    losses += run_on_ranks(4, run_and_save, config, 4)[0]
+    config.parallel = ParallelConfig()
+    losses += run_on_ranks(1, run_steps, config, 4)[0]
+    assert losses == pytest.approx(whole, rel=1e-5)
+
+
+def test_metrics_of_steps_taken_again_are_dropped(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    train(config, "", [])
+    path = tmp_path / "test" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 9, "loss/train": 1}\n{"step": 4, "loss/tr')
+    config.optim.steps = 5
+    train(config, "", [])
+    assert [r["step"] for r in read_metrics(path) if "loss/train" in r] == [1, 2, 3, 4, 5]
+
+
+# what goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def poison_one_step(_rank, config):
+    """On rank 1 the second step's loss is NaN: returns metrics of three steps and whether step two changed anything."""
+    with trainer_of(config) as trainer:
+        first = trainer.train_step()[0]
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        head = trainer.model.head
+        hook = head.register_forward_hook(lambda _m, _i, out: out * (math.nan if trainer.runtime.rank == 1 else 1))
+        second = trainer.train_step()[0]
+        hook.remove()
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+        third = trainer.train_step()[0]
+        return [x["loss/train"] for x in (first, second, third)], unchanged, third["optim/skipped_steps"]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, parallel=ParallelConfig(context=2))
+    for losses, unchanged, skipped in run_on_ranks(2, poison_one_step, config):
+        assert math.isfinite(losses[0])
+        assert math.isnan(losses[1])
+        assert math.isfinite(losses[2])
+        assert unchanged
+        assert skipped == 1
+
+
+def test_many_such_steps_end_the_run(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__max_skipped_steps=3)
+    with trainer_of(config) as trainer:
+        trainer.model.head.register_forward_hook(lambda _m, _i, out: out * math.inf)
+        with pytest.raises(UserError, match="3 steps in a row were not finite"):
+            trainer.run()
+
+
+def interrupted(rank, config):
+    if rank == 1:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with trainer_of(config) as trainer:
+        trainer.run()
+        return trainer.step
+
+
+def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=100_000, parallel=ParallelConfig(context=2))
+    steps = run_on_ranks(2, interrupted, config)
+    assert steps[0] == steps[1] < 100_000
+    assert (tmp_path / "test" / "checkpoints" / f"step_{steps[0]}" / "manifest.json").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, corpus):
+    (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
+    with pytest.raises(UserError, match=r"run's folder .*file/test cannot be written: Not a directory; give folder="):
+        train(small_config(tmp_path / "file", corpus), "", [])
+
+
+def test_ids_outside_the_vocabulary(tmp_path, corpus):
+    with pytest.raises(UserError, match="its tokenizer has 8192 ids, model.vocab_size is 4000"):
+        train(small_config(tmp_path, corpus, model=ModelConfig(vocab_size=4000)), "", [])
+
+
+def test_wrong_ranks(tmp_path, corpus):
+    with pytest.raises(ConfigError, match="parallel.context=2 does not divide the 1 ranks"):
+        train(small_config(tmp_path, corpus, parallel__context=2), "", [])
+
+
+def test_too_little_text(tmp_path, corpus):
+    with pytest.raises(DataError, match="a sequence needs 1000001"):
+        train(small_config(tmp_path, corpus, data__sequence_length=1_000_000), "", [])
+
+
+def test_never_resume_refuses_a_folder_with_checkpoints(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=1), "", [])
+    with pytest.raises(UserError, match="has checkpoints and checkpoint.resume=never; give the run another name"):
+        train(small_config(tmp_path, corpus, checkpoint__resume="never"), "", [])
+
+
+def test_a_damaged_shard_on_one_rank_ends_all(tmp_path, corpus):
+    messages = run_on_ranks(2, open_damaged, small_config(tmp_path, corpus))
+    assert messages == ["rank 1: bad shard"] * 2
+
+
+def open_damaged(rank, _config):
+    from longctx import runtime
+
+    def check():
+        if rank == 1:
+            raise DataError("bad shard")
+
+    try:
+        runtime.start(60).together(check)
+    except UserError as error:
+        return str(error)
+
+
+def test_wandb_server_that_does_not_answer(tmp_path, corpus, monkeypatch, capsys):
+    """A server that accepts and says nothing: the run is as fast as ever, and every number is in the file."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        config = small_config(tmp_path, corpus, logging__wandb=WandbMode.online, logging__wandb_timeout_seconds=2)
+        started = time.perf_counter()
+        train(config, "", [])
+        assert time.perf_counter() - started < 30
+    assert "every number is in" in capsys.readouterr().out
+    assert len([r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/train" in r]) == 8
+
+
+def test_wandb_offline(tmp_path, corpus, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    train(small_config(tmp_path, corpus, logging__wandb=WandbMode.offline), "", [])
+    assert list((tmp_path / "test" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_two_jobs_of_one_multirun(tmp_path, corpus):
+    """`torchrun train.py -m`: the process group is made once and serves both jobs."""
+    words = [
+        "recipe=gpt_tiny", "name=a,b", f"folder={tmp_path}", "data=prepared", f"data.folder={corpus}", "logging=no_wandb",
+        "data.sequence_length=64", "optim.steps=2", "logging.sample_tokens=0", "model.width=32", "logging.every_steps=1",
+    ]  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "-m", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("a", "b"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows if "loss/train" in r] == [1, 2]
+    assert not (ROOT / "outputs").exists()
+    assert not (ROOT / "multirun.yaml").exists()
+
+
+def test_recall_loss_falls_with_context(tmp_path):
+    """Only a model that looks values up in its context gets below log(values): later positions have seen more keys."""
+    config = small_config(
+        tmp_path, tmp_path, data__source=DataSource.recall, data__sequence_length=256, data__sequences_per_step=16,
+        data__sequences_per_micro_batch=16, data__validation_sequences=32, data__recall__keys=16, data__recall__values=16,
+        model=ModelConfig(vocab_size=32, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128),
+        optim__steps=150, optim__lr=5e-3, optim__optimizer=Optimizer.muon, logging__every_steps=50,
+    )  # fmt: skip
+    train(config, "", [])
+    last = [r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/val" in r][-1]
+    assert last["loss/pos/2"] > 0.8 * math.log(16)
+    assert last["loss/pos/128"] < 0.5 * math.log(16)
