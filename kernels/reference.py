@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
-    """(batch, keys, kv_heads, head_dim) -> (batch, keys, n_heads, head_dim): each K/V head serves a group of queries."""
+    """(batch, keys, kv_heads, head_dim) -> (batch, keys, n_heads, head_dim): each serves a group of queries."""
     return x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
@@ -128,7 +128,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each token, nats: logits (..., vocabulary), targets (...) with -100 for none. Losses (...), fp32 or fp64."""
+    """Loss of each token, nats: logits (..., vocabulary), targets (...) with -100 for none -> (...), fp32 or fp64."""
     flat = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
     return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
 

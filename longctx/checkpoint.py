@@ -58,7 +58,7 @@ class Checkpoints:
         return target
 
     def newest(self) -> Path | None:
-        """The committed checkpoint with the highest step that passes `verify`; a damaged one is named and passed over."""
+        """The last committed checkpoint that passes `verify`; a damaged one is named and passed over."""
         for path in reversed(self.committed()):
             try:
                 self.verify(path)
@@ -69,7 +69,9 @@ class Checkpoints:
 
     def committed(self) -> list[Path]:
         """Folders with a manifest, by step."""
-        folders = [path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and ".tmp-" not in path.name]
+        folders = [
+            path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and ".tmp-" not in path.name
+        ]
         return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
     def verify(self, path: Path) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Checkpoints:
         return manifest
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fills `tensors` in place from a verified checkpoint, whatever layout wrote it; returns the manifest's facts."""
+        """Fills `tensors` in place from a verified checkpoint, whatever layout wrote it; returns its facts."""
         manifest = self.verify(path)
         saved = manifest["tensors"]
         problems = [f"{name} is in only one of them" for name in sorted(set(tensors) ^ set(saved))]

@@ -11,6 +11,7 @@ import difflib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -215,7 +216,8 @@ class PrecisionConfig:
 class CheckpointConfig:
     """When the run is saved, and from what it starts."""
 
-    every_steps: int = 500  # 0: only at the end
+    every_steps: int = 500  # 0: not in between
+    at_end: bool = True  # after the last step, and when a signal stops the run
     keep: int = 2  # newest committed checkpoints that stay
     resume: str = "auto"  # auto: the newest committed one of this run, if any; never; or the path of a step folder
 
@@ -278,24 +280,29 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(problems)
 
 
-_AT_LEAST_ONE = """
-    model.vocab_size model.layers model.width model.heads model.kv_heads model.head_dim model.mlp_width
-    data.sequence_length data.sequences_per_step data.sequences_per_micro_batch
-    data.recall.keys data.recall.values parallel.replicate parallel.context parallel.tensor parallel.timeout_seconds
-    optim.steps optim.max_skipped_steps checkpoint.keep logging.every_steps logging.wandb_timeout_seconds
-""".split()
-_AT_LEAST_ZERO = """
-    model.window model.full_attention_every model.max_positions data.validation_sequences optim.lr optim.muon_lr optim.weight_decay optim.clip_norm
-    optim.warmup_steps checkpoint.every_steps logging.validate_every_steps logging.sample_tokens seed
-""".split()
-_FRACTIONS = "optim.decay_fraction optim.final_lr_fraction optim.beta1 optim.beta2 optim.muon_momentum".split()
-_POSITIVE = "optim.eps model.norm_eps model.init_std model.rotary.theta model.rotary.factor".split()
+_AT_LEAST_ONE = (
+    "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
+    "model.mlp_width", "data.sequence_length", "data.sequences_per_step", "data.sequences_per_micro_batch",
+    "data.recall.keys", "data.recall.values", "parallel.replicate", "parallel.context", "parallel.tensor",
+    "parallel.timeout_seconds", "optim.steps", "optim.max_skipped_steps", "checkpoint.keep", "logging.every_steps",
+    "logging.wandb_timeout_seconds",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "model.window", "model.full_attention_every", "model.max_positions", "data.validation_sequences", "optim.lr",
+    "optim.muon_lr", "optim.weight_decay", "optim.clip_norm", "optim.warmup_steps", "checkpoint.every_steps",
+    "logging.validate_every_steps", "logging.sample_tokens", "seed",
+)  # fmt: skip
+_FRACTIONS = (
+    "optim.decay_fraction", "optim.final_lr_fraction", "optim.beta1", "optim.beta2", "optim.muon_momentum",
+)  # fmt: skip
+_POSITIVE = ("optim.eps", "model.norm_eps", "model.init_std", "model.rotary.theta", "model.rotary.factor")
 
 
-def _value(config: Config, path: str):
+def _value(config: Config, path: str) -> float:
+    value: Any = config
     for name in path.split("."):
-        config = getattr(config, name)
-    return config
+        value = getattr(value, name)
+    return value
 
 
 def _check_ranges(config: Config) -> list[str]:
@@ -310,9 +317,7 @@ def _check_ranges(config: Config) -> list[str]:
         for path in _FRACTIONS
         if not 0 <= _value(config, path) <= 1
     ]
-    problems += [
-        f"{path}={_value(config, path)} must be above 0" for path in _POSITIVE if not _value(config, path) > 0
-    ]
+    problems += [f"{path}={_value(config, path)} must be above 0" for path in _POSITIVE if not _value(config, path) > 0]
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
@@ -438,7 +443,9 @@ def explain_unknown_key(key: str) -> str:
     """Why `key` (dotted) is refused, and the keys its writer may have meant."""
     keys = [k for k in all_keys() if not any(other.startswith(f"{k}.") for other in all_keys())]  # without the groups
     last = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
     near += [k for k in keys if k not in near and difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.75)]
-    hint = f"did you mean {' or '.join(near[:4])}?" if near else "`python train.py --cfg job recipe=...` lists all keys."
+    hint = (
+        f"did you mean {' or '.join(near[:4])}?" if near else "`python train.py --cfg job recipe=...` lists all keys."
+    )
     return f"{key} is no key of the configuration; {hint}"

@@ -120,7 +120,7 @@ class WandbThread:
 
     def __init__(self, logging: LoggingConfig, folder: Path, name: str, as_written: str) -> None:
         self.timeout_seconds, self.folder = logging.wandb_timeout_seconds, folder
-        self.mode = str(logging.wandb)
+        self.mode: Any = str(logging.wandb)
         if logging.wandb == WandbMode.auto:
             self.mode = "online" if has_wandb_key() else "offline"
         self.queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
@@ -133,7 +133,9 @@ class WandbThread:
         try:
             import wandb
 
-            settings = wandb.Settings(init_timeout=self.timeout_seconds, silent=True, console="off", x_disable_stats=True)
+            settings = wandb.Settings(
+                init_timeout=self.timeout_seconds, silent=True, console="off", x_disable_stats=True
+            )
             run: Any = wandb.init(
                 project=project, name=name, id=_run_id(folder), resume="allow", dir=str(folder), mode=self.mode,
                 settings=settings,
@@ -155,7 +157,9 @@ class WandbThread:
         if self.thread.is_alive():
             self.problem = f"no answer within {self.timeout_seconds} s"
         if self.problem:
-            print(f"wandb ({self.mode}): {self.problem}; every number is in {self.folder / 'metrics.jsonl'}", flush=True)
+            print(
+                f"wandb ({self.mode}): {self.problem}; every number is in {self.folder / 'metrics.jsonl'}", flush=True
+            )
 
 
 def _run_id(folder: Path) -> str:

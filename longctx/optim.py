@@ -35,7 +35,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
         self.config = optim
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         is_muon = optim.optimizer == Optimizer.muon
         muon = [p for p, name in self.names.items() if is_muon and p.ndim == 2 and name.startswith("blocks.")]
         chosen = set(muon)
@@ -55,9 +55,7 @@ class Optimizers:
         ]
         if muon:
             self.optimizers.append(
-                torch.optim.Muon(
-                    muon, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay
-                )
+                torch.optim.Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -49,7 +49,9 @@ def write_report(folder: Path, name: str, configuration: str, samples: list[str]
             title=html.escape(name),
             table=_table(last),
             figures="".join(figures),
-            samples="".join(["<h2>Samples</h2>", *(f"<pre>{html.escape(s)}</pre>" for s in samples)] if samples else []),
+            samples="".join(
+                ["<h2>Samples</h2>", *(f"<pre>{html.escape(s)}</pre>" for s in samples)] if samples else []
+            ),
             configuration=html.escape(configuration),
         )
     )

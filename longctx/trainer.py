@@ -84,8 +84,8 @@ class Trainer:
         started, first_step = time.perf_counter(), self.step
         while self.step < config.optim.steps:
             values, stop = self.train_step()
-            values["time/left_s"] = (config.optim.steps - self.step) * (time.perf_counter() - started) / (
-                self.step - first_step
+            values["time/left_s"] = (
+                (config.optim.steps - self.step) * (time.perf_counter() - started) / (self.step - first_step)
             )
             is_last = self.step == config.optim.steps
             if is_last or self.step % config.logging.every_steps == 0:
@@ -100,7 +100,8 @@ class Trainer:
             every = config.checkpoint.every_steps
             if every and self.step % every == 0:
                 self.save()
-        self.save()
+        if config.checkpoint.at_end:
+            self.save()
         self._finish()
 
     def train_step(self) -> tuple[dict[str, float], int]:
@@ -110,7 +111,7 @@ class Trainer:
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
-        facts = torch.tensor(self._count(batches) + [float(self.stop_signal)], dtype=torch.float64)
+        facts = torch.tensor([*self._count(batches), float(self.stop_signal)], dtype=torch.float64)
         facts = facts.to(self.runtime.device)
         dist.all_reduce(facts[:-1])
         dist.all_reduce(facts[-1:], op=dist.ReduceOp.MAX)
@@ -164,8 +165,8 @@ class Trainer:
         self.metrics.say(f"step {self.step + 1} skipped on all ranks: loss {loss}, gradient norm {norm}")
         if self.skipped_in_row >= self.config.optim.max_skipped_steps:
             raise UserError(
-                f"{self.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); the run stops at step "
-                f"{self.step + 1}. Lower optim.lr, or resume from an earlier checkpoint with checkpoint.resume=PATH"
+                f"{self.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); stopping at step "
+                f"{self.step + 1}. Lower optim.lr, or resume from an earlier checkpoint (checkpoint.resume=PATH)"
             )
 
     def _work_done(self, seconds: float, counts: list[float]) -> dict[str, float]:
@@ -199,7 +200,13 @@ class Trainer:
             return {}
         bytes_of = self.tokens.token_bytes if self.tokens else None
         results = validate(
-            self.model, self.validation, self.validation.size, self.config.data, self.mesh, self.runtime.device, bytes_of
+            self.model,
+            self.validation,
+            self.validation.size,
+            self.config.data,
+            self.mesh,
+            self.runtime.device,
+            bytes_of,
         )
         self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
         if results:
@@ -250,7 +257,9 @@ class Trainer:
             self.saved_step = self.step
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
         if facts["data"] != self._data_fingerprint():
-            self.runtime.say(f"the data differ from the checkpoint's ({facts['data']} there, {self._data_fingerprint()} here)")
+            self.runtime.say(
+                f"the data differ from the checkpoint's ({facts['data']} there, {self._data_fingerprint()} here)"
+            )
 
     def _data_fingerprint(self) -> str:
         return self.tokens.fingerprint() if self.tokens else str(self.config.data.recall)
@@ -283,7 +292,9 @@ class Trainer:
         if results:
             shown = f" ({bits:.4f} bits a byte)" if bits else ""
             self.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
-        self.metrics.say(f"report: {report}\nresume: {resume_command(self.config, self.overrides, self.runtime.world_size)}")
+        self.metrics.say(
+            f"report: {report}\nresume: {resume_command(self.config, self.overrides, self.runtime.world_size)}"
+        )
 
     def _samples(self) -> list[str]:
         logging = self.config.logging

@@ -25,7 +25,7 @@ _server.set_forkserver_preload(["torch", "longctx.trainer"])
 def run_on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
     """Calls `function(rank, *arguments)` on `world_size` ranks joined by gloo; returns each rank's result.
 
-    Function, arguments and results travel by pickle. Raises AssertionError with the trace of the first rank that failed.
+    Function, arguments and results travel by pickle. Raises AssertionError with the trace of a failed rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = _server.Queue()
@@ -59,7 +59,9 @@ def _collect(results: Any, world_size: int) -> list[Any]:
 
 def _run_rank(rank: int, world_size: int, store: str, results: Any, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
     timeout = datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     try:

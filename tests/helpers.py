@@ -17,7 +17,11 @@ TINY = ModelConfig(vocab_size=8192, layers=2, width=32, heads=4, kv_heads=2, hea
 def make_corpus(folder: Path, documents: int = 40) -> Path:
     """Token shards of short numbered texts, every eighth held out."""
     texts = (
-        Document(f"text {i}", ["".join(f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(1 + i % 9))], i % 8 == 0)
+        Document(
+            f"text {i}",
+            ["".join(f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(1 + i % 9))],
+            i % 8 == 0,
+        )
         for i in range(documents)
     )
     prepare(texts, folder, progress=False)

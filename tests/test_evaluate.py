@@ -30,7 +30,11 @@ def look(_rank, config):
 def test_layouts_agree(tmp_path, corpus):
     config = small_config(tmp_path / "1", corpus, data__validation_sequences=3)
     single, words = run_on_ranks(1, look, config)[0]
-    for parallel, ranks in ((ParallelConfig(), 2), (ParallelConfig(context=2), 2), (ParallelConfig(context=2, tensor=2), 4)):
+    for parallel, ranks in (
+        (ParallelConfig(), 2),
+        (ParallelConfig(context=2), 2),
+        (ParallelConfig(context=2, tensor=2), 4),
+    ):
         config.folder, config.parallel = str(tmp_path / f"{ranks}{parallel.context}"), parallel
         for results, other_words in run_on_ranks(ranks, look, config):
             assert results == pytest.approx(single, rel=1e-5)

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [p for folder in ("longctx", "kernels", "tools") for p in (ROOT / folder).rglob("*.py") if "longctx/kernels" not in str(p)]
+SOURCES = [
+    p
+    for folder in ("longctx", "kernels", "tools")
+    for p in (ROOT / folder).rglob("*.py")
+    if "longctx/kernels" not in str(p)
+]
 
 # layer -> what its modules never import
 BANNED = {
-    "kernels": ("torch.distributed", "hydra", "omegaconf", "wandb", "longctx.config", "longctx.model", "longctx.parallel",
-                "longctx.data", "longctx.trainer", "longctx.runtime"),
+    "kernels": ("torch.distributed", "hydra", "omegaconf", "wandb", "longctx.config", "longctx.model",
+                "longctx.parallel", "longctx.data", "longctx.trainer", "longctx.runtime"),
     "longctx/config.py": ("torch", "numpy", "hydra", "omegaconf", "longctx"),
     "longctx/model": ("torch.distributed", "longctx.parallel", "longctx.data", "longctx.trainer"),
     "longctx/parallel": ("longctx.data", "longctx.optim", "longctx.trainer"),

@@ -17,7 +17,7 @@ from longctx.model.transformer import Transformer, build, layer_windows, matmul_
 
 # of the published models; gpt_124m by hand: 50304 * 768 + 12 * (4 * 768^2 + 3 * 768 * 2048 + 2 * 768) + 768
 PARAMETERS = {
-    "gpt_124m": 123_551_232,
+    "gpt_124m": 123_587_328,
     "gpt2_124m": 124_439_808,
     "llama3_8b": 8_030_261_248,
     "qwen3_0_6b": 596_049_920,

@@ -23,8 +23,8 @@ GQA = ModelConfig(vocab_size=VOCAB, layers=2, width=48, heads=4, kv_heads=2, hea
 WINDOW = dataclasses.replace(GQA, layers=3, window=11, full_attention_every=3)
 QWEN = dataclasses.replace(GQA, qk_norm=True, tied_embeddings=False, heads=8, kv_heads=4, head_dim=8)
 GPT2 = dataclasses.replace(
-    GQA, kv_heads=4, norm=Norm.layer_norm, activation=Activation.gelu, positions=Positions.learned, max_positions=LENGTH,
-    qkv_bias=True, projection_bias=True, logit_softcap=5.0,
+    GQA, kv_heads=4, norm=Norm.layer_norm, activation=Activation.gelu, positions=Positions.learned,
+    max_positions=LENGTH, qkv_bias=True, projection_bias=True, logit_softcap=5.0,
 )  # fmt: skip
 
 
@@ -157,7 +157,9 @@ def test_layouts(layout):
 
 
 @pytest.mark.parametrize("model", [QWEN, GPT2], ids=["qwen3", "gpt2"])
-@pytest.mark.parametrize("parallel", [ParallelConfig(context=2, tensor=2), ParallelConfig(context=4)], ids=["c2t2", "c4"])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(context=2, tensor=2), ParallelConfig(context=4)], ids=["c2t2", "c4"]
+)
 def test_model_shapes(model, parallel):
     ratio, name = worst_ratio(model, parallel, 4, make_inputs(DOCUMENTS))
     assert ratio < 1.5, (ratio, name)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from longctx.metrics import read_metrics
 from longctx.trainer import train
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert {"loss/pos/1", "loss/pos/16"} <= set(validations[0])
     report = (tmp_path / "test" / "report.html").read_text()
     assert report.count("<svg") == 6
-    assert "http" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
     assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest"}
 
 
@@ -101,7 +103,9 @@ def run_and_save(_rank, config, steps):
 
 
 @pytest.mark.parametrize("optimizer", list(Optimizer))
-@pytest.mark.parametrize(("parallel", "ranks"), [(ParallelConfig(), 1), (ParallelConfig(context=2), 2)], ids=["1", "context 2"])
+@pytest.mark.parametrize(
+    ("parallel", "ranks"), [(ParallelConfig(), 1), (ParallelConfig(context=2), 2)], ids=["1", "context 2"]
+)
 def test_resume_is_bit_equal(tmp_path, corpus, optimizer, parallel, ranks):
     config = small_config(tmp_path / "whole", corpus, optim__steps=30, optim__optimizer=optimizer, parallel=parallel)
     whole = run_on_ranks(ranks, run_steps, config, 30)[0]
@@ -250,11 +254,12 @@ def test_wandb_offline(tmp_path, corpus, monkeypatch):
 def test_two_jobs_of_one_multirun(tmp_path, corpus):
     """`torchrun train.py -m`: the process group is made once and serves both jobs."""
     words = [
-        "recipe=gpt_tiny", "name=a,b", f"folder={tmp_path}", "data=prepared", f"data.folder={corpus}", "logging=no_wandb",
-        "data.sequence_length=64", "optim.steps=2", "logging.sample_tokens=0", "model.width=32", "logging.every_steps=1",
+        "recipe=gpt_tiny", "name=a,b", f"folder={tmp_path}", "data=prepared",
+        f"data.folder={corpus}", "logging=no_wandb", "data.sequence_length=64", "optim.steps=2",
+        "logging.sample_tokens=0", "model.width=32", "logging.every_steps=1",
     ]  # fmt: skip
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "-m", *words],
+        [*TORCHRUN, "--nproc-per-node", "2", "train.py", "-m", *words],
         cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -266,14 +271,15 @@ def test_two_jobs_of_one_multirun(tmp_path, corpus):
 
 
 def test_recall_loss_falls_with_context(tmp_path):
-    """Only a model that looks values up in its context gets below log(values): later positions have seen more keys."""
+    """A key's first value costs log(values) nats; a model that uses its context pays less at later positions."""
     config = small_config(
-        tmp_path, tmp_path, data__source=DataSource.recall, data__sequence_length=256, data__sequences_per_step=16,
-        data__sequences_per_micro_batch=16, data__validation_sequences=32, data__recall__keys=16, data__recall__values=16,
-        model=ModelConfig(vocab_size=32, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128),
-        optim__steps=150, optim__lr=5e-3, optim__optimizer=Optimizer.muon, logging__every_steps=50,
+        tmp_path, tmp_path, data__source=DataSource.recall, data__sequence_length=128, data__sequences_per_step=16,
+        data__sequences_per_micro_batch=16, data__validation_sequences=32, data__recall__keys=4,
+        data__recall__values=16,
+        model=ModelConfig(vocab_size=20, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128),
+        optim__steps=240, optim__lr=1e-2, optim__optimizer=Optimizer.muon, logging__every_steps=50,
     )  # fmt: skip
     train(config, "", [])
     last = [r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/val" in r][-1]
     assert last["loss/pos/2"] > 0.8 * math.log(16)
-    assert last["loss/pos/128"] < 0.5 * math.log(16)
+    assert last["loss/pos/64"] < 0.1

@@ -52,7 +52,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> None:
         problems.append(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(
-            f"the mask is for {mask.n_queries} queries and {mask.n_keys} keys, the call has {q.shape[1]} and {k.shape[1]}"
+            f"the mask is for {mask.n_queries} queries and {mask.n_keys} keys, "
+            f"the call has {q.shape[1]} and {k.shape[1]}"
         )
     if mask.start is not None and mask.start.shape[0] not in (1, q.shape[0]):
         problems.append(f"the mask has {mask.start.shape[0]} rows of bounds for a batch of {q.shape[0]}")

@@ -71,7 +71,7 @@ class KeyIntervals:
         return KeyIntervals(self.n_queries, self.n_keys, start=torch.maximum(start, end - size), end=end)
 
     def rows(self, index: Tensor) -> KeyIntervals:
-        """The mask of the query rows `index` (ascending) over the same keys: what one rank of a split sequence holds."""
+        """The mask of the query rows `index` (ascending) over the same keys: one rank's share."""
         start, end = self.bounds(index.device)
         return KeyIntervals(index.numel(), self.n_keys, start=start[:, index], end=end[:, index])
 
@@ -97,7 +97,9 @@ def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
     def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
         if mask.start is None:
             return compute(mask, *arguments)
-        of_mask = results.setdefault(mask.start, {})
+        if mask.start not in results:
+            results[mask.start] = {}
+        of_mask: dict = results[mask.start]
         key = (mask.n_keys, *arguments)
         if key not in of_mask:
             of_mask[key] = compute(mask, *arguments)

@@ -24,7 +24,7 @@ HELD_OUT = {
 
 
 def packages() -> dict[str, list[Path]]:
-    """Package name -> its source files, sorted: `python/asyncio`, `torch/nn`; single modules go to `python` or `torch`."""
+    """Package name -> its source files, sorted: `python/asyncio`, `torch/nn`; single modules: `python`, `torch`."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
@@ -47,8 +47,8 @@ def read_package(name: str, files: list[Path]) -> Iterator[str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        inside = path.parts[path.parts.index(name.split("/")[-1]) :] if "/" in name else path.parts[-1:]
-        yield f"# {name.split('/')[0]}: {'/'.join(inside)}\n{text}\n"
+        inside = path.parts[path.parts.index(name.rsplit("/", maxsplit=1)[-1]) :] if "/" in name else path.parts[-1:]
+        yield f"# {name.split('/', maxsplit=1)[0]}: {'/'.join(inside)}\n{text}\n"
 
 
 def documents() -> Iterator[Document]:

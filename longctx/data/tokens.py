@@ -96,7 +96,7 @@ class TokenSplit:
             ids.append(np.asarray(self.tokens[shard][begin - shard_first : end - shard_first], dtype=np.int64))
             ends = self.document_ends[shard]
             low = np.searchsorted(ends, begin - shard_first, "left")
-            high = np.searchsorted(ends, end - shard_first, "left")
+            high = np.searchsorted(ends, end - shard_first, "right")  # one may end where the shard does
             starts.append(np.asarray(ends[low:high]) + shard_first - offset)
         starts = np.concatenate(starts)
         return np.concatenate(ids), starts[(starts > 0) & (starts < count)]

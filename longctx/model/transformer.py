@@ -37,9 +37,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, window: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.window = window  # keys a row sees; 0: all
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
@@ -77,7 +76,7 @@ class Transformer(nn.Module):
         self.position_embedding = None
         if config.positions == Positions.learned:
             self.position_embedding = nn.Embedding(config.max_positions, config.width)
-        self.blocks = nn.ModuleList(Block(config, window) for window in layer_windows(config))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         self.head = Head(config)
         self.output_weight = None
@@ -95,9 +94,10 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(positions)
         rotation_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rotation = cos_sin(positions, self.config.rotary, self.config.head_dim, rotation_dtype)
-        windows = {window: mask.window(window, tokens.device) for window in {b.window for b in self.blocks} if window}
-        for block in self.blocks:
-            x = block(x, rotation, windows.get(block.window, mask))
+        windows = layer_windows(self.config)
+        masks = {window: mask.window(window, tokens.device) if window else mask for window in set(windows)}
+        for block, window in zip(self.blocks, windows, strict=True):
+            x = block(x, rotation, masks[window])
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return self.head(self.final_norm(x), weight, targets)
 

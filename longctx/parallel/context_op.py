@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _resolve_process_group  # what torch's own functional collectives use
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from longctx.kernels.attention.interface import choose, empty_results
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
@@ -24,7 +24,7 @@ class Block:
 
     def __init__(self, scale: float, implementation: str, group_name: str) -> None:
         self.scale, self.implementation = scale, implementation
-        self.group = _resolve_process_group(group_name)
+        self.group = _resolve_process_group(GroupName(group_name))
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
 

@@ -35,7 +35,7 @@ def scatter_gradients(dk: Tensor, dv: Tensor, block: Block) -> tuple[Tensor, Ten
     mine = torch.empty_like(gradients[0])
     dist.reduce_scatter_tensor(mine, gradients.flatten(0, 1), group=block.group)
     my_dk, my_dv = mine.transpose(1, 2)
-    return my_dk, my_dv
+    return my_dk.clone(memory_format=torch.contiguous_format), my_dv.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor]:
@@ -46,11 +46,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) 
 def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows_of(mask, block.rank, block.size, q.device)
     keys, values = gather_keys_values(k, v, block)
-    dq, dk, dv = interface.backward(
-        dout, dlse, q, keys, values, out, lse, rows, block.scale, block.implementation
-    )
+    dq, dk, dv = interface.backward(dout, dlse, q, keys, values, out, lse, rows, block.scale, block.implementation)
     my_dk, my_dv = scatter_gradients(dk, dv, block)
-    return dq, my_dk.to(k.dtype).contiguous(), my_dv.to(v.dtype).contiguous()
+    return dq, my_dk.to(k.dtype), my_dv.to(v.dtype)
 
 
 _gather_attention = context_op("gather_attention", _forward, _backward)

@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping (Chen et al. 2016, Training Deep Nets with Sublinear Memory)."""
+"""What the backward pass computes again instead of keeping it. (Chen et al. 2016, Sublinear Memory Cost)"""
 
 from __future__ import annotations
 

@@ -87,8 +87,9 @@ def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -
         exchange = ring.start(keys_values) if hop + 1 < block.size else None
         owner = owner_at(hop, block.rank, block.size)
         hop_mask = keys_of(rows, owner, block.size, q.device)
+        hop_k, hop_v = keys_values
         part_dq, part_dk, part_dv = interface.backward(
-            dout, dlse, q, *keys_values, out, lse, hop_mask, block.scale, block.implementation
+            dout, dlse, q, hop_k, hop_v, out, lse, hop_mask, block.scale, block.implementation
         )
         dq += part_dq
         if gradient_exchange:
