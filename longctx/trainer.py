@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 
 from longctx import runtime as runtime_module
 from longctx.checkpoint import Checkpoints, read_manifest, state_tensors
-from longctx.config import Config, DataSource, UserError, check
+from longctx.config import Config, DataSource, Strategy, UserError, check
 from longctx.data import builtin
 from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError, TokenFolder
 from longctx.evaluate import generate, validate
 from longctx.metrics import Metrics, peak_tflops
-from longctx.model.transformer import palm_flops, training_flops
+from longctx.model.transformer import attention_pairs, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
@@ -52,13 +52,13 @@ class Trainer:
 
     def __init__(self, config: Config, as_written: str, overrides: list[str], runtime: Runtime) -> None:
         self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
-        torch.backends.cuda.matmul.allow_tf32 = config.precision.tf32
+        torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
         folder = config.run_folder
         runtime.on_main(lambda: _make_run_folder(folder))
         self.tokens = open_tokens(config, runtime)
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
-        self.validation = validation_source(config, self.tokens)
+        self.validation = validation_source(config, self.tokens, runtime)
         self.model = parallelize(config, self.mesh, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = list(self.model.parameters())
@@ -111,11 +111,10 @@ class Trainer:
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
-        facts = torch.tensor([*self._count(batches), float(self.stop_signal)], dtype=torch.float64)
-        facts = facts.to(self.runtime.device)
-        dist.all_reduce(facts[:-1])
-        dist.all_reduce(facts[-1:], op=dist.ReduceOp.MAX)
-        valid_tokens = facts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
+        sums, maxima = self._count(batches)
+        dist.all_reduce(sums)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        valid_tokens = sums[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
             losses = self._forward(batch)
@@ -125,7 +124,8 @@ class Trainer:
         loss = loss_sum / valid_tokens / self.mesh.size("tensor")
 
         norm = global_norm(self.parameters)
-        loss_value, norm_value, *counts = torch.stack((loss, norm.double(), *facts)).tolist()  # the step's one sync
+        results = torch.cat((torch.stack((loss, norm.double())), sums, maxima))
+        loss_value, norm_value, *counts, stop_signal = results.tolist()  # the step's one wait for the device
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
@@ -142,7 +142,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         values = {"loss/train": loss_value, "optim/grad_norm": norm_value, "optim/lr": lr}
         values |= self._work_done(seconds, counts) | {"time/data_s": fetched - started}
-        return values, int(counts[-1])
+        return values, int(stop_signal)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Losses of the tokens this rank holds: (batch, sequence / context), nats."""
@@ -152,12 +152,23 @@ class Trainer:
         )
         return self.model(tokens, positions, sequence_mask(batch.document_start, device), targets)
 
-    def _count(self, batches: list[Batch]) -> list[float]:
-        """Valid targets, FLOPs in units of 1e12, and documents of this rank's sequences."""
+    def _count(self, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ranks sum: valid targets, TFLOPs and documents of this rank's sequences, its pairs of a query and a key;
+        and of what they take the maximum: those pairs again, and the signal that asks to stop."""
         valid = sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches)
-        flops = sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12
+        tflops = sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12
         documents = sum(float((b.positions == 0).sum()) for b in batches)
-        return [valid, flops, documents]
+        pairs = sum(self._attention_pairs(b) for b in batches)
+        counts = torch.tensor([valid, tflops, documents, pairs, pairs, self.stop_signal], dtype=torch.float64)
+        counts = counts.to(self.runtime.device)
+        return counts[:4], counts[4:]
+
+    def _attention_pairs(self, batch: Batch) -> float:
+        """Pairs of a query and a key whose attention this rank computes; with Ulysses, its share of the heads."""
+        rank, size = self.mesh.rank("context"), self.mesh.size("context")
+        if self.config.parallel.strategy == Strategy.ulysses:
+            return attention_pairs(self.config.model, batch.positions) / size
+        return attention_pairs(self.config.model, shard(batch.positions, rank, size))
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
@@ -184,6 +195,7 @@ class Trainer:
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
             "data/tokens": self.consumed * config.data.sequence_length,
             "data/documents_per_sequence": counts[2] / copies / config.data.sequences_per_step,
+            "data/attention_imbalance": counts[4] / (counts[3] / world_size),  # most loaded rank over the mean
         }
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
@@ -338,15 +350,18 @@ def training_source(config: Config, tokens: TokenFolder | None) -> Source:
     return ShuffledTokens(tokens.splits["train"], config.data, config.seed, f"{tokens.folder}, training split")
 
 
-def validation_source(config: Config, tokens: TokenFolder | None) -> SpacedTokens | RecallStream | None:
-    """Held-out sequences; None if the corpus has none or `data.validation_sequences` is 0."""
+def validation_source(
+    config: Config, tokens: TokenFolder | None, runtime: Runtime
+) -> SpacedTokens | RecallStream | None:
+    """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
     if not config.data.validation_sequences:
         return None
     if tokens is None:
         return RecallStream(config.data, config.seed + 1)
     try:
         return SpacedTokens(tokens.splits["validation"], config.data, f"{tokens.folder}, validation split")
-    except DataError:
+    except DataError as error:
+        runtime.say(f"no validation: {error}")
         return None
 
 

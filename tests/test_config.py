@@ -91,10 +91,7 @@ def test_batch_must_divide():
 
 
 def test_near_misses():
-    assert (
-        explain_unknown_key("optim.lrr")
-        == "optim.lrr is no key of the configuration; did you mean optim.lr?"
-    )
+    assert explain_unknown_key("optim.lrr") == "optim.lrr is no key of the configuration; did you mean optim.lr?"
     assert "data.sequence_length" in explain_unknown_key("data.seq_length")
     assert "data.sequence_length" in explain_unknown_key("sequence_length")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partialmethod
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from distributed import run_on_ranks
 
 from longctx.config import Activation, Config, ModelConfig, Norm, ParallelConfig, Positions, Recompute, Strategy
+from longctx.kernels.attention import interface
 from longctx.model.transformer import build
 from longctx.parallel import ring
 from longctx.parallel.mesh import make_mesh
@@ -177,3 +179,35 @@ def test_recompute(recompute, strategy):
 def test_parity_notices(broken):
     ratio, _ = worst_ratio(GQA, ParallelConfig(context=2), 2, make_inputs(ONE_DOCUMENT), broken=broken)
     assert ratio > 1000, ratio
+
+
+def compiled(_rank, parallel: ParallelConfig, inputs: Inputs, model: ModelConfig):
+    """Gradients without and with torch.compile, and how often attention ran forward in each."""
+    results = []
+    # the graphs without a C++ compiler, which a machine that runs the tests need not have
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
+    for compile_blocks in (False, True):
+        config = Config(model=model, parallel=dataclasses.replace(parallel, compile=compile_blocks))
+        config.precision.compute = config.precision.compute.float32
+        parallel_model = parallelize(config, mesh, torch.device("cpu"))
+        local = Inputs(*(shard(x, mesh.rank("context"), mesh.size("context")) for x in inputs))
+        calls = []
+        original = interface.forward
+        interface.forward = lambda *a: calls.append(1) or original(*a)  # noqa: B023
+        loss_and_gradients(parallel_model, local, sequence_mask(inputs.document_start, torch.device("cpu")), 100)
+        interface.forward = original
+        results.append(([p.grad.full_tensor() for p in parallel_model.parameters()], len(calls)))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forwards"), [(Recompute.none, 4), (Recompute.attention_saved, 4), (Recompute.full, 8)]
+)
+def test_compiled_blocks(recompute, forwards):
+    """The same gradients; and with `attention_saved` the two hops of the two layers' rings run once, not twice."""
+    parallel = ParallelConfig(context=2, recompute=recompute)
+    for (plain, plain_calls), (fast, fast_calls) in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), GQA):
+        assert plain_calls == fast_calls == forwards
+        for a, b in zip(plain, fast, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm())

@@ -63,7 +63,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert {
         "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_s", "perf/tokens_per_s_per_gpu",
         "perf/step_s", "perf/tflops_per_gpu", "perf/mfu", "perf/mfu_palm", "time/data_s", "time/checkpoint_stall_s",
-        "data/documents_per_sequence",
+        "data/documents_per_sequence", "data/attention_imbalance",
     } <= set(steps[-1])  # fmt: skip
     assert steps[-1]["data/documents_per_sequence"] > 1
     validations = [row for row in rows if "loss/val" in row]

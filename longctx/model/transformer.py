@@ -156,9 +156,14 @@ def training_flops(config: ModelConfig, positions: Tensor) -> float:
     6 a parameter and token, and 12 * heads * head_dim a layer and pair of a query and a key it sees: causal, aware of
     documents and windows. For whole documents of length L the second is 6 * layers * heads * head_dim * sum of L^2.
     """
-    seen = positions + 1
-    pairs = sum(float((seen.clamp(max=window) if window else seen).sum()) for window in layer_windows(config))
+    pairs = attention_pairs(config, positions)
     return 6.0 * matmul_parameters(config) * positions.numel() + 12.0 * config.heads * config.head_dim * pairs
+
+
+def attention_pairs(config: ModelConfig, positions: Tensor) -> float:
+    """Pairs of a query and a key it sees, over all layers, of tokens at `positions` in their documents."""
+    seen = positions + 1
+    return sum(float((seen.clamp(max=window) if window else seen).sum()) for window in layer_windows(config))
 
 
 def palm_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:

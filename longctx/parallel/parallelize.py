@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.config import Config, Strategy
+from longctx.config import Config, Recompute, Strategy
 from longctx.model.transformer import Block, Transformer
 from longctx.parallel.gather import gather
 from longctx.parallel.mesh import Mesh
@@ -31,8 +31,8 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Transformer
             wrap = STRATEGIES[config.parallel.strategy]
             block.attention.attend = wrap(block.attention.attend, mesh.group("context"))
         apply_recompute(block, config.parallel.recompute)
-        if config.parallel.compile:  # after recompute, so that both see the same graph
-            block.compile()
+        if config.parallel.compile:  # after recompute: its hooks run between the compiled parts
+            block.compile(fullgraph=config.parallel.recompute == Recompute.none)
 
     shard_parameters(model, mesh, config.precision)  # last: it gathers what the calls above have made
     materialize(model, config.seed, device)

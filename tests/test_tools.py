@@ -1,0 +1,48 @@
+"""The command-line tools, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from longctx.data.tokens import TokenFolder
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_tool(*words: str) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_prepare_data(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("def f():\n    pass\n" * 20)
+    lines = [json.dumps({"body": f"class C{i}:\n    x = {i}\n"}) for i in range(50)]
+    (tmp_path / "in" / "b.jsonl").write_text("\n".join(lines))
+    words = ["tools/prepare_data.py", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    result = run_tool(*words)
+    assert result.returncode == 1
+    assert "b.jsonl:1: no field 'text'; name it with --text-field" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+    result = run_tool(*words, "--text-field", "body", "--validation-fraction", "0.2")
+    assert result.returncode == 0, result.stderr
+    tokens = TokenFolder(tmp_path / "out", 8192, check_hashes=True)
+    counts = {split: sum(s.documents for s in shards) for split, shards in tokens.manifest.splits.items()}
+    assert sum(counts.values()) == 51
+    assert 3 <= counts["validation"] <= 20
+    assert f"train: {counts['train']} documents" in result.stdout
+
+    again = run_tool(*words, "--text-field", "body")
+    assert again.returncode == 1
+    assert "exists already; remove it or give another folder" in again.stderr
+
+
+def test_prepare_data_names_a_missing_input(tmp_path):
+    result = run_tool("tools/prepare_data.py", str(tmp_path / "no"), "--output", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert f"{tmp_path}/no: no such file or folder" in result.stderr
