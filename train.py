@@ -7,8 +7,12 @@ configuration, `longctx.trainer` does the rest. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,13 +28,16 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(composed: DictConfig) -> None:
-    refuse_unknown_keys(composed)
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    from longctx.trainer import train
+    try:
+        refuse_unknown_keys(composed)
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        from longctx.trainer import train
 
-    overrides = [str(word) for word in HydraConfig.get().overrides.task]
-    train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+        overrides = [str(word) for word in HydraConfig.get().overrides.task]
+        train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+    except UserError as error:
+        fail(str(error))
 
 
 def refuse_unknown_keys(composed: DictConfig) -> None:
@@ -66,14 +73,21 @@ def explain(error: BaseException) -> str:
     return "\n".join(lines)
 
 
+def fail(message: str) -> NoReturn:
+    """Ends this process. All ranks fail alike: rank 0 says why, and torchrun repeats it where its own report ends."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        extra = {"timestamp": str(int(time.time())), "py_callstack": message}
+        Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    sys.exit(f"train.py: {message}" if os.environ.get("RANK", "0") == "0" else 2)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
-    failed: str | None = None
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        failed = f"train.py: {explain(error)}"
-    if "longctx.runtime" in sys.modules:
-        sys.modules["longctx.runtime"].stop()
-    if failed:  # all ranks fail alike; one of them says so
-        sys.exit(failed if os.environ.get("RANK", "0") == "0" else 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    finally:
+        if "longctx.runtime" in sys.modules:
+            sys.modules["longctx.runtime"].stop()

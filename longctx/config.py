@@ -269,13 +269,15 @@ def resolve_shard(parallel: ParallelConfig, world_size: int) -> int:
 
 def check(config: Config, world_size: int) -> None:
     """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
-    problems = [
-        *_check_ranges(config),
-        *_check_model(config.model),
-        *_check_layout(config.parallel, world_size),
-    ]
-    if not problems:  # the rest divides by what was checked above
-        problems = [*_check_batch(config, world_size), *_check_sharing(config)]
+    too_small, model, layout = (
+        _check_sizes(config),
+        _check_model(config.model),
+        _check_layout(config.parallel, world_size),
+    )
+    problems = [*too_small, *_check_ranges(config), *model, *layout]
+    if not too_small and not layout:  # the rest divides by these
+        problems += _check_batch(config, world_size)
+        problems += _check_sharing(config) if not model else []
     if problems:
         raise ConfigError(problems)
 
@@ -305,14 +307,17 @@ def _value(config: Config, path: str) -> float:
     return value
 
 
-def _check_ranges(config: Config) -> list[str]:
-    problems = [
+def _check_sizes(config: Config) -> list[str]:
+    return [
         f"{path}={_value(config, path)} is less than {least}; give {least} or more"
         for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO))
         for path in paths
         if _value(config, path) < least
     ]
-    problems += [
+
+
+def _check_ranges(config: Config) -> list[str]:
+    problems = [
         f"{path}={_value(config, path)} is outside 0 to 1; give a fraction"
         for path in _FRACTIONS
         if not 0 <= _value(config, path) <= 1
@@ -368,13 +373,14 @@ def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
 def _check_batch(config: Config, world_size: int) -> list[str]:
     data, parallel, model = config.data, config.parallel, config.model
     problems = []
-    pieces = 2 * parallel.context * parallel.tensor if parallel.context > 1 else parallel.tensor
+    if parallel.context > 1:
+        pieces = 2 * parallel.context * parallel.tensor
+        why = f"2 chunks a rank, which balance causal work, x context {parallel.context} x tensor {parallel.tensor}"
+    else:
+        pieces, why = parallel.tensor, f"tensor {parallel.tensor}"
     if data.sequence_length % pieces:
         near = max(pieces, round(data.sequence_length / pieces) * pieces)
-        problems.append(
-            f"data.sequence_length={data.sequence_length} is no multiple of {pieces} (2 x context {parallel.context} "
-            f"x tensor {parallel.tensor}; 2 chunks a rank balance causal work); use {near}"
-        )
+        problems.append(f"data.sequence_length={data.sequence_length} is no multiple of {pieces} ({why}); use {near}")
     readers = parallel.replicate * resolve_shard(parallel, world_size) * data.sequences_per_micro_batch
     if data.sequences_per_step % readers:
         near = max(1, round(data.sequences_per_step / readers)) * readers

@@ -52,11 +52,17 @@ class Runtime:
         return result  # pyright: ignore[reportReturnType]  only None if that is what `action` returned
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 and hands its result to all; if it fails, all raise."""
-        result = self.together(lambda: action() if self.is_main else None)
-        box = [result]
+        """Runs `action` on rank 0 and hands its result to all; if it fails, all raise `UserError`."""
+        box: list = [None, None]  # result, problem
+        if self.is_main:
+            try:
+                box[0] = action()
+            except (UserError, OSError) as error:
+                box[1] = str(error)
         dist.broadcast_object_list(box, src=0)
-        return box[0]  # pyright: ignore[reportReturnType]
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
 
 
 def world_size() -> int:

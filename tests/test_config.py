@@ -56,6 +56,18 @@ def test_all_problems_at_once():
     }
 
 
+def test_problems_of_different_parts_at_once():
+    config = composed(
+        "recipe=gpt_tiny", "model.heads=3", "data.sequence_length=7", "parallel=auto", "parallel.tensor=2"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(config, 2)
+    assert caught.value.problems == [
+        "model.kv_heads=4 does not divide model.heads=3; use 1 or 3",
+        "data.sequence_length=7 is no multiple of 2 (tensor 2); use 8",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "ranks", "words"),
     [
