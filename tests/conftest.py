@@ -1,4 +1,4 @@
-"""Tests marked `gpu` run where there is a GPU; elsewhere they are not collected, their CPU twins are."""
+"""Tests marked `gpu(n)` run where there are n GPUs; elsewhere their CPU twins alone are collected."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 
 
 def pytest_collection_modifyitems(config, items):
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    def gpus_needed(item) -> int:
+        marker = item.get_closest_marker("gpu")
+        return 0 if marker is None else marker.args[0]
+
+    left_out = [item for item in items if gpus_needed(item) > torch.cuda.device_count()]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if item not in left_out]

@@ -22,16 +22,19 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "longctx.trainer"])
 
 
-def run_on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
-    """Calls `function(rank, *arguments)` on `world_size` ranks joined by gloo; returns each rank's result.
+def run_on_ranks(world_size: int, function: Callable, *arguments: Any, device: str = "cpu") -> list[Any]:
+    """Calls `function(rank, *arguments)` on `world_size` ranks joined by gloo, or on `device="cuda"` by NCCL.
 
-    Function, arguments and results travel by pickle. Raises AssertionError with the trace of a failed rank.
+    Returns each rank's result. Function, arguments and results travel by pickle. Raises AssertionError with the trace
+    of a failed rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = _server.Queue()
         store = f"file://{Path(folder) / 'store'}"
         ranks = [
-            _server.Process(target=_run_rank, args=(rank, world_size, store, results, function, arguments), daemon=True)
+            _server.Process(
+                target=_run_rank, args=(rank, world_size, device, store, results, function, arguments), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -57,17 +60,22 @@ def _collect(results: Any, world_size: int) -> list[Any]:
     return [tree_map_only(np.ndarray, torch.from_numpy, by_rank[rank]) for rank in range(world_size)]
 
 
-def _run_rank(rank: int, world_size: int, store: str, results: Any, function: Callable, arguments: tuple) -> None:
+def _run_rank(
+    rank: int, world_size: int, device: str, store: str, results: Any, function: Callable, arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
     timeout = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         result = function(rank, *arguments)
         # as arrays: tensors would travel as shared memory that is gone when this process ends
-        results.put((rank, tree_map_only(torch.Tensor, lambda x: x.detach().numpy(), result), None))
+        results.put((rank, tree_map_only(torch.Tensor, lambda x: x.detach().cpu().numpy(), result), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
     finally:

@@ -11,7 +11,7 @@ from longctx.kernels import reference
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]
 
 
 def make_masks(batch: int, n: int, device: str) -> dict[str, KeyIntervals]:
