@@ -23,8 +23,9 @@ lint: .venv/.installed
 	$(BIN)/basedpyright
 
 .venv/.installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"longctx needs Python 3.11 or newer, this is {v.major}.{v.minor}; make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"longctx needs Python 3.11 or newer, this is {v.major}.{v.minor}; make PYTHON=python3.11 ...")'
+	@echo 'creating .venv from requirements.txt'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -25,7 +25,10 @@ tr:nth-child(even){{background:#f3f3f3}} pre{{background:#f6f6f6;padding:1em;ove
 
 def write_report(folder: Path, name: str, configuration: str, samples: list[str]) -> Path:
     """Draws `metrics.jsonl` of a run folder; returns the page's path. Values that were never logged are left out."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    by_step: dict[float, dict[str, float]] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):  # training and validation of a step are lines of their own
+        by_step[row["step"]] = by_step.get(row["step"], {}) | row
+    rows = list(by_step.values())
     last: dict[str, float] = {}
     for row in rows:
         last |= row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import shlex
 import signal
 import time
@@ -203,6 +204,8 @@ class Trainer:
         if self.runtime.device.type == "cuda":
             values["mem/peak_alloc_gib"] = torch.cuda.max_memory_allocated() / GIB
             values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        else:  # of the whole process
+            values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         self.checkpoint_stall_s = 0.0
         return values
 
@@ -340,6 +343,7 @@ def open_tokens(config: Config, runtime: Runtime) -> TokenFolder | None:
     if data.source == DataSource.builtin:
         folder = builtin.folder(data.cache_folder)
         if runtime.together(lambda: not folder.exists()):
+            runtime.say(f"tokenizing the Python sources of this machine into {folder}, once")
             runtime.on_main(lambda: folder.exists() or builtin.build(folder))
     return runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
 

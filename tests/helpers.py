@@ -24,7 +24,7 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
         )
         for i in range(documents)
     )
-    prepare(texts, folder, progress=False)
+    prepare(texts, folder)
     return folder
 
 

@@ -26,7 +26,7 @@ TEXTS = ["def f(x):\n    return x\n", "import os\n" * 7, "ü €\n", "class A:\n
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
-    prepare([Document(f"{i}", [t], i == 3) for i, t in enumerate(TEXTS)], folder, progress=False)
+    prepare([Document(f"{i}", [t], i == 3) for i, t in enumerate(TEXTS)], folder)
     return folder
 
 
@@ -43,7 +43,7 @@ def test_round_trip(corpus):
 
 def test_documents_keep_together_over_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("longctx.data.prepare.ShardWriter", partial(ShardWriter, shard_tokens=20))
-    prepare([Document(f"{i}", [f"x = {i}\n" * 4], False) for i in range(12)], tmp_path / "many", progress=False)
+    prepare([Document(f"{i}", [f"x = {i}\n" * 4], False) for i in range(12)], tmp_path / "many")
     tokens = TokenFolder(tmp_path / "many", VOCAB)
     assert len(tokens.manifest.splits["train"]) > 3
     split = tokens.splits["train"]
@@ -74,7 +74,7 @@ def test_bad_jsonl_is_named(tmp_path, line, message):
 
 def test_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="no text to train on"):
-        prepare([Document("a", [""])], tmp_path / "empty", progress=False)
+        prepare([Document("a", [""])], tmp_path / "empty")
     assert list(tmp_path.iterdir()) == []
 
 

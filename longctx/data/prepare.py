@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.tokens import DataError, Manifest, ShardWriter, chunks, sha256
+from longctx.data.tokens import DataError, Manifest, ShardWriter, sha256
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
@@ -69,7 +69,6 @@ def prepare(
     validation_fraction: float = 0.01,
     max_document_tokens: int | None = None,
     source: str = "",
-    progress: bool = True,
 ) -> Manifest:
     """Tokenizes `documents` into `folder`, which appears only when it is whole.
 
@@ -87,7 +86,7 @@ def prepare(
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         writers = {split: ShardWriter(work, split, dtype) for split in ("train", "validation")}
-        for document in tqdm(documents, desc=f"tokenizing into {folder}", unit=" documents", disable=not progress):
+        for document in tqdm(documents, desc=f"tokenizing into {folder}", unit=" documents", disable=None):
             ids, text_bytes = _encode(tokenizer, document.pieces)
             if not len(ids):
                 continue
@@ -95,7 +94,8 @@ def prepare(
             if is_validation is None:
                 is_validation = _fraction_of_name(document.name) < validation_fraction
             limit = (max_document_tokens or len(ids) + 1) - 1
-            for part in chunks(ids, limit):
+            for first in range(0, len(ids), limit):
+                part = ids[first : first + limit]
                 share = round(text_bytes * len(part) / len(ids))
                 writers["validation" if is_validation else "train"].add(np.append(part, end_of_document), share)
         shutil.copyfile(tokenizer_file, work / "tokenizer.json")
@@ -125,14 +125,14 @@ def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, in
     """Ids of the pieces in order, and the bytes of their text."""
     ids: list[np.ndarray] = []
     text_bytes = 0
-    for batch in batched_pieces(pieces):
+    for batch in _batched(pieces):
         text_bytes += sum(len(piece.encode()) for piece in batch)
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         ids += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
     return (np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)), text_bytes
 
 
-def batched_pieces(pieces: Iterable[str], size: int = 256) -> Iterator[list[str]]:
+def _batched(pieces: Iterable[str], size: int = 256) -> Iterator[list[str]]:
     """Pieces in lists of at most `size`."""
     iterator = iter(pieces)
     while batch := [piece for _, piece in zip(range(size), iterator, strict=False)]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -207,9 +206,3 @@ class ShardWriter:
     def finish(self) -> list[Shard]:
         self._close()
         return self.shards
-
-
-def chunks(ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cuts `ids` into pieces of at most `size`."""
-    for first in range(0, len(ids), size):
-        yield ids[first : first + size]
