@@ -21,6 +21,7 @@ class Runtime:
     """This process among all."""
 
     rank: int
+    local_rank: int  # on this machine
     world_size: int
     device: torch.device
 
@@ -92,7 +93,7 @@ def start(timeout_seconds: int) -> Runtime:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
-    return Runtime(rank, world_size(), device)
+    return Runtime(rank, local_rank, world_size(), device)
 
 
 def stop() -> None:

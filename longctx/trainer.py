@@ -342,9 +342,7 @@ def open_tokens(config: Config, runtime: Runtime) -> TokenFolder | None:
     folder = Path(data.folder).expanduser()
     if data.source == DataSource.builtin:
         folder = builtin.folder(data.cache_folder)
-        if runtime.together(lambda: not folder.exists()):
-            runtime.say(f"tokenizing the Python sources of this machine into {folder}, once")
-            runtime.on_main(lambda: folder.exists() or builtin.build(folder))
+        runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
     return runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
 
 
