@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -369,7 +371,11 @@ def validation_source(
 
 def resume_command(config: Config, overrides: list[str], world_size: int) -> str:
     """What to type to go on with this run, for as many steps again if it is complete."""
-    launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc-per-node", str(world_size)]
+    tools = Path(os.path.relpath(Path(sys.executable).parent))  # .venv/bin, if that is where this runs
+    tools = Path() if ".." in tools.parts else tools
+    launcher = (
+        [str(tools / "python")] if world_size == 1 else [str(tools / "torchrun"), "--nproc-per-node", str(world_size)]
+    )
     words = [w for w in overrides if w.split("=")[0] not in ("name", "optim.steps", "checkpoint.resume")]
     return shlex.join([*launcher, "train.py", *words, f"name={config.name}", f"optim.steps={2 * config.optim.steps}"])
 

@@ -53,7 +53,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert "step 8/8  loss " in out
     assert out.count("--- sample ---\n") == 3
     assert f"report: {tmp_path}/test/report.html" in out
-    assert "resume: python train.py recipe=gpt_tiny optim.lr=3e-3 name=test optim.steps=16" in out
+    assert "python train.py recipe=gpt_tiny optim.lr=3e-3 name=test optim.steps=16" in out
 
     rows = read_metrics(tmp_path / "test" / "metrics.jsonl")
     steps = [row for row in rows if "loss/train" in row]
