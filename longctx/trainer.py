@@ -295,11 +295,12 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """Validation, samples and the report; says where they are and how to go on."""
+        """Validation and samples, unless a signal has stopped the run; the report; where it is and how to go on."""
         from longctx.report import write_report
 
-        results = self.validate()
-        samples = self._samples() if self.step >= self.config.optim.steps else []
+        is_complete = self.step >= self.config.optim.steps
+        results = self.validate() if is_complete else {}
+        samples = self._samples() if is_complete else []
         if not self.runtime.is_main:
             return
         for sample in samples:

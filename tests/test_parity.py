@@ -167,6 +167,8 @@ LAYOUTS = {
     "tensor 2": (ParallelConfig(tensor=2), 2, 1),
     "shard 2 x context 2": (ParallelConfig(context=2), 4, 1),
     "context 2 x tensor 2": (ParallelConfig(context=2, tensor=2), 4, 1),
+    "context 2 x tensor 2, gather": (ParallelConfig(context=2, tensor=2, strategy=Strategy.gather), 4, 1),
+    "context 2 x tensor 2, ulysses": (ParallelConfig(context=2, tensor=2, strategy=Strategy.ulysses), 4, 1),
     "shard 2 x tensor 2": (ParallelConfig(tensor=2), 4, 1),
     "accumulation 2": (ParallelConfig(), 1, 2),
     "shard 2, accumulation 2": (ParallelConfig(), 2, 2),
