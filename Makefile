@@ -3,13 +3,14 @@
 # make lint    ruff and pyright
 PYTHON ?= python3
 BIN := .venv/bin
-GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count())')
 NAME ?= gpt_tiny-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: train test lint
+# on the largest power of two of the GPUs, which divides the sequence; else on two CPU processes
 train: .venv/.installed
-	@if [ "$(GPUS)" -gt 0 ]; then \
-		$(BIN)/torchrun --nproc-per-node "$(GPUS)" train.py recipe=gpt_tiny precision=bf16 name=$(NAME); \
+	@gpus=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(n and 1 << n.bit_length() - 1)'); \
+	if [ "$$gpus" -gt 0 ]; then \
+		$(BIN)/torchrun --nproc-per-node "$$gpus" train.py recipe=gpt_tiny precision=bf16 name=$(NAME); \
 	else \
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
 	fi

@@ -1,6 +1,6 @@
 """Every op in plain torch: the specification, the path of the CPU, the truth of the tests.
 
-Each op computes in float32, or in float64 where its inputs are float64, and rounds its results to the inputs' dtype.
+Sums, exponentials and angles are in float32, or in float64 where the inputs are; results have the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def project_to_vocabulary(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
     """hidden (..., width) @ weight (vocabulary, width)^T, squashed to +-softcap by tanh where one is given."""
     logits = F.linear(hidden, weight.to(hidden.dtype))
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits if softcap is None else softcap * torch.tanh(logits.to(accumulation_dtype(logits.dtype)) / softcap)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:

@@ -109,7 +109,7 @@ class RotaryConfig:
 
     theta: float = 10000.0  # base of the frequencies
     scaling: RotaryScaling = RotaryScaling.none
-    factor: float = 1.0  # how many times longer than `original_length` the context is
+    factor: float = 1.0  # by how much slow dimensions are stretched
     original_length: int = 8192  # context the frequencies were first trained at, tokens (yarn, llama3)
     low_frequency_factor: float = 1.0  # llama3: wavelengths over original_length / this are divided by `factor`
     high_frequency_factor: float = 4.0  # llama3: wavelengths under original_length / this are kept
@@ -219,7 +219,9 @@ class CheckpointConfig:
     every_steps: int = 500  # 0: not in between
     at_end: bool = True  # after the last step, and when a signal stops the run
     keep: int = 2  # newest committed checkpoints that stay
-    resume: str = "auto"  # auto: the newest committed one of this run, if any; never; or the path of a step folder
+    # auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or the
+    # path of a step folder, from which this run branches off (and goes on with its own newer ones when restarted)
+    resume: str = "auto"
 
 
 @dataclass
@@ -284,7 +286,7 @@ def check(config: Config, world_size: int) -> None:
 
 _AT_LEAST_ONE = (
     "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
-    "model.mlp_width", "data.sequence_length", "data.sequences_per_step", "data.sequences_per_micro_batch",
+    "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step", "data.sequences_per_micro_batch",
     "data.recall.keys", "data.recall.values", "parallel.replicate", "parallel.context", "parallel.tensor",
     "parallel.timeout_seconds", "optim.steps", "optim.max_skipped_steps", "checkpoint.keep", "logging.every_steps",
     "logging.wandb_timeout_seconds",
@@ -294,9 +296,8 @@ _AT_LEAST_ZERO = (
     "optim.muon_lr", "optim.weight_decay", "optim.clip_norm", "optim.warmup_steps", "checkpoint.every_steps",
     "logging.validate_every_steps", "logging.sample_tokens", "seed",
 )  # fmt: skip
-_FRACTIONS = (
-    "optim.decay_fraction", "optim.final_lr_fraction", "optim.beta1", "optim.beta2", "optim.muon_momentum",
-)  # fmt: skip
+_FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum")
 _POSITIVE = ("optim.eps", "model.norm_eps", "model.init_std", "model.rotary.theta", "model.rotary.factor")
 
 
@@ -322,7 +323,15 @@ def _check_ranges(config: Config) -> list[str]:
         for path in _FRACTIONS
         if not 0 <= _value(config, path) <= 1
     ]
+    problems += [
+        f"{path}={_value(config, path)} must be at least 0 and below 1"
+        for path in _BELOW_ONE
+        if not 0 <= _value(config, path) < 1
+    ]
     problems += [f"{path}={_value(config, path)} must be above 0" for path in _POSITIVE if not _value(config, path) > 0]
+    peak = config.logging.peak_tflops
+    if peak is not None and peak <= 0:
+        problems.append(f"logging.peak_tflops={peak} must be above 0; null: known for common GPUs")
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
@@ -362,11 +371,13 @@ def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
     named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if parallel.shard == -1 and world_size % product:
         return [f"parallel: {named} = {product} does not divide the {world_size} ranks of this run; change one of them"]
-    if parallel.shard != -1 and product != world_size:
+    if parallel.shard != -1 and product < world_size:
         return [
             f"parallel: {named} = {product}, but the run has {world_size} ranks; "
             f"start {product} (torchrun --nproc-per-node) or set parallel.shard=-1"
         ]
+    if parallel.shard != -1 and product > world_size:
+        return [f"parallel: {named} = {product}, but the run has {world_size} ranks; start {product} or lower a size"]
     return []
 
 

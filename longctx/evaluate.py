@@ -16,7 +16,7 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import held_tokens, sequence_mask, shard
 
-BUCKETS = 33  # of positions: 0, 1, 2-3, 4-7, ...
+BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
-    `loss/pos/<2^k>` is the mean over targets whose position in the document is in [2^k, 2^(k+1)). Every rank gets the
+    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank gets the
     same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
     """
     loader = Loader(source, data, mesh.reader, mesh.readers)
@@ -38,7 +38,7 @@ def validate(
         targets, losses, positions = _losses(model, batch, mesh, device)
         valid = (targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
         losses, positions, targets = losses[valid].double(), positions[valid], targets[valid]
-        bucket = torch.where(positions > 0, positions.clamp(min=1).double().log2().floor().long() + 1, 0)
+        bucket = (positions + 1).double().log2().floor().long()
         sums[0] += losses.sum()
         sums[1] += len(losses)
         sums[2] += 0 if bytes_of is None else bytes_of[targets].sum()
@@ -52,8 +52,8 @@ def validate(
     if text_bytes:
         results["loss/val_bits_per_byte"] = nats / math.log(2) / text_bytes
     for index, (total, count) in enumerate(zip(by_position[:BUCKETS], by_position[BUCKETS:], strict=True)):
-        if count and index:
-            results[f"loss/pos/{2 ** (index - 1)}"] = total / count
+        if count:
+            results[f"loss/pos/{2**index}"] = total / count
     return results
 
 

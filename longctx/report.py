@@ -94,7 +94,7 @@ def _by_position(axes: Axes, rows: list[dict[str, float]]) -> None:
     for row in validations[-4:]:
         axes.plot(*zip(*_positions(row), strict=True), marker="o", markersize=3, label=f"step {row['step']}")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("position in the document, tokens")
+    axes.set_xlabel("tokens of the document before the target")
     axes.set_ylabel("nats a token")
     axes.legend()
 

@@ -52,7 +52,7 @@ def test_all_problems_at_once():
         "parallel.context=6 does not divide the 8 ranks of this run; use 1, 2, 4 or 8",
         "optim.steps=0 is less than 1; give 1 or more",
         "model.kv_heads=3 does not divide model.heads=4; use 1, 2 or 4",
-        "optim.beta2=1.5 is outside 0 to 1; give a fraction",
+        "optim.beta2=1.5 must be at least 0 and below 1",
     }
 
 

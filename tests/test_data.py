@@ -64,7 +64,12 @@ def test_folders_and_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{", r"a.jsonl:2: not JSON"), ('{"body": "x"}', r"a.jsonl:2: no field 'text'")]
+    ("line", "message"),
+    [
+        ("{", r"a.jsonl:2: not JSON"),
+        ('{"text": null}', r"a.jsonl:2: field 'text' holds no text but None"),
+        ('{"body": "x"}', r"a.jsonl:2: no field 'text'"),
+    ],
 )
 def test_bad_jsonl_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")

@@ -58,7 +58,7 @@ def test_validation_by_hand(tmp_path, corpus):
             nats += float(losses[valid].sum())
             tokens += int(valid.sum())
             text_bytes += int(trainer.tokens.token_bytes[inputs[1][valid].numpy()].sum())
-            first += losses[valid & (inputs[2] == 1)].tolist()
+            first += losses[valid & (inputs[2] == 0)].tolist()
     assert results["loss/val"] == pytest.approx(nats / tokens, rel=1e-6)
     assert results["loss/val_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
     assert results["loss/pos/1"] == pytest.approx(sum(first) / len(first), rel=1e-6)

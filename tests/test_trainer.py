@@ -280,5 +280,5 @@ def test_recall_loss_falls_with_context(tmp_path):
     )  # fmt: skip
     train(config, "", [])
     last = [r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/val" in r][-1]
-    assert last["loss/pos/2"] > 0.8 * math.log(16)
+    assert last["loss/pos/1"] > 0.8 * math.log(16)
     assert last["loss/pos/64"] < 0.1

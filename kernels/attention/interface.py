@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,7 +27,7 @@ def attention(
     """
     _check_shapes(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _attention(q, k, v, mask.start, mask.end, mask.is_causal, scale, choose(implementation, q))
+    return _attention(q, k, v, mask.start, mask.end, mask.is_causal, scale, choose(implementation, q), "")
 
 
 def choose(implementation: str, q: Tensor) -> str:
@@ -63,41 +66,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> None:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-# custom ops ----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("longctx::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    mask = KeyIntervals(q.shape[1], k.shape[1], is_causal, start, end)
-    return forward(q, k, v, mask, scale, implementation)
-
-
-@torch.library.custom_op("longctx::attention_backward", mutates_args=())
-def _attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = KeyIntervals(q.shape[1], k.shape[1], is_causal, start, end)
-    return backward(dout, dlse, q, k, v, out, lse, mask, scale, implementation)
+# one block ----------------------------------------------------------------------------------------------------------
 
 
 def forward(
@@ -127,36 +96,98 @@ def backward(
     return reference.attention_backward(dout, dlse, q, k, v, out, lse, *mask.bounds(q.device), scale)
 
 
-def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Unfilled (out, lse) for queries `q` (batch, n_queries, heads, head_dim)."""
-    batch, n_queries, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, n_queries), dtype=reference.accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
+# custom ops ----------------------------------------------------------------------------------------------------------
 
 
-@_attention.register_fake
-def _(q, k, v, start, end, is_causal, scale, implementation):
-    return empty_results(q)
+class Call(NamedTuple):
+    """What an attention op is called with besides its tensors."""
+
+    start: Tensor | None  # of the mask's key intervals, with `end`
+    end: Tensor | None
+    is_causal: bool
+    scale: float
+    implementation: str
+    group_name: str  # of the processes that share the sequence; empty: it is whole
 
 
-@_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, start, end, is_causal, scale, implementation):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+Forward = Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, start, end, ctx.is_causal, ctx.scale, ctx.implementation = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, start, end, *output)
+def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Registers `longctx::<name>(q, k, v, *call)` and its gradient.
+
+    `forward(q, k, v, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and dv;
+    dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and is seen
+    whole by a recompute policy.
+    """
+
+    @torch.library.custom_op(f"longctx::{name}", mutates_args=())
+    def op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        end: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        implementation: str,
+        group_name: str,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, Call(start, end, is_causal, scale, implementation, group_name))
+
+    @torch.library.custom_op(f"longctx::{name}_backward", mutates_args=())
+    def backward_op(
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        start: Tensor | None,
+        end: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        implementation: str,
+        group_name: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = Call(start, end, is_causal, scale, implementation, group_name)
+        return backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
+
+    @op.register_fake
+    def _(q, k, v, *_call):
+        batch, n_queries, heads, _ = q.shape
+        lse = q.new_empty((batch, heads, n_queries), dtype=reference.accumulation_dtype(q.dtype))
+        return q.new_empty(q.shape), lse
+
+    @backward_op.register_fake
+    def _(dout, dlse, q, k, v, *_others):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    def setup_context(ctx, inputs, output) -> None:
+        q, k, v, start, end, *ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, start, end, *output)
+
+    def autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
+        q, k, v, start, end, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients = backward_op(dout, dlse, q, k, v, out, lse, start, end, *ctx.settings)
+        return *gradients, None, None, None, None, None, None
+
+    op.register_autograd(autograd, setup_context=setup_context)
+    return op
 
 
-def _autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, start, end, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    gradients = _attention_backward(
-        dout, dlse, q, k, v, out, lse, start, end, ctx.is_causal, ctx.scale, ctx.implementation
-    )
-    return *gradients, None, None, None, None, None
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    mask = KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
+    return forward(q, k, v, mask, call.scale, call.implementation)
 
 
-_attention.register_autograd(_autograd, setup_context=_setup_context)
+def _attention_backward(dout, dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    mask = KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
+    return backward(dout, dlse, q, k, v, out, lse, mask, call.scale, call.implementation)
+
+
+_attention = attention_op("attention", _attention_forward, _attention_backward)

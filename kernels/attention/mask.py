@@ -100,9 +100,9 @@ def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
         if mask.start not in results:
             results[mask.start] = {}
         of_mask: dict = results[mask.start]
-        key = (mask.n_keys, *arguments)
+        key = (id(mask.end), mask.n_keys, *arguments)
         if key not in of_mask:
-            of_mask[key] = compute(mask, *arguments)
-        return of_mask[key]
+            of_mask[key] = mask.end, compute(mask, *arguments)  # with `end`, so that its id stays its own
+        return of_mask[key][1]
 
     return cached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -39,27 +40,30 @@ def read_documents(paths: list[Path], text_field: str = "text") -> Iterator[Docu
             raise DataError(f"{path}: no such file or folder")
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in files:
+            name = str(file.relative_to(path.parent))  # the same from wherever it is called
             if file.suffix == ".jsonl":
-                yield from _read_jsonl(file, text_field)
+                yield from _read_jsonl(file, name, text_field)
             else:
                 try:
-                    yield Document(str(file), [file.read_text(encoding="utf-8")])
+                    yield Document(name, [file.read_text(encoding="utf-8")])
                 except UnicodeDecodeError as error:
                     raise DataError(f"{file}: byte {error.start} is not UTF-8; convert or remove the file") from None
 
 
-def _read_jsonl(file: Path, text_field: str) -> Iterator[Document]:
+def _read_jsonl(file: Path, name: str, text_field: str) -> Iterator[Document]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[text_field]
+                if not isinstance(text, str):
+                    raise DataError(f"{file}:{number}: field {text_field!r} holds no text but {text!r:.40}")
             except ValueError as error:
                 raise DataError(f"{file}:{number}: not JSON ({error})") from None
             except (KeyError, TypeError):
                 raise DataError(f"{file}:{number}: no field {text_field!r}; name it with --text-field") from None
-            yield Document(f"{file}:{number}", [text])
+            yield Document(f"{name}:{number}", [text])
 
 
 def prepare(
@@ -148,6 +152,9 @@ def _token_bytes(tokenizer: Tokenizer, vocab_size: int, end_of_document: int) ->
     is_byte_level = "ByteLevel" in tokenizer.to_str()
     lengths = np.zeros(vocab_size, dtype="<u2")
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-        lengths[token_id] = len(token) if is_byte_level else len(token.replace("▁", " ").encode())
+        if is_byte_level:
+            lengths[token_id] = len(token)
+        else:  # SentencePiece: a mark for the space, <0x0A> for a single byte
+            lengths[token_id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
     lengths[end_of_document] = 0
     return lengths

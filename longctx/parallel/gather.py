@@ -11,43 +11,42 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.kernels.attention import interface
-from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.reference import accumulation_dtype
-from longctx.parallel.context_op import Block, ContextAttend, context_op, rows_of
+from longctx.parallel.context_op import ContextAttend, Share, context_op
 from longctx.parallel.sequence import sequence_order
 
 
-def gather_keys_values(k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def gather_keys_values(k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """All ranks' keys and values in the sequence's order: (batch, sequence, kv_heads, head_dim)."""
     mine = torch.stack((k, v)).transpose(1, 2).contiguous()  # (2, n, b, h, d): tokens of all ranks become neighbours
-    everyone = mine.new_empty((block.size, *mine.shape))
-    dist.all_gather_into_tensor(everyone.flatten(0, 1), mine, group=block.group)
-    to_sequence, _ = sequence_order(block.size, k.shape[1] * block.size, k.device)
+    everyone = mine.new_empty((share.size, *mine.shape))
+    dist.all_gather_into_tensor(everyone.flatten(0, 1), mine, group=share.group)
+    to_sequence, _ = sequence_order(share.size, k.shape[1] * share.size, k.device)
     keys, values = everyone.transpose(0, 1).flatten(1, 2)[:, to_sequence].transpose(1, 2)
     return keys.contiguous(), values.contiguous()
 
 
-def scatter_gradients(dk: Tensor, dv: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def scatter_gradients(dk: Tensor, dv: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """The sum over ranks of the gradients of all keys and values, each rank its own tokens: in float32."""
-    _, to_rank = sequence_order(block.size, dk.shape[1], dk.device)
+    _, to_rank = sequence_order(share.size, dk.shape[1], dk.device)
     gradients = torch.stack((dk, dv)).to(accumulation_dtype(dk.dtype)).transpose(1, 2)[:, to_rank]
-    gradients = gradients.unflatten(1, (block.size, -1)).transpose(0, 1).contiguous()
+    gradients = gradients.unflatten(1, (share.size, -1)).transpose(0, 1).contiguous()
     mine = torch.empty_like(gradients[0])
-    dist.reduce_scatter_tensor(mine, gradients.flatten(0, 1), group=block.group)
+    dist.reduce_scatter_tensor(mine, gradients.flatten(0, 1), group=share.group)
     my_dk, my_dv = mine.transpose(1, 2)
     return my_dk.clone(memory_format=torch.contiguous_format), my_dv.clone(memory_format=torch.contiguous_format)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor]:
-    rows = rows_of(mask, block.rank, block.size, q.device)
-    return interface.forward(q, *gather_keys_values(k, v, block), rows, block.scale, block.implementation)
+def _forward(q: Tensor, k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    return interface.forward(q, *gather_keys_values(k, v, share), share.rows, share.scale, share.implementation)
 
 
-def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    rows = rows_of(mask, block.rank, block.size, q.device)
-    keys, values = gather_keys_values(k, v, block)
-    dq, dk, dv = interface.backward(dout, dlse, q, keys, values, out, lse, rows, block.scale, block.implementation)
-    my_dk, my_dv = scatter_gradients(dk, dv, block)
+def _backward(dout, dlse, q, k, v, out, lse, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = gather_keys_values(k, v, share)
+    dq, dk, dv = interface.backward(
+        dout, dlse, q, keys, values, out, lse, share.rows, share.scale, share.implementation
+    )
+    my_dk, my_dv = scatter_gradients(dk, dv, share)
     return dq, my_dk.to(k.dtype), my_dv.to(v.dtype)
 
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.kernels.attention import interface
-from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.reference import accumulation_dtype, finite_lse
-from longctx.parallel.context_op import Block, ContextAttend, context_op, keys_of, rows_of
+from longctx.parallel.context_op import ContextAttend, Share, context_op
 
 
 class Neighbours:
@@ -57,46 +56,44 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
     return out * weight + part * part_weight, total
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor]:
-    rows = rows_of(mask, block.rank, block.size, q.device)
-    ring = Neighbours(block.group)
+def _forward(q: Tensor, k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    ring = Neighbours(share.group)
     compute = accumulation_dtype(q.dtype)
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=compute, device=q.device)
     keys_values = torch.stack((k, v))
-    for hop in range(block.size):
-        exchange = ring.start(keys_values) if hop + 1 < block.size else None
-        owner = owner_at(hop, block.rank, block.size)
-        hop_mask = keys_of(rows, owner, block.size, q.device)
-        part, part_lse = interface.forward(q, *keys_values, hop_mask, block.scale, block.implementation)
+    for hop in range(share.size):
+        exchange = ring.start(keys_values) if hop + 1 < share.size else None
+        owner = owner_at(hop, share.rank, share.size)
+        hop_mask = share.keys_of(owner)
+        part, part_lse = interface.forward(q, *keys_values, hop_mask, share.scale, share.implementation)
         out, lse = merge(out, lse, part.to(compute), part_lse)
         if exchange:
             keys_values = ring.finish(exchange)
     return out.to(q.dtype), lse
 
 
-def _backward(dout, dlse, q, k, v, out, lse, mask: KeyIntervals, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    rows = rows_of(mask, block.rank, block.size, q.device)
-    ring = Neighbours(block.group)
+def _backward(dout, dlse, q, k, v, out, lse, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+    ring = Neighbours(share.group)
     compute = accumulation_dtype(q.dtype)
     dq = torch.zeros(q.shape, dtype=compute, device=q.device)
     keys_values = torch.stack((k, v))
     gradients = torch.zeros(keys_values.shape, dtype=compute, device=q.device)  # of the shard at hand, so far
     gradient_exchange = None
-    for hop in range(block.size):
-        exchange = ring.start(keys_values) if hop + 1 < block.size else None
-        owner = owner_at(hop, block.rank, block.size)
-        hop_mask = keys_of(rows, owner, block.size, q.device)
+    for hop in range(share.size):
+        exchange = ring.start(keys_values) if hop + 1 < share.size else None
+        owner = owner_at(hop, share.rank, share.size)
+        hop_mask = share.keys_of(owner)
         hop_k, hop_v = keys_values
         part_dq, part_dk, part_dv = interface.backward(
-            dout, dlse, q, hop_k, hop_v, out, lse, hop_mask, block.scale, block.implementation
+            dout, dlse, q, hop_k, hop_v, out, lse, hop_mask, share.scale, share.implementation
         )
         dq += part_dq
         if gradient_exchange:
             gradients = ring.finish(gradient_exchange)
         gradients[0] += part_dk
         gradients[1] += part_dv
-        gradient_exchange = ring.start(gradients) if block.size > 1 else None
+        gradient_exchange = ring.start(gradients) if share.size > 1 else None
         if exchange:
             keys_values = ring.finish(exchange)
     if gradient_exchange:

@@ -20,9 +20,11 @@ def shard_parameters(model: Transformer, mesh: Mesh, precision: PrecisionConfig)
         fsdp_mesh = mesh.parameters["replicate", "shard_context"]
     else:
         fsdp_mesh = mesh.parameters["shard_context"]
-    policy = MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the angles of the rotary positions stay float32
     if precision.compute != ComputeDtype.float32:
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, precision.compute), reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, precision.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in model.blocks:
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
     fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
