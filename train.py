@@ -35,9 +35,12 @@ def main(composed: DictConfig) -> None:
         from longctx.trainer import train
 
         overrides = [str(word) for word in HydraConfig.get().overrides.task]
-        train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+        is_complete = train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
     except UserError as error:
         fail(str(error))
+    if not is_complete:  # a signal ends the jobs of a multirun that are still to come, too
+        leave()
+        sys.exit(0)
 
 
 def refuse_unknown_keys(composed: DictConfig) -> None:
@@ -73,12 +76,19 @@ def explain(error: BaseException) -> str:
     return "\n".join(lines)
 
 
+def leave() -> None:
+    """Leaves the process group, if one was joined; not after an error of one rank alone, where it would wait."""
+    if "longctx.runtime" in sys.modules:
+        sys.modules["longctx.runtime"].stop()
+
+
 def fail(message: str) -> NoReturn:
     """Ends this process. All ranks fail alike: rank 0 says why, and torchrun repeats it where its own report ends."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         extra = {"timestamp": str(int(time.time())), "py_callstack": message}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    leave()
     sys.exit(f"train.py: {message}" if os.environ.get("RANK", "0") == "0" else 2)
 
 
@@ -88,6 +98,4 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
-    finally:
-        if "longctx.runtime" in sys.modules:
-            sys.modules["longctx.runtime"].stop()
+    leave()

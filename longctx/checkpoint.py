@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -49,30 +49,40 @@ class Checkpoints:
         try:
             self.runtime.together(lambda: _write(tensors, work))
             hashes = self._hash_files(work)
-            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            manifest = {"format": FORMAT, "step": step, "facts": facts, "tensors": shapes, "files": hashes}
+            kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+            manifest = {"format": FORMAT, "step": step, "facts": facts, "tensors": kinds, "files": hashes}
             self.runtime.on_main(lambda: self._commit(work, target, manifest))
         finally:
             if self.runtime.is_main and work.exists():
                 shutil.rmtree(work, ignore_errors=True)
         return target
 
-    def newest(self) -> Path | None:
-        """The last committed checkpoint that passes `verify`; a damaged one is named and passed over."""
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last committed checkpoint that passes `verify`, with its manifest; a damaged one is named, and passed."""
         for path in reversed(self.committed()):
             try:
-                self.verify(path)
-                return path
+                return path, self.verify(path)
             except UserError as error:
                 self.runtime.say(f"checkpoint refused: {error}")
         return None
 
     def committed(self) -> list[Path]:
-        """Folders with a manifest, by step."""
-        folders = [
-            path for path in self.folder.glob("step_*") if (path / MANIFEST).is_file() and ".tmp-" not in path.name
-        ]
-        return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+        """Folders with a manifest, by step; the same list on every rank."""
+        return [Path(path) for path in self.runtime.on_main(lambda: [str(path) for path in self._list()])]
+
+    def _list(self) -> list[Path]:
+        steps = {p: re.fullmatch(r"step_(\d+)", p.name) for p in self.folder.glob("step_*") if (p / MANIFEST).is_file()}
+        return sorted((path for path, match in steps.items() if match), key=_step)
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps: a run that goes on from `step` must not come back to them."""
+
+        def rename() -> None:
+            for path in self._list():
+                if _step(path) > step:
+                    path.rename(path.with_name(f"abandoned_{path.name}_{uuid.uuid4().hex[:8]}"))
+
+        self.runtime.on_main(rename)
 
     def verify(self, path: Path) -> dict[str, Any]:
         """The manifest of a checkpoint, after comparing size and sha256 of every file. Raises `UserError`."""
@@ -90,15 +100,14 @@ class Checkpoints:
                 raise CheckpointError(f"{file}: its sha256 is not the manifest's: the file was changed")
         return manifest
 
-    def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Fills `tensors` in place from a verified checkpoint, whatever layout wrote it; returns its facts."""
-        manifest = self.verify(path)
+    def load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Fills `tensors` in place from a checkpoint and its verified manifest, whatever layout wrote it."""
         saved = manifest["tensors"]
         problems = [f"{name} is in only one of them" for name in sorted(set(tensors) ^ set(saved))]
         problems += [
-            f"{name} is {saved[name]}, the run's is {list(tensor.shape)}"
+            f"{name} is {saved[name]}, the run's is {_kind(tensor)}"
             for name, tensor in tensors.items()
-            if name in saved and saved[name] != list(tensor.shape)
+            if name in saved and saved[name] != _kind(tensor)
         ]
         if problems:
             raise CheckpointError(
@@ -106,7 +115,6 @@ class Checkpoints:
                 "the configuration of the checkpoint"
             )
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-        return manifest["facts"]
 
     def _make_work_folder(self, target: Path) -> Path:
         work = self.folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -115,11 +123,11 @@ class Checkpoints:
 
     def _hash_files(self, work: Path) -> dict[str, dict[str, Any]]:
         """Name -> size and sha256 of every file; each rank syncs and hashes a part of them."""
-        files = sorted(work.glob("*.safetensors"))
+        names = self.runtime.on_main(lambda: sorted(path.name for path in work.glob("*.safetensors")))
 
         def hash_mine() -> dict[str, dict[str, Any]]:
-            mine = files[self.runtime.rank :: self.runtime.world_size]
-            return {f.name: {"bytes": _sync(f).stat().st_size, "sha256": sha256(f)} for f in mine}
+            mine = names[self.runtime.rank :: self.runtime.world_size]
+            return {n: {"bytes": _sync(work / n).stat().st_size, "sha256": sha256(work / n)} for n in mine}
 
         parts: list[Any] = [None] * self.runtime.world_size
         dist.all_gather_object(parts, self.runtime.together(hash_mine))
@@ -129,20 +137,15 @@ class Checkpoints:
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         _sync(work / MANIFEST)
         _sync(work)
-        if target.exists():  # the same step, written by a run that was resumed from before it
-            replaced = target.with_name(f"{target.name}.tmp-replaced")
-            target.rename(replaced)
-            work.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            work.rename(target)
+        if target.exists():  # one that was refused as damaged
+            target.rename(target.with_name(f"abandoned_{target.name}_{uuid.uuid4().hex[:8]}"))
+        work.rename(target)
         _sync(self.folder)
         self._point_latest_to(target)
-        for old in self.committed()[: -self.keep]:
+        for old in self._list()[: -self.keep]:
             shutil.rmtree(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
-            if leftover != work:
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _point_latest_to(self, target: Path) -> None:
         link = self.folder / f"latest.{uuid.uuid4().hex[:8]}"
@@ -183,7 +186,16 @@ def _sync(path: Path) -> Path:
     return path
 
 
-def state_tensors(model: torch.nn.Module, optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _kind(tensor: Tensor) -> str:
+    """What must be equal to load one tensor into another: `float32 [8192, 128]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def state_tensors(parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds, by name: `model.<parameter>` and `optimizer.<state>.<parameter>`."""
-    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     return tensors | {f"optimizer.{name}": tensor for name, tensor in optimizer_state.items()}

@@ -286,10 +286,10 @@ def check(config: Config, world_size: int) -> None:
 
 _AT_LEAST_ONE = (
     "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
-    "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step", "data.sequences_per_micro_batch",
-    "data.recall.keys", "data.recall.values", "parallel.replicate", "parallel.context", "parallel.tensor",
-    "parallel.timeout_seconds", "optim.steps", "optim.max_skipped_steps", "checkpoint.keep", "logging.every_steps",
-    "logging.wandb_timeout_seconds",
+    "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step",
+    "data.sequences_per_micro_batch", "data.recall.keys", "data.recall.values", "parallel.replicate",
+    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "optim.steps", "optim.max_skipped_steps",
+    "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.window", "model.full_attention_every", "model.max_positions", "data.validation_sequences", "optim.lr",

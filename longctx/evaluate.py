@@ -26,8 +26,8 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
-    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank gets the
-    same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
+    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank
+    gets the same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
     """
     loader = Loader(source, data, mesh.reader, mesh.readers)
     loader.micro_batch = 1

@@ -53,17 +53,26 @@ class Metrics:
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if sys.stderr.isatty() else None
 
     def _forget_steps_after(self, start: int) -> None:
-        """Drops lines of steps that a resumed run will take again."""
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""
+        if not self.path.exists():
+            return
+        if start == 0:
+            self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
+            return
+        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(line + "\n" for line in lines))
+        beside.replace(self.path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes the numbers of one step; `step` counts from 1."""
+        """Writes the numbers of one step; `step` counts from 1. A disk that takes no more does not end the run."""
         if not self.is_main:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.say(f"{self.path}: step {step} not written: {error}")
         if self.wandb:
             self.wandb.log(step, values)
 

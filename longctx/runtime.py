@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,8 +43,8 @@ class Runtime:
         result, problem = None, None
         try:
             result = action()
-        except (UserError, OSError) as error:
-            problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = _explain(error)
         problems: list[str | None] = [None] * self.world_size
         dist.all_gather_object(problems, problem)
         for rank, message in enumerate(problems):
@@ -58,12 +59,20 @@ class Runtime:
         if self.is_main:
             try:
                 box[0] = action()
-            except (UserError, OSError) as error:
-                box[1] = str(error)
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                box[1] = _explain(error)
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
+
+
+def _explain(error: Exception) -> str:
+    """The message of an error; of one that nobody foresaw, its type too, after its trace."""
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"
 
 
 def world_size() -> int:

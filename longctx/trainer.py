@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from longctx import runtime as runtime_module
-from longctx.checkpoint import Checkpoints, read_manifest, state_tensors
+from longctx.checkpoint import Checkpoints, state_tensors
 from longctx.config import Config, DataSource, Strategy, UserError, check
 from longctx.data import builtin
 from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
@@ -36,8 +36,8 @@ from longctx.runtime import Runtime
 GIB = 2.0**30
 
 
-def train(config: Config, as_written: str, overrides: list[str]) -> None:
-    """Runs `config`. Raises `UserError`.
+def train(config: Config, as_written: str, overrides: list[str]) -> bool:
+    """Runs `config`; returns whether it reached its last step, rather than being stopped. Raises `UserError`.
 
     `as_written` is its text with nothing resolved, for the logs; `overrides` the words of the command line.
     """
@@ -48,6 +48,7 @@ def train(config: Config, as_written: str, overrides: list[str]) -> None:
         trainer.run()
     finally:
         trainer.close()
+    return not trainer.is_stopped
 
 
 class Trainer:
@@ -58,13 +59,14 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
         folder = config.run_folder
         runtime.on_main(lambda: _make_run_folder(folder))
+        runtime.together(lambda: _check_run_folder(folder))
         self.tokens = open_tokens(config, runtime)
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
         self.model = parallelize(config, self.mesh, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
-        self.parameters = list(self.model.parameters())
+        self.parameters = dict(self.model.named_parameters())
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime)
         self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
 
@@ -73,11 +75,14 @@ class Trainer:
         self.skipped, self.skipped_in_row = 0, 0
         self.checkpoint_stall_s = 0.0
         self.saved_step: int | None = None
+        self.origin: str | None = None  # the checkpoint of which this run is a branch
         self._resume()
-        self.metrics = Metrics(
-            config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
+        self.metrics = runtime.together(
+            lambda: Metrics(
+                config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
+            )
         )
-        self.stop_signal = 0
+        self.stop_signal, self.is_stopped = 0, False
         self.previous_handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         self._introduce()
 
@@ -94,7 +99,9 @@ class Trainer:
             if is_last or self.step % config.logging.every_steps == 0:
                 self.metrics.log(self.step, values)
                 self.metrics.show(self.step, values)
+                self.checkpoint_stall_s = 0.0
             if stop:
+                self.is_stopped = True
                 self.metrics.say(f"stopping after step {self.step} on signal {signal.Signals(stop).name}")
                 break
             every = config.logging.validate_every_steps
@@ -126,12 +133,12 @@ class Trainer:
         dist.all_reduce(loss_sum)
         loss = loss_sum / valid_tokens / self.mesh.size("tensor")
 
-        norm = global_norm(self.parameters)
+        norm = global_norm(list(self.parameters.values()))
         results = torch.cat((torch.stack((loss, norm.double())), sums, maxima))
         loss_value, norm_value, *counts, stop_signal = results.tolist()  # the step's one wait for the device
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optim.clip_norm, norm)
             self.optimizer.step(self.step)
             self.skipped_in_row = 0
         else:  # every rank has the same numbers and skips too; parameters and optimizer stay as they were
@@ -208,7 +215,6 @@ class Trainer:
             values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         else:  # of the whole process
             values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        self.checkpoint_stall_s = 0.0
         return values
 
     def validate(self) -> dict[str, float]:
@@ -241,49 +247,71 @@ class Trainer:
             "consumed": self.consumed,
             "updates": self.optimizer.updates,
             "skipped": self.skipped,
-            "seed": self.config.seed,
-            "data": self._data_fingerprint(),
+            "data": self._data_order(),
+            "resumed_from": self.origin,
             "layout": asdict(self.config.parallel),
             "world_size": self.runtime.world_size,
             "torch": torch.__version__,
             "configuration": self.as_written,
         }
-        path = self.checkpoints.save(self.step, state_tensors(self.model, self.optimizer.state()), facts)
+        path = self.checkpoints.save(self.step, self._state(), facts)
         self.saved_step = self.step
         self.checkpoint_stall_s += time.perf_counter() - started
         self.metrics.say(f"saved {path}")
 
-    def _resume(self) -> None:
-        """Continues from the checkpoint that `checkpoint.resume` names, if there is one."""
-        resume = self.config.checkpoint.resume
-        if resume == "never":
-            if self.checkpoints.committed():
-                raise UserError(
-                    f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
-                )
-            return
-        path = self.checkpoints.newest() if resume == "auto" else Path(resume)
-        if path is None:
-            return
-        self.runtime.together(lambda: read_manifest(path))
-        facts = self.checkpoints.load(path, state_tensors(self.model, self.optimizer.state()))
-        self.step = int(read_manifest(path)["step"])
-        self.consumed, self.skipped = int(facts["consumed"]), int(facts["skipped"])
-        self.optimizer.updates = int(facts["updates"])
-        if path.parent == self.checkpoints.folder:
-            self.saved_step = self.step
-        self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
-        if facts["data"] != self._data_fingerprint():
-            self.runtime.say(
-                f"the data differ from the checkpoint's ({facts['data']} there, {self._data_fingerprint()} here)"
-            )
+    def _state(self) -> dict[str, torch.Tensor]:
+        # The parameters as they were handed out at the start: after a forward pass without a backward one, the model's
+        # own are the gathered copies in the compute dtype.
+        return state_tensors(self.parameters, self.optimizer.state())
 
-    def _data_fingerprint(self) -> str:
-        return self.tokens.fingerprint() if self.tokens else str(self.config.data.recall)
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint of this run, or from the one `checkpoint.resume` names."""
+        resume = self.config.checkpoint.resume
+        newest = self.checkpoints.newest()
+        if resume == "never" and newest:
+            raise UserError(
+                f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
+            )
+        if resume not in ("auto", "never"):
+            self.origin = resume
+            if not newest or newest[1]["facts"]["resumed_from"] != resume:  # else a restart: go on where it was
+                newest = Path(resume), self.checkpoints.verify(Path(resume))
+        if not newest:
+            return
+        path, manifest = newest
+        facts = manifest["facts"]
+        is_own = path.resolve().parent == self.checkpoints.folder.resolve()
+        if is_own:
+            self._check_data_order(path, facts["data"])
+        self.checkpoints.load(path, manifest, self._state())
+        self.step, self.consumed = int(manifest["step"]), int(facts["consumed"])
+        self.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
+        self.checkpoints.set_aside_after(self.step if is_own else -1)
+        self.saved_step = self.step if is_own else None
+        self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
+
+    def _data_order(self) -> dict[str, Any]:
+        """All that decides which sequence is number 0, 1, 2 ..."""
+        data = self.config.data
+        return {
+            "corpus": self.tokens.fingerprint() if self.tokens else str(data.recall),
+            "seed": self.config.seed,
+            "data.sequence_length": data.sequence_length,
+            "data.separate_documents": data.separate_documents,
+        }
+
+    def _check_data_order(self, path: Path, saved: dict[str, Any]) -> None:
+        here = self._data_order()
+        changes = [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
+        if changes:
+            raise UserError(
+                f"{path} was trained on another order of sequences: {'; '.join(changes)}. Some would be read twice and "
+                f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
+            )
 
     def _introduce(self) -> None:
         config, mesh = self.config, self.mesh
-        count = sum(p.numel() for p in self.parameters)
+        count = sum(p.numel() for p in self.parameters.values())
         axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
         data = f"{self.tokens.folder} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
         self.runtime.say(
@@ -310,9 +338,10 @@ class Trainer:
         if results:
             shown = f" ({bits:.4f} bits a byte)" if bits else ""
             self.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
-        self.metrics.say(
-            f"report: {report}\nresume: {resume_command(self.config, self.overrides, self.runtime.world_size)}"
-        )
+        self.metrics.say(f"report: {report}")
+        if self.saved_step == self.step:
+            command = resume_command(self.config, self.overrides, self.runtime.world_size, is_complete)
+            self.metrics.say(f"resume: {command}")
 
     def _samples(self) -> list[str]:
         logging = self.config.logging
@@ -346,7 +375,17 @@ def open_tokens(config: Config, runtime: Runtime) -> TokenFolder | None:
     if data.source == DataSource.builtin:
         folder = builtin.folder(data.cache_folder)
         runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
-    return runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
+    tokens = runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
+    seen_by_main = runtime.on_main(tokens.fingerprint)
+
+    def check_same() -> None:  # machines with other versions of Python or torch have other sources
+        if tokens.fingerprint() != seen_by_main:
+            raise DataError(
+                f"{folder}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
+            )
+
+    runtime.together(check_same)
+    return tokens
 
 
 def training_source(config: Config, tokens: TokenFolder | None) -> Source:
@@ -370,25 +409,35 @@ def validation_source(
         return None
 
 
-def resume_command(config: Config, overrides: list[str], world_size: int) -> str:
-    """What to type to go on with this run, for as many steps again if it is complete."""
+def resume_command(config: Config, overrides: list[str], world_size: int, is_complete: bool) -> str:
+    """What to type to go on with this run; for as many steps again if it is complete."""
     tools = Path(os.path.relpath(Path(sys.executable).parent))  # .venv/bin, if that is where this runs
     tools = Path() if ".." in tools.parts else tools
+    per_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
     launcher = (
-        [str(tools / "python")] if world_size == 1 else [str(tools / "torchrun"), "--nproc-per-node", str(world_size)]
+        [str(tools / "python")] if world_size == 1 else [str(tools / "torchrun"), "--nproc-per-node", per_machine]
     )
     words = [w for w in overrides if w.split("=")[0] not in ("name", "optim.steps", "checkpoint.resume")]
-    return shlex.join([*launcher, "train.py", *words, f"name={config.name}", f"optim.steps={2 * config.optim.steps}"])
+    steps = config.optim.steps * (2 if is_complete else 1)
+    return shlex.join([*launcher, "train.py", *words, f"name={config.name}", f"optim.steps={steps}"])
 
 
 def _make_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER") from None
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"the run's folder {folder.resolve()} is not seen here; give folder=ONE THAT ALL MACHINES SHARE"
+        )
 
 
 def _device_name(device: torch.device) -> str:

@@ -26,7 +26,7 @@ def make_state(parallel: ParallelConfig, seed: int):
     model(tokens, tokens % 32, KeyIntervals.causal(32), tokens).sum().backward()
     optimizer.step(20)
     optimizer.zero_grad()
-    return state_tensors(model, optimizer.state())
+    return state_tensors(dict(model.named_parameters()), optimizer.state())
 
 
 def whole(tensors):
@@ -44,10 +44,11 @@ def save(_rank, folder, parallel, steps):
 def load(_rank, folder, parallel):
     tensors = make_state(parallel, seed=2)
     checkpoints = Checkpoints(folder, 2, runtime.start(60))
-    path = checkpoints.newest()
-    assert path is not None
-    facts = checkpoints.load(path, tensors)
-    return whole(tensors), facts, path.name
+    newest = checkpoints.newest()
+    assert newest is not None
+    path, manifest = newest
+    checkpoints.load(path, manifest, tensors)
+    return whole(tensors), manifest["facts"], path.name
 
 
 LAYOUTS = [
@@ -107,7 +108,7 @@ def test_damage_is_named_and_the_previous_commit_is_used(tmp_path, capsys, damag
         checkpoints.verify(tmp_path / "step_2")
     newest = checkpoints.newest()
     assert newest is not None
-    assert newest.name == "step_1"
+    assert newest[0].name == "step_1"
     assert str(file) in capsys.readouterr().out
 
 
@@ -119,7 +120,7 @@ def test_a_folder_without_a_valid_manifest_does_not_exist(tmp_path, content):
     (tmp_path / "step_8.tmp-1234").mkdir()
     newest = Checkpoints(tmp_path, 2, runtime.start(60)).newest()
     assert newest is not None
-    assert newest.name == "step_1"
+    assert newest[0].name == "step_1"
     with pytest.raises(CheckpointError, match="so it is no checkpoint"):
         read_manifest(tmp_path / "step_7")
 
@@ -127,10 +128,24 @@ def test_a_folder_without_a_valid_manifest_does_not_exist(tmp_path, content):
 def test_another_model_is_refused(tmp_path):
     run_on_ranks(1, save, tmp_path, ParallelConfig(), [1])
     checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
-    with pytest.raises(
-        CheckpointError, match=r"model.embedding.weight is \[8192, 32\], the run's is \[3, 3\]|in only one"
-    ):
-        checkpoints.load(tmp_path / "step_1", {"model.embedding.weight": torch.zeros(3, 3)})
+    path, manifest = tmp_path / "step_1", checkpoints.verify(tmp_path / "step_1")
+    with pytest.raises(CheckpointError, match="in only one of them"):
+        checkpoints.load(path, manifest, {"model.embedding.weight": torch.zeros(8192, 32)})
+    other = {name: torch.zeros(3, 3, dtype=torch.bfloat16) for name in manifest["tensors"]}
+    with pytest.raises(CheckpointError, match=r"is float32 \[.*\], the run's is bfloat16 \[3, 3\]; give the run"):
+        checkpoints.load(path, manifest, other)
+
+
+def test_steps_after_the_one_resumed_from_are_set_aside(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, runtime.start(60))
+    checkpoints.save(200, {"a": torch.ones(4)}, {})
+    (tmp_path / "step_200_backup").mkdir()
+    (tmp_path / "step_200_backup" / "manifest.json").write_text("{}")  # no step of this run, and no trouble
+    checkpoints.set_aside_after(100)
+    checkpoints.save(150, {"a": torch.zeros(4)}, {})
+    assert [p.name for p in checkpoints.committed()] == ["step_150"]
+    assert (tmp_path / "latest").resolve().name == "step_150"
+    assert len(list(tmp_path.glob("abandoned_step_200_*"))) == 1
 
 
 def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch):
@@ -145,5 +160,5 @@ def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch):
         checkpoints.save(2, {"a": torch.ones(4)}, {})
     newest = checkpoints.newest()
     assert newest is not None
-    assert newest.name == "step_1"
+    assert newest[0].name == "step_1"
     assert not list(tmp_path.glob("*.tmp-*"))

@@ -19,8 +19,10 @@ import pytest
 import torch
 from distributed import run_on_ranks
 from helpers import losses_of, make_corpus, small_config, trainer_of
+from safetensors import safe_open
 
 from longctx.config import (
+    ComputeDtype,
     ConfigError,
     DataSource,
     ModelConfig,
@@ -125,6 +127,54 @@ def test_resume_on_another_layout(tmp_path, corpus):
     config.parallel = ParallelConfig()
     losses += run_on_ranks(1, run_steps, config, 4)[0]
     assert losses == pytest.approx(whole, rel=1e-5)
+
+
+def validate_and_save(_rank, config):
+    """The float32 masters before, and the checkpoint written right after a validation."""
+    with trainer_of(config) as trainer:
+        trainer.train_step()
+        masters = {f"model.{n}": p.detach().full_tensor().clone() for n, p in trainer.parameters.items()}
+        trainer.validate()
+        trainer.save()
+        manifest = trainer.checkpoints.verify(trainer.checkpoints.committed()[-1])
+        return masters, manifest["tensors"]
+
+
+def test_a_checkpoint_after_a_validation_holds_the_float32_masters(tmp_path, corpus):
+    """Without a backward pass the model's own parameters are left as the gathered bfloat16 copies."""
+    config = small_config(tmp_path, corpus, precision__compute=ComputeDtype.bfloat16)
+    masters, kinds = run_on_ranks(2, validate_and_save, config)[0]
+    assert {kind.split()[0] for kind in kinds.values()} == {"float32"}
+    folder = tmp_path / "test" / "checkpoints" / "step_1"
+    saved = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    weight = torch.cat([file.get_tensor("model.embedding.weight") for file in saved])
+    assert torch.equal(weight, masters["model.embedding.weight"])
+
+
+def test_another_order_of_sequences_is_refused(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=1), "", [])
+    with pytest.raises(
+        UserError, match=r"seed was 0, is 1; data.sequence_length was 64, is 32\. Some would be read twice"
+    ):
+        train(small_config(tmp_path, corpus, optim__steps=2, seed=1, data__sequence_length=32), "", [])
+
+
+def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=4, checkpoint__every_steps=2), "", [])
+    start = tmp_path / "test" / "checkpoints" / "step_2"
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=3, seed=5, checkpoint__resume=str(start))
+    with trainer_of(branch) as trainer:
+        assert trainer.step == 2
+        trainer.run()
+    branch.optim.steps = 5
+    with trainer_of(branch) as trainer:  # as a restart does it, with the same words
+        assert trainer.step == 3
+
+    again = small_config(tmp_path, corpus, optim__steps=3, checkpoint__resume=str(start))
+    train(again, "", [])  # in the same folder: step 4 was another future
+    names = sorted(p.name for p in start.parent.iterdir())
+    assert [n.rsplit("_", 1)[0] for n in names if n.startswith("abandoned")] == ["abandoned_step_4"]
+    assert {"step_2", "step_3"} <= set(names)
 
 
 def test_metrics_of_steps_taken_again_are_dropped(tmp_path, corpus):

@@ -118,8 +118,8 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     """Registers `longctx::<name>(q, k, v, *call)` and its gradient.
 
     `forward(q, k, v, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and dv;
-    dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and is seen
-    whole by a recompute policy.
+    dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and is
+    seen whole by a recompute policy.
     """
 
     @torch.library.custom_op(f"longctx::{name}", mutates_args=())
