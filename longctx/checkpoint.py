@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def state_tensors(parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(parameters: Mapping[str, Tensor], optimizer_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds, by name: `model.<parameter>` and `optimizer.<state>.<parameter>`."""
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     return tensors | {f"optimizer.{name}": tensor for name, tensor in optimizer_state.items()}
