@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longctx.config import DataConfig
-from longctx.data.loader import Loader, Source
+from longctx.data.loader import Batch, Source, collate
 from longctx.data.packing import IGNORE_INDEX
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.parallel.mesh import Mesh
@@ -19,23 +18,30 @@ from longctx.parallel.sequence import held_tokens, sequence_mask, shard
 BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
 
 
+def token_losses(model: nn.Module, batch: Batch, mesh: Mesh, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (nats), target and position of each token that this rank holds: (batch, sequence / context)."""
+    rank, size = mesh.rank("context"), mesh.size("context")
+    tokens, targets, positions = (
+        shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.positions)
+    )
+    losses = model(tokens, positions, sequence_mask(batch.document_start, device), targets)
+    return losses, targets, positions
+
+
 @torch.no_grad()
 def validate(
-    model: nn.Module, source: Source, sequences: int, data: DataConfig, mesh: Mesh, device: torch.device,
-    token_bytes: np.ndarray | None,
+    model: nn.Module, source: Source, sequences: int, mesh: Mesh, device: torch.device, token_bytes: np.ndarray | None
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
     `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank
     gets the same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
     """
-    loader = Loader(source, data, mesh.reader, mesh.readers)
-    loader.micro_batch = 1
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
     sums = torch.zeros(3 + 2 * BUCKETS, dtype=torch.float64, device=device)  # nats, tokens, bytes, then by position
     for first in range(0, sequences, mesh.readers):  # all ranks run alike, so that collectives meet
-        batch = loader.batch(first + mesh.reader)
-        targets, losses, positions = _losses(model, batch, mesh, device)
+        batch = collate([source.sequence(first + mesh.reader)])
+        losses, targets, positions = token_losses(model, batch, mesh, device)
         valid = (targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
         losses, positions, targets = losses[valid].double(), positions[valid], targets[valid]
         bucket = (positions + 1).double().log2().floor().long()
@@ -55,15 +61,6 @@ def validate(
         if count:
             results[f"loss/pos/{2**index}"] = total / count
     return results
-
-
-def _losses(model: nn.Module, batch, mesh: Mesh, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, losses and positions of the tokens this rank holds."""
-    rank, size = mesh.rank("context"), mesh.size("context")
-    tokens, targets, positions = (
-        shard(x, rank, size).to(device) for x in (batch.tokens, batch.targets, batch.positions)
-    )
-    return targets, model(tokens, positions, sequence_mask(batch.document_start, device), targets), positions
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,13 @@ from longctx.data import builtin
 from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError, TokenFolder
-from longctx.evaluate import generate, validate
+from longctx.evaluate import generate, token_losses, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.transformer import attention_pairs, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.parallel.sequence import sequence_mask, shard
+from longctx.parallel.sequence import shard
 from longctx.runtime import Runtime
 
 GIB = 2.0**30
@@ -49,6 +49,20 @@ def train(config: Config, as_written: str, overrides: list[str]) -> bool:
     finally:
         trainer.close()
     return not trainer.is_stopped
+
+
+class StepCounts(NamedTuple):
+    """What ranks tell each other of a step's sequences: the first `SUMMED` are added up, of the rest the largest."""
+
+    valid_targets: float
+    tflops: float  # of forward and backward
+    documents: float
+    pairs: float  # of a query and a key it sees, whose attention a rank computes
+    most_pairs: float  # the same of the most loaded rank
+    stop_signal: float  # that some rank has received; 0: none
+
+
+SUMMED = 4
 
 
 class Trainer:
@@ -121,21 +135,22 @@ class Trainer:
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
-        sums, maxima = self._count(batches)
-        dist.all_reduce(sums)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        valid_tokens = sums[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        device = self.runtime.device
+        counts = torch.tensor(self._count(batches), dtype=torch.float64, device=device)
+        dist.all_reduce(counts[:SUMMED])
+        dist.all_reduce(counts[SUMMED:], op=dist.ReduceOp.MAX)
+        valid_tokens = counts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            losses = self._forward(batch)
+            losses, _, _ = token_losses(self.model, batch, self.mesh, device)
             (losses.sum() / valid_tokens.float()).backward()
             loss_sum += losses.detach().double().sum()
         dist.all_reduce(loss_sum)
         loss = loss_sum / valid_tokens / self.mesh.size("tensor")
 
         norm = global_norm(list(self.parameters.values()))
-        results = torch.cat((torch.stack((loss, norm.double())), sums, maxima))
-        loss_value, norm_value, *counts, stop_signal = results.tolist()  # the step's one wait for the device
+        results = torch.cat((torch.stack((loss, norm.double())), counts))
+        loss_value, norm_value, *counted = results.tolist()  # the step's one wait for the device before the update
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optim.clip_norm, norm)
@@ -151,27 +166,21 @@ class Trainer:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         values = {"loss/train": loss_value, "optim/grad_norm": norm_value, "optim/lr": lr}
-        values |= self._work_done(seconds, counts) | {"time/data_s": fetched - started}
-        return values, int(stop_signal)
+        step_counts = StepCounts(*counted)
+        values |= self._work_done(seconds, step_counts) | {"time/data_s": fetched - started}
+        return values, int(step_counts.stop_signal)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        """Losses of the tokens this rank holds: (batch, sequence / context), nats."""
-        rank, size, device = self.mesh.rank("context"), self.mesh.size("context"), self.runtime.device
-        tokens, targets, positions = (
-            shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.positions)
-        )
-        return self.model(tokens, positions, sequence_mask(batch.document_start, device), targets)
-
-    def _count(self, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What ranks sum: valid targets, TFLOPs and documents of this rank's sequences, its pairs of a query and a key;
-        and of what they take the maximum: those pairs again, and the signal that asks to stop."""
-        valid = sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches)
-        tflops = sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12
-        documents = sum(float((b.positions == 0).sum()) for b in batches)
+    def _count(self, batches: list[Batch]) -> StepCounts:
+        """Of this rank, before ranks have added them up."""
         pairs = sum(self._attention_pairs(b) for b in batches)
-        counts = torch.tensor([valid, tflops, documents, pairs, pairs, self.stop_signal], dtype=torch.float64)
-        counts = counts.to(self.runtime.device)
-        return counts[:4], counts[4:]
+        return StepCounts(
+            valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
+            tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
+            documents=sum(float((b.positions == 0).sum()) for b in batches),
+            pairs=pairs,
+            most_pairs=pairs,
+            stop_signal=self.stop_signal,
+        )
 
     def _attention_pairs(self, batch: Batch) -> float:
         """Pairs of a query and a key whose attention this rank computes; with Ulysses, its share of the heads."""
@@ -190,12 +199,12 @@ class Trainer:
                 f"{self.step + 1}. Lower optim.lr, or resume from an earlier checkpoint (checkpoint.resume=PATH)"
             )
 
-    def _work_done(self, seconds: float, counts: list[float]) -> dict[str, float]:
+    def _work_done(self, seconds: float, counts: StepCounts) -> dict[str, float]:
         """Throughput, utilisation and memory of a step that took `seconds`."""
         config, world_size = self.config, self.runtime.world_size
         copies = world_size / self.mesh.readers  # ranks that count the same sequences
         tokens = config.data.sequences_per_step * config.data.sequence_length
-        tflops = counts[1] / copies / seconds / world_size
+        tflops = counts.tflops / copies / seconds / world_size
         values = {
             "optim/skipped_steps": self.skipped,
             "perf/tokens_per_s": tokens / seconds,
@@ -204,8 +213,8 @@ class Trainer:
             "perf/tflops_per_gpu": tflops,
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
             "data/tokens": self.consumed * config.data.sequence_length,
-            "data/documents_per_sequence": counts[2] / copies / config.data.sequences_per_step,
-            "data/attention_imbalance": counts[4] / (counts[3] / world_size),  # most loaded rank over the mean
+            "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
+            "data/attention_imbalance": counts.most_pairs / (counts.pairs / world_size),
         }
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
@@ -222,15 +231,7 @@ class Trainer:
         if not self.validation:
             return {}
         bytes_of = self.tokens.token_bytes if self.tokens else None
-        results = validate(
-            self.model,
-            self.validation,
-            self.validation.size,
-            self.config.data,
-            self.mesh,
-            self.runtime.device,
-            bytes_of,
-        )
+        results = validate(self.model, self.validation, self.validation.size, self.mesh, self.runtime.device, bytes_of)
         self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
         if results:
             bits = results.get("loss/val_bits_per_byte")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from longctx.kernels import reference
 from longctx.kernels.attention import sdpa
@@ -122,7 +123,7 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     seen whole by a recompute policy.
     """
 
-    @torch.library.custom_op(f"longctx::{name}", mutates_args=())
+    @custom_op(f"longctx::{name}", mutates_args=())
     def op(
         q: Tensor,
         k: Tensor,
@@ -136,7 +137,7 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     ) -> tuple[Tensor, Tensor]:
         return forward(q, k, v, Call(start, end, is_causal, scale, implementation, group_name))
 
-    @torch.library.custom_op(f"longctx::{name}_backward", mutates_args=())
+    @custom_op(f"longctx::{name}_backward", mutates_args=())
     def backward_op(
         dout: Tensor,
         dlse: Tensor | None,

@@ -28,6 +28,11 @@ class Batch(NamedTuple):
     document_start: Tensor
 
 
+def collate(sequences: list[Sequence]) -> Batch:
+    """Sequences of one length as a batch."""
+    return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*sequences, strict=True)))
+
+
 class Source(Protocol):
     """Something that has sequence number 0, 1, 2 ... for as long as one asks."""
 
@@ -118,5 +123,4 @@ class Loader:
         ]
 
     def batch(self, first: int) -> Batch:
-        sequences = [self.source.sequence(first + i) for i in range(self.micro_batch)]
-        return Batch(*(torch.from_numpy(np.stack(field)) for field in zip(*sequences, strict=True)))
+        return collate([self.source.sequence(first + i) for i in range(self.micro_batch)])
