@@ -223,9 +223,9 @@ def test_many_such_steps_end_the_run(tmp_path, corpus):
 
 
 def interrupted(rank, config):
-    if rank == 1:
-        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     with trainer_of(config) as trainer:
+        if rank == 1:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         trainer.run()
         return trainer.step
 
