@@ -78,8 +78,10 @@ def test_bad_jsonl_is_named(tmp_path, line, message):
 
 
 def test_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(DataError, match="no text to train on"):
+    with pytest.raises(DataError, match="no text to train on; every document is empty"):
         prepare([Document("a", [""])], tmp_path / "empty")
+    with pytest.raises(DataError, match="no text to train on; all 1 documents were held out; lower the validation"):
+        prepare([Document("a", ["x"])], tmp_path / "empty", validation_fraction=1.0)
     assert list(tmp_path.iterdir()) == []
 
 

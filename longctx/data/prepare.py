@@ -106,7 +106,11 @@ def prepare(
         _token_bytes(tokenizer, vocab_size, end_of_document).tofile(work / "token_bytes.bin")
         shards = {split: writer.finish() for split, writer in writers.items()}
         if not shards["train"]:
-            raise DataError(f"{source or 'the input'}: no text to train on (empty documents are left out)")
+            held_out = sum(shard.documents for shard in shards["validation"])
+            why = f"all {held_out} documents were held out; lower the validation fraction or split them into more"
+            raise DataError(
+                f"{source or 'the input'}: no text to train on; {why if held_out else 'every document is empty'}"
+            )
         manifest = Manifest(dtype, vocab_size, end_of_document, sha256(tokenizer_file), shards, source)
         manifest.write(work)
         os.chmod(work, 0o755)
