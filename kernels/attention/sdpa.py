@@ -36,7 +36,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -
     """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `reference`."""
     if q.device.type == "cpu":
         return _cpu_forward(q, k, v, mask, scale)
-    if _is_dense(q, mask):
+    if _cudnn_serves(q, mask):
         return _cudnn_forward(q, k, v, mask, scale)
     return _varlen_forward(q, k, v, mask, scale)
 
@@ -57,7 +57,7 @@ def backward(
         return _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale)
     if q.device.type == "cpu":
         return _cpu_backward(dout, q, k, v, out, lse, mask, scale)
-    if _is_dense(q, mask):
+    if _cudnn_serves(q, mask):
         return _cudnn_backward(dout, q, k, v, out, lse, mask, scale)
     return _varlen_backward(dout, q, k, v, out, lse, mask, scale)
 
@@ -202,9 +202,9 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 # GPU, full and causal: cuDNN -----------------------------------------------------------------------------------------
 
 
-def _is_dense(q: Tensor, mask: KeyIntervals) -> bool:
-    square = mask.n_queries == mask.n_keys
-    return mask.start is None and (square or not mask.is_causal) and q.shape[-1] <= 128
+def _cudnn_serves(q: Tensor, mask: KeyIntervals) -> bool:
+    is_square = mask.n_queries == mask.n_keys  # cuDNN aligns a causal mask to the top left
+    return mask.start is None and (is_square or not mask.is_causal) and q.shape[-1] <= 128 and torch.version.hip is None
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
