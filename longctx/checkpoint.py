@@ -9,7 +9,6 @@ functions of the seed and of the counts in the manifest.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from longctx.config import UserError
-from longctx.data.tokens import sha256
+from longctx.files import sha256, sync
 from longctx.runtime import Runtime
 
 FORMAT = "longctx-checkpoint-1"
@@ -81,7 +80,7 @@ class Checkpoints:
         def rename() -> None:
             for path in self._list():
                 if _step(path) > step:
-                    path.rename(path.with_name(f"abandoned_{path.name}_{uuid.uuid4().hex[:8]}"))
+                    _set_aside(path)
 
         self.runtime.on_main(rename)
 
@@ -128,7 +127,7 @@ class Checkpoints:
 
         def hash_mine() -> dict[str, dict[str, Any]]:
             mine = names[self.runtime.rank :: self.runtime.world_size]
-            return {n: {"bytes": _sync(work / n).stat().st_size, "sha256": sha256(work / n)} for n in mine}
+            return {n: {"bytes": sync(work / n).stat().st_size, "sha256": sha256(work / n)} for n in mine}
 
         parts: list[Any] = [None] * self.runtime.world_size
         dist.all_gather_object(parts, self.runtime.together(hash_mine))
@@ -136,12 +135,12 @@ class Checkpoints:
 
     def _commit(self, work: Path, target: Path, manifest: dict[str, Any]) -> None:
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        _sync(work / MANIFEST)
-        _sync(work)
+        sync(work / MANIFEST)
+        sync(work)
         if target.exists():  # one that was refused as damaged
-            target.rename(target.with_name(f"abandoned_{target.name}_{uuid.uuid4().hex[:8]}"))
+            _set_aside(target)
         work.rename(target)
-        _sync(self.folder)
+        sync(self.folder)
         self._point_latest_to(target)
         for old in self._list()[: -self.keep]:
             shutil.rmtree(old)
@@ -177,14 +176,9 @@ def _write(tensors: dict[str, Tensor], folder: Path) -> None:
         raise CheckpointError(f"saving to {folder} failed on rank {rank}: {cause}") from None
 
 
-def _sync(path: Path) -> Path:
-    """Flushes a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return path
+def _set_aside(path: Path) -> None:
+    """Under another name it is no checkpoint of the run any more; it stays for the user to look at."""
+    path.rename(path.with_name(f"abandoned_{path.name}_{uuid.uuid4().hex[:8]}"))
 
 
 def _step(path: Path) -> int:

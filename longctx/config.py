@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -271,11 +272,8 @@ def resolve_shard(parallel: ParallelConfig, world_size: int) -> int:
 
 def check(config: Config, world_size: int) -> None:
     """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
-    too_small, model, layout = (
-        _check_sizes(config),
-        _check_model(config.model),
-        _check_layout(config.parallel, world_size),
-    )
+    too_small, model = _check_sizes(config), _check_model(config.model)
+    layout = _check_layout(config.parallel, world_size)
     problems = [*too_small, *_check_ranges(config), *model, *layout]
     if not too_small and not layout:  # the rest divides by these
         problems += _check_batch(config, world_size)
@@ -365,9 +363,7 @@ def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
     ]
     if problems or min(sizes.values()) < 1:
         return problems
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = math.prod(sizes.values())
     named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     if parallel.shard == -1 and world_size % product:
         return [f"parallel: {named} = {product} does not divide the {world_size} ranks of this run; change one of them"]

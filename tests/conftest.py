@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from helpers import make_corpus
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of token shards that nobody changes."""
+    return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 def pytest_collection_modifyitems(config, items):

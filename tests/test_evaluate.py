@@ -7,16 +7,11 @@ import math
 import pytest
 import torch
 from distributed import run_on_ranks
-from helpers import make_corpus, small_config, trainer_of
+from helpers import small_config, trainer_of
 
 from longctx.config import ParallelConfig
 from longctx.data.packing import IGNORE_INDEX
 from longctx.evaluate import generate
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 def look(_rank, config):

@@ -22,6 +22,10 @@ BANNED = {
     "longctx/config.py": ("torch", "numpy", "hydra", "omegaconf", "longctx"),
     "longctx/model": ("torch.distributed", "longctx.parallel", "longctx.data", "longctx.trainer"),
     "longctx/parallel": ("longctx.data", "longctx.optim", "longctx.trainer"),
+    "longctx/checkpoint.py": ("longctx.data", "longctx.model", "longctx.parallel", "longctx.trainer"),
+    "longctx/optim.py": ("longctx.data", "longctx.model", "longctx.parallel", "longctx.trainer"),
+    "longctx/metrics.py": ("longctx.data", "longctx.model", "longctx.parallel", "longctx.trainer"),
+    "longctx/files.py": ("torch", "longctx"),
     "longctx/data": ("longctx.model", "longctx.parallel", "longctx.kernels"),
 }  # fmt: skip
 EVERYWHERE = ("train", "tools", "tests", "kernels", "pickle")

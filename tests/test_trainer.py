@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_on_ranks
-from helpers import losses_of, make_corpus, small_config, trainer_of
+from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 
 from longctx.config import (
@@ -38,11 +38,6 @@ from longctx.trainer import train
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 def test_a_whole_run(tmp_path, corpus, capsys):

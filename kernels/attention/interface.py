@@ -181,14 +181,16 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     return op
 
 
+def _mask_of(q: Tensor, k: Tensor, call: Call) -> KeyIntervals:
+    return KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
+
+
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    mask = KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
-    return forward(q, k, v, mask, call.scale, call.implementation)
+    return forward(q, k, v, _mask_of(q, k, call), call.scale, call.implementation)
 
 
 def _attention_backward(dout, dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    mask = KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
-    return backward(dout, dlse, q, k, v, out, lse, mask, call.scale, call.implementation)
+    return backward(dout, dlse, q, k, v, out, lse, _mask_of(q, k, call), call.scale, call.implementation)
 
 
 _attention = attention_op("attention", _attention_forward, _attention_backward)

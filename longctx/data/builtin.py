@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from longctx.data.prepare import BUILTIN_TOKENIZER, Document, prepare
-from longctx.data.tokens import DataError, sha256
+from longctx.data.tokens import DataError
+from longctx.files import sha256
 
 MAX_DOCUMENT_TOKENS = 3_000_000
 HELD_OUT = {

@@ -56,32 +56,45 @@ def shuffled(number: int, size: int, seed: int, epoch: int) -> int:
             return number
 
 
-class ShuffledTokens:
-    """Training order: windows of the stream, each once an epoch, shuffled anew each epoch."""
+class TokenWindows:
+    """A split cut into windows of one sequence each, and the targets of their last tokens."""
+
+    def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
+        """Raises `DataError` if the split is too short for one window; `where` names it."""
+        self.split, self.length = split, data.sequence_length
+        self.separate_documents = data.separate_documents
+        self.windows = (len(split) - 1) // self.length
+        if self.windows < 1:
+            raise DataError(
+                f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text or set "
+                f"data.sequence_length={max(1, len(split) - 1)} or less"
+            )
+
+    def window(self, number: int) -> Sequence:
+        return pack(*self.split.read(number * self.length, self.length + 1), self.separate_documents)
+
+
+class ShuffledTokens(TokenWindows):
+    """Training order: each window once an epoch, shuffled anew each epoch."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, seed: int, where: str) -> None:
-        self.split, self.length, self.seed = split, data.sequence_length, seed
-        self.separate_documents = data.separate_documents
-        self.size = count_windows(split, self.length, where)
+        super().__init__(split, data, where)
+        self.seed, self.size = seed, self.windows
 
     def sequence(self, number: int) -> Sequence:
         epoch, number = divmod(number, self.size)
-        window = shuffled(number, self.size, self.seed, epoch)
-        return pack(*self.split.read(window * self.length, self.length + 1), self.separate_documents)
+        return self.window(shuffled(number, self.size, self.seed, epoch))
 
 
-class SpacedTokens:
-    """Validation order: windows spread evenly over the stream, the same ones each time."""
+class SpacedTokens(TokenWindows):
+    """Validation order: windows spread evenly over the split, the same ones each time."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
-        self.split, self.length = split, data.sequence_length
-        self.separate_documents = data.separate_documents
-        self.windows = count_windows(split, self.length, where)
+        super().__init__(split, data, where)
         self.size = min(self.windows, data.validation_sequences)
 
     def sequence(self, number: int) -> Sequence:
-        window = number % self.size * self.windows // self.size
-        return pack(*self.split.read(window * self.length, self.length + 1), self.separate_documents)
+        return self.window(number % self.size * self.windows // self.size)
 
 
 class RecallStream:
@@ -96,17 +109,6 @@ class RecallStream:
         return recall_sequence(number, self.data.sequence_length, recall.keys, recall.values, self.seed)
 
 
-def count_windows(split: TokenSplit, length: int, where: str) -> int:
-    """Sequences of `length` tokens (and the target of the last) in a split. Raises `DataError` if there is none."""
-    windows = (len(split) - 1) // length
-    if windows < 1:
-        raise DataError(
-            f"{where}: {len(split)} tokens, a sequence needs {length + 1}; add text or set data.sequence_length="
-            f"{max(1, len(split) - 1)} or less"
-        )
-    return windows
-
-
 class Loader:
     """Hands data rank `rank` of `ranks` its share of each step's sequences."""
 
@@ -117,10 +119,5 @@ class Loader:
 
     def step(self, consumed: int) -> list[Batch]:
         """This rank's micro-batches of the step that begins when `consumed` sequences are done."""
-        return [
-            self.batch(consumed + (part * self.ranks + self.rank) * self.micro_batch)
-            for part in range(self.accumulation)
-        ]
-
-    def batch(self, first: int) -> Batch:
-        return collate([self.source.sequence(first + i) for i in range(self.micro_batch)])
+        firsts = (consumed + (part * self.ranks + self.rank) * self.micro_batch for part in range(self.accumulation))
+        return [collate([self.source.sequence(first + i) for i in range(self.micro_batch)]) for first in firsts]

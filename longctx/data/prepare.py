@@ -16,7 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.tokens import DataError, Manifest, ShardWriter, sha256
+from longctx.data.tokens import DataError, Manifest, ShardWriter
+from longctx.files import sha256
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")

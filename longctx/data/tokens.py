@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from longctx.config import UserError
+from longctx.files import sha256
 
 FORMAT = "longctx-tokens-1"
 MANIFEST = "manifest.json"
@@ -66,11 +67,6 @@ class Manifest:
             raise DataError(f"{path}: format {fields.get('format')!r}, this version reads {FORMAT!r}; prepare it again")
         fields["splits"] = {split: [Shard(**s) for s in shards] for split, shards in fields["splits"].items()}
         return Manifest(**fields)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TokenSplit:
