@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64 inputs, else float32."""
@@ -36,33 +39,100 @@ def visible(start: Tensor, end: Tensor, n_keys: int) -> Tensor:
     return ((key >= start.unsqueeze(-1)) & (key < end.unsqueeze(-1))).unsqueeze(1)
 
 
-def _scores(q: Tensor, k: Tensor, start: Tensor, end: Tensor, scale: float) -> Tensor:
+def attention_scores(q: Tensor, k: Tensor, mask: KeyIntervals, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Masked scores, (batch, heads, n_queries, n_keys), and the slope of the softcap at each, if there is one."""
     compute = accumulation_dtype(q.dtype)
-    k = repeat_heads(k, q.shape[2])
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(compute), k.to(compute)) * scale
-    return scores.masked_fill(~visible(start, end, k.shape[1]), -torch.inf)
+    scores = torch.einsum("bihd,bjhd->bhij", q.to(compute), repeat_heads(k, q.shape[2]).to(compute)) * options.scale
+    slope = None
+    if options.softcap:
+        squashed = torch.tanh(scores / options.softcap)
+        scores, slope = options.softcap * squashed, 1 - squashed**2
+    if (slopes := options.slopes(q.shape[0], q.shape[2])) is not None:
+        query_position, key_position = mask.positions(q.device)
+        distance = (query_position.unsqueeze(-1) - key_position).abs().unsqueeze(1)
+        scores = scores - slopes.to(compute)[:, :, None, None] * distance
+    return scores.masked_fill(~visible(*mask.bounds(q.device), k.shape[1]), -torch.inf), slope
+
+
+def dropout_weight(mask: KeyIntervals, options: Options, batch: int, heads: int) -> Tensor:
+    """(batch, heads, n_queries, n_keys) float64: 0 for what dropout drops, 1 / (1 - dropout) for what it keeps.
+
+    Philox-4x32 with ten rounds (Salmon et al. 2011): the counter is (key position, row position, batch * heads + head,
+    0), the key the seed, and the first of its four words is compared to dropout * 2^32.
+    """
+    assert options.seed is not None
+    query_position, key_position = mask.positions(options.seed.device)
+    stream = torch.arange(batch * heads, device=options.seed.device).view(batch, heads, 1, 1)
+    word = torch.tensor(2**32 - 1, device=options.seed.device)
+    c0 = key_position.to(torch.int64).view(1, 1, 1, -1) & word
+    c1 = query_position.to(torch.int64)[:, None, :, None] & word
+    c2, c3 = stream, torch.zeros_like(stream)
+    key0, key1 = options.seed & word, (options.seed >> 32) & word
+
+    def high_word(x: Tensor, factor: int) -> Tensor:  # of a product of two 32-bit words, without passing 2^63
+        return ((x >> 16) * factor + ((x & 0xFFFF) * factor >> 16)) >> 16
+
+    for _ in range(10):
+        c0, c1, c2, c3 = (
+            high_word(c2, 0xCD9E8D57) ^ c1 ^ key0,
+            c2 * 0xCD9E8D57 & word,
+            high_word(c0, 0xD2511F53) ^ c3 ^ key1,
+            c0 * 0xD2511F53 & word,
+        )
+        key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
+    return (c0 >= options.threshold).to(torch.float64) / (1 - options.dropout)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, options: Options, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v, and the log-sum-exp of each row of scores.
+    """softmax(scores) v, and the log-sum-exp of each row of scores.
 
     q (batch, n_queries, heads, head_dim); k, v (batch, n_keys, kv_heads, head_dim), heads a multiple of kv_heads;
-    start, end (batch or 1, n_queries): row i sees the keys start[i] <= j < end[i].
-    Returns out like q and lse (batch, heads, n_queries) in float32 (float64 for float64), natural log. A row that
-    sees no key has out 0 and lse -inf. The whole score matrix is in memory. (Dao et al. 2022, FlashAttention, Alg. 0)
+    sink (heads,): the score of one more key, whose value is 0. Returns out like q and lse (batch, heads, n_queries) in
+    float32 (float64 for float64), natural log. A row that sees no key has out 0 and lse -inf. The whole score matrix
+    is in memory. (Dao et al. 2022, FlashAttention, Alg. 0)
     """
-    scores = _scores(q, k, start, end, scale)
+    scores, _ = attention_scores(q, k, mask, options)
     lse = torch.logsumexp(scores, dim=-1)
     probabilities = torch.exp(scores - finite_lse(lse).unsqueeze(-1))
+    if options.seed is not None:
+        probabilities = probabilities * dropout_weight(mask, options, q.shape[0], q.shape[2]).to(probabilities.dtype)
     out = torch.einsum("bhij,bjhd->bihd", probabilities, repeat_heads(v, q.shape[2]).to(probabilities.dtype))
+    if sink is not None:
+        out, lse = add_sink(out, lse, sink)
     return out.to(q.dtype).contiguous(), lse
 
 
 def finite_lse(lse: Tensor) -> Tensor:
     """`lse` with -inf (a row without keys) as +inf, so that exp(score - lse) is 0 there and never NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over two sets of keys from that over each: out (b, n, h, d) in float32, lse (b, h, n)."""
+    total = torch.logaddexp(lse, part_lse)
+    reference = finite_lse(total)
+    weight, part_weight = ((x - reference).exp().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse))
+    return out * weight + part * part_weight, total
+
+
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with one more key, of score `sink` (heads,) and value 0: out (b, n, h, d), lse (b, h, n)."""
+    total = torch.logaddexp(lse, sink.to(lse.dtype).view(1, -1, 1).expand_as(lse))
+    return out * (lse - total).exp().transpose(1, 2).unsqueeze(-1).to(out.dtype), total
+
+
+def attention_delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
+    """rowsum(dout * out) - dlse, (batch, heads, n_queries): what the gradient of a score has subtracted."""
+    compute = accumulation_dtype(out.dtype)
+    delta = (dout.to(compute) * out.to(compute)).sum(-1).transpose(1, 2)
+    return delta if dlse is None else delta - dlse
+
+
+def sink_gradient(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Gradient to `sink` (heads,); delta and lse (batch, heads, n_queries), lse with the sink in it."""
+    return -(torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse) * delta).sum((0, 2)).to(sink.dtype)
 
 
 def attention_backward(
@@ -73,9 +143,8 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    start: Tensor,
-    end: Tensor,
-    scale: float,
+    mask: KeyIntervals,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward` to q, k and v.
 
@@ -83,14 +152,18 @@ def attention_backward(
     """
     compute = accumulation_dtype(q.dtype)
     heads, kv_heads = q.shape[2], k.shape[2]
-    probabilities = torch.exp(_scores(q, k, start, end, scale) - finite_lse(lse).unsqueeze(-1))
+    scores, slope = attention_scores(q, k, mask, options)
+    probabilities = torch.exp(scores - finite_lse(lse).unsqueeze(-1))
     dout = dout.to(compute)
-    delta = (dout * out.to(compute)).sum(-1).transpose(1, 2)
-    if dlse is not None:
-        delta = delta - dlse
-    dv = torch.einsum("bhij,bihd->bjhd", probabilities, dout)
     dprobabilities = torch.einsum("bihd,bjhd->bhij", dout, repeat_heads(v, heads).to(compute))
-    dscores = probabilities * (dprobabilities - delta.unsqueeze(-1)) * scale
+    kept = probabilities
+    if options.seed is not None:
+        weight = dropout_weight(mask, options, q.shape[0], heads).to(compute)
+        kept, dprobabilities = probabilities * weight, dprobabilities * weight
+    dv = torch.einsum("bhij,bihd->bjhd", kept, dout)
+    dscores = probabilities * (dprobabilities - attention_delta(dout, dlse, out).unsqueeze(-1)) * options.scale
+    if slope is not None:
+        dscores = dscores * slope
     dq = torch.einsum("bhij,bjhd->bihd", dscores, repeat_heads(k, heads).to(compute))
     dk = torch.einsum("bhij,bihd->bjhd", dscores, q.to(compute))
     dk, dv = sum_repeated_heads(dk, kv_heads), sum_repeated_heads(dv, kv_heads)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longctx.config import ModelConfig, RotaryConfig, RotaryScaling
 from longctx.kernels import reference
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 from longctx.model.rotary import attention_factor, cos_sin, frequencies
 from longctx.model.transformer import Transformer, build, layer_windows, matmul_parameters, palm_flops, training_flops
 
@@ -133,9 +134,8 @@ def test_flops_against_torch():
     assert products.get_total_flops() - logits_again == 6 * matmul_parameters(config) * length
 
     q = torch.randn(1, length, config.heads, config.head_dim)
-    bounds = KeyIntervals.causal(length).bounds("cpu")
     with FlopCounterMode(display=False) as attention:
-        reference.attention_forward(q, q, q, *bounds, 1.0)
+        reference.attention_forward(q, q, q, KeyIntervals.causal(length), Options(1.0))
     whole_square = 3 * config.layers * attention.get_total_flops()
     ours = training_flops(config, positions) - 6 * matmul_parameters(config) * length
     assert ours == whole_square * (length + 1) / (2 * length)

@@ -9,51 +9,134 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from longctx.kernels import reference
-from longctx.kernels.attention import sdpa
+from longctx.kernels import launch, reference
+from longctx.kernels.attention import sdpa, triton_backward, triton_forward
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 
-IMPLEMENTATIONS = ("auto", "sdpa", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+MAX_HEAD_DIM = 256
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float | None = None, implementation: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyIntervals,
+    scale: float | None = None,
+    implementation: str = "auto",
+    *,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v, and the log-sum-exp of each row of scores, both differentiable.
+    """softmax(scores) v with scores = scale * q k^T + mask, and the log-sum-exp of each row: both differentiable.
 
     q (batch, n_queries, heads, head_dim); k and v (batch, n_keys, kv_heads, head_dim) with heads a multiple of
-    kv_heads; all of one floating dtype. scale: 1 / sqrt(head_dim) by default. Returns out, like q, and lse (batch,
-    heads, n_queries), float32 (float64 for float64 inputs), natural log. A row that sees no key has out 0, lse -inf
-    and zero gradients. Raises ValueError where shapes, mask and implementation do not fit.
+    kv_heads; all float16, bfloat16 or float32 (float64 for the reference), head_dim up to 256. scale: 1 /
+    sqrt(head_dim) by default. `softcap`, `alibi_slopes`, `dropout` and `deterministic` as in `Options`; `seed` (one
+    int64) is drawn from torch's generator where dropout needs one. `sink` (heads,): the score of one more key whose
+    value is 0, with gradient (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks).
+
+    Returns out, like q, and lse (batch, heads, n_queries), float32 (float64 for float64 inputs), natural log. A row
+    that sees no key has out 0, lse -inf and zero gradients. Raises ValueError where arguments and implementation do
+    not fit each other.
     """
-    _check_shapes(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _attention(q, k, v, mask.start, mask.end, mask.is_causal, scale, choose(implementation, q), "")
+    _check(q, k, v, mask, sink)
+    if dropout and seed is None:
+        seed = torch.randint(2**62, (1,), device=q.device)
+    options = Options(
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap,
+        alibi_slopes,
+        dropout,
+        seed if dropout else None,
+        deterministic,
+    )
+    _check_options(options, q, mask)
+    call = Call.of(mask, options, choose(implementation, q, mask, options))
+    return _attention(q, k, v, sink, *call)
 
 
-def choose(implementation: str, q: Tensor) -> str:
+# which implementation -------------------------------------------------------------------------------------------------
+
+
+def choose(implementation: str, q: Tensor, mask: KeyIntervals, options: Options) -> str:
     """The implementation that serves a call: the one asked for, or for `auto` the fastest that can.
 
     Raises ValueError if the one asked for cannot serve inputs like `q`, and says why.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "reference":
+    reasons = unsupported(q, options)
+    if implementation != "auto":
+        if reason := reasons[implementation]:
+            raise ValueError(
+                f"attention implementation {implementation!r} cannot serve this call: {reason}; "
+                "use 'auto' or 'reference'"
+            )
         return implementation
-    reason = sdpa.unsupported(q)
-    if reason and implementation == "sdpa":
-        raise ValueError(f"attention implementation 'sdpa' cannot serve this call: {reason}; use 'auto' or 'reference'")
-    return "reference" if reason else "sdpa"
+    if q.dtype == torch.float64 and q.device.type != "cpu":
+        raise ValueError(
+            "q is torch.float64 on a GPU: no kernel there takes it; convert to float32, or ask for "
+            "implementation='reference', which holds the whole score matrix"
+        )
+    return next(name for name in by_speed(q, mask) if not reasons[name])
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> None:
-    problems = []
+def by_speed(q: Tensor, mask: KeyIntervals) -> tuple[str, ...]:
+    """The implementations, fastest first, for a call of this kind; whether each can serve it is another question."""
+    if q.device.type == "cpu":
+        return "sdpa", "reference", "triton"  # where Triton runs on a CPU, it is the interpreter
+    if sdpa.uses_cudnn(q, mask):
+        return "sdpa", "triton", "reference"
+    return "triton", "sdpa", "reference"
+
+
+def unsupported(q: Tensor, options: Options) -> dict[str, str | None]:
+    """For each implementation why it cannot serve a call like this, or None if it can."""
+    return {
+        "triton": launch.unsupported(q),
+        "sdpa": sdpa.unsupported(q, options),
+        "reference": None,
+    }
+
+
+def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> str:
+    """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
+    options = Options(q.shape[-1] ** -0.5) if options is None else options
+    chosen, reasons = choose("auto", q, mask, options), unsupported(q, options)
+    order = by_speed(q, mask)
+    kind = "key intervals" if mask.start is not None else "a causal mask" if mask.is_causal else "a full mask"
+
+    def verdict(name: str) -> str:
+        if reasons[name]:
+            return f"cannot: {reasons[name]}"
+        if name == chosen:
+            return f"chosen: the fastest that can, for {kind} in {q.dtype} with head_dim {q.shape[-1]}"
+        return "can, but is slower here"
+
+    return "\n".join(f"{name}: {verdict(name)}" for name in order)
+
+
+# what a call must be --------------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, sink: Tensor | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be 4-dimensional, k like v")
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be 4-dimensional, k like v"
+        )
+    problems = []
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         problems.append(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
-    if q.shape[2] % k.shape[2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         problems.append(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
+    if not 0 < q.shape[3] <= MAX_HEAD_DIM:
+        problems.append(f"head_dim {q.shape[3]}: must be 1 to {MAX_HEAD_DIM}")
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(
             f"the mask is for {mask.n_queries} queries and {mask.n_keys} keys, "
@@ -61,22 +144,74 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> None:
         )
     if mask.start is not None and mask.start.shape[0] not in (1, q.shape[0]):
         problems.append(f"the mask has {mask.start.shape[0]} rows of bounds for a batch of {q.shape[0]}")
-    if not q.dtype == k.dtype == v.dtype:
-        problems.append(f"q {q.dtype}, k {k.dtype}, v {v.dtype} differ in dtype")
+    if mask.start is not None and mask.start.device != q.device:
+        problems.append(f"the mask is on {mask.start.device}, q on {q.device}: move it with mask.to(q.device)")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        problems.append(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: must be of one floating dtype")
+    if not q.device == k.device == v.device:
+        problems.append(f"q on {q.device}, k on {k.device}, v on {v.device}: must be on one device")
+    if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
+        problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-# one block ----------------------------------------------------------------------------------------------------------
+def _check_options(options: Options, q: Tensor, mask: KeyIntervals) -> None:
+    problems = []
+    batch, _, heads, _ = q.shape
+    if not options.scale > 0:
+        problems.append(f"scale {options.scale}: must be above 0")
+    if options.softcap < 0:
+        problems.append(f"softcap {options.softcap}: must be above 0, or 0 for none")
+    if not 0 <= options.dropout < 1:
+        problems.append(f"dropout {options.dropout}: must be a probability below 1")
+    slopes = options.alibi_slopes
+    if slopes is not None and (slopes.shape not in ((heads,), (batch, heads)) or slopes.dtype != torch.float32):
+        problems.append(
+            f"alibi_slopes {tuple(slopes.shape)} {slopes.dtype}: must be ({heads},) or ({batch}, {heads}) torch.float32"
+        )
+    for name, tensor in (("alibi_slopes", slopes), ("seed", options.seed)):
+        if tensor is not None and tensor.device != q.device:
+            problems.append(f"{name} on {tensor.device}, q on {q.device}: must be on one device")
+    if options.seed is not None and (options.seed.dtype != torch.int64 or options.seed.numel() != 1):
+        problems.append(f"seed {tuple(options.seed.shape)} {options.seed.dtype}: must be one torch.int64")
+    if problems:
+        raise ValueError("attention: " + "; ".join(problems))
+
+
+# one block ------------------------------------------------------------------------------------------------------------
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float, implementation: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyIntervals,
+    options: Options,
+    implementation: str,
+    sink: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One block of attention without autograd: what the ops of this file and of context parallelism are made of."""
+    """One block of attention without autograd: what the ops of this file and of context parallelism are made of.
+
+    `into`: out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which this
+    block is merged in place, and which are returned. `implementation`: see `choose`.
+    """
+    implementation = choose(implementation, q, mask, options)
+    if implementation == "triton":
+        return triton_forward.forward(q, k, v, mask, options, sink, into)
     if implementation == "sdpa":
-        return sdpa.forward(q, k, v, mask, scale)
-    return reference.attention_forward(q, k, v, *mask.bounds(q.device), scale)
+        out, lse = sdpa.forward(q, k, v, mask, options.scale)
+        if sink is not None:
+            out, lse = reference.add_sink(out, lse, sink)
+    else:
+        out, lse = reference.attention_forward(q, k, v, mask, options, sink)
+    if into is None:
+        return out, lse
+    merged_out, merged_lse = reference.merge(*into, out.to(lse.dtype), lse)
+    into[0].copy_(merged_out)
+    into[1].copy_(merged_lse)
+    return into
 
 
 def backward(
@@ -88,76 +223,100 @@ def backward(
     out: Tensor,
     lse: Tensor,
     mask: KeyIntervals,
-    scale: float,
+    options: Options,
     implementation: str,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block; `out` and `lse` are those of the whole softmax, of which this block may be a part."""
+    """dq, dk, dv of one block; `out` and `lse` are those of the whole softmax, of which this block may be a part.
+
+    `into`: dq, dk and dv in the dtype of sums, to which this block's are added in place, and which are returned.
+    """
+    implementation = choose(implementation, q, mask, options)
+    if implementation == "triton":
+        return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
     if implementation == "sdpa":
-        return sdpa.backward(dout, dlse, q, k, v, out, lse, mask, scale)
-    return reference.attention_backward(dout, dlse, q, k, v, out, lse, *mask.bounds(q.device), scale)
+        gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
+    else:
+        gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
+    if into is None:
+        return gradients
+    for target, gradient in zip(into, gradients, strict=True):
+        target.add_(gradient)
+    return into
 
 
-# custom ops ----------------------------------------------------------------------------------------------------------
+# custom ops -----------------------------------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
-    """What an attention op is called with besides its tensors."""
+    """What an attention op is called with besides its tensors with gradients, in the order of its arguments."""
 
-    start: Tensor | None  # of the mask's key intervals, with `end`
+    start: Tensor | None  # of the mask's key intervals, with `end` and `query_position`
     end: Tensor | None
+    query_position: Tensor | None
     is_causal: bool
+    alibi_slopes: Tensor | None
+    seed: Tensor | None
     scale: float
+    softcap: float
+    dropout: float
+    deterministic: bool
     implementation: str
     group_name: str  # of the processes that share the sequence; empty: it is whole
 
+    @staticmethod
+    def of(mask: KeyIntervals, options: Options, implementation: str, group_name: str = "") -> Call:
+        return Call(
+            mask.start, mask.end, mask.query_position, mask.is_causal, options.alibi_slopes, options.seed,
+            options.scale, options.softcap, options.dropout, options.deterministic, implementation, group_name,
+        )  # fmt: skip
 
-Forward = Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Tensor]]
+    def mask(self, n_queries: int, n_keys: int) -> KeyIntervals:
+        return KeyIntervals(n_queries, n_keys, self.is_causal, self.start, self.end, self.query_position)
+
+    def options(self) -> Options:
+        return Options(self.scale, self.softcap, self.alibi_slopes, self.dropout, self.seed, self.deterministic)
+
+
+_CALL_SCHEMA = (
+    "Tensor? start, Tensor? end, Tensor? query_position, bool is_causal, Tensor? alibi_slopes, Tensor? seed, "
+    "float scale, float softcap, float dropout, bool deterministic, str implementation, str group_name"
+)
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Registers `longctx::<name>(q, k, v, *call)` and its gradient.
+    """Registers `longctx::<name>(q, k, v, sink, *call)` and its gradient.
 
-    `forward(q, k, v, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and dv;
-    dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and is
-    seen whole by a recompute policy.
+    `forward(q, k, v, sink, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and
+    dv; dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and
+    is seen whole by a recompute policy.
     """
 
-    @custom_op(f"longctx::{name}", mutates_args=())
-    def op(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        start: Tensor | None,
-        end: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        implementation: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, Call(start, end, is_causal, scale, implementation, group_name))
+    def op_forward(q, k, v, sink, *call):
+        return forward(q, k, v, sink, Call(*call))
 
-    @custom_op(f"longctx::{name}_backward", mutates_args=())
-    def backward_op(
-        dout: Tensor,
-        dlse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        start: Tensor | None,
-        end: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        implementation: str,
-        group_name: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call = Call(start, end, is_causal, scale, implementation, group_name)
-        return backward(dout.contiguous(), dlse, q, k, v, out, lse, call)
+    def op_backward(dout, dlse, q, k, v, out, lse, *call):
+        return backward(dout.contiguous(), dlse, q, k, v, out, lse, Call(*call))
+
+    op = custom_op(
+        f"longctx::{name}",
+        op_forward,
+        mutates_args=(),
+        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sink, {_CALL_SCHEMA}) -> (Tensor, Tensor)",
+    )
+    backward_op = custom_op(
+        f"longctx::{name}_backward",
+        op_backward,
+        mutates_args=(),
+        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_CALL_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    )
 
     @op.register_fake
-    def _(q, k, v, *_call):
+    def _(q, k, v, *_others):
         batch, n_queries, heads, _ = q.shape
         lse = q.new_empty((batch, heads, n_queries), dtype=reference.accumulation_dtype(q.dtype))
         return q.new_empty(q.shape), lse
@@ -167,30 +326,46 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def setup_context(ctx, inputs, output) -> None:
-        q, k, v, start, end, *ctx.settings = inputs
+        q, k, v, sink, *call = inputs
+        tensors = Call(*call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, start, end, *output)
+        ctx.save_for_backward(
+            q,
+            k,
+            v,
+            sink,
+            tensors.start,
+            tensors.end,
+            tensors.query_position,
+            tensors.alibi_slopes,
+            tensors.seed,
+            *output,
+        )
+        ctx.call = tensors._replace(start=None, end=None, query_position=None, alibi_slopes=None, seed=None)
 
     def autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, start, end, out, lse = ctx.saved_tensors
+        q, k, v, sink, start, end, query_position, alibi_slopes, seed, out, lse = ctx.saved_tensors
+        call = ctx.call._replace(
+            start=start, end=end, query_position=query_position, alibi_slopes=alibi_slopes, seed=seed
+        )
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients = backward_op(dout, dlse, q, k, v, out, lse, start, end, *ctx.settings)
-        return *gradients, None, None, None, None, None, None
+        gradients = backward_op(dout, dlse, q, k, v, out, lse, *call)
+        dsink = None
+        if sink is not None:
+            dsink = reference.sink_gradient(reference.attention_delta(dout, dlse, out), lse, sink)
+        return *gradients, dsink, *(None for _ in call)
 
     op.register_autograd(autograd, setup_context=setup_context)
     return op
 
 
-def _mask_of(q: Tensor, k: Tensor, call: Call) -> KeyIntervals:
-    return KeyIntervals(q.shape[1], k.shape[1], call.is_causal, call.start, call.end)
-
-
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, _mask_of(q, k, call), call.scale, call.implementation)
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, call.mask(q.shape[1], k.shape[1]), call.options(), call.implementation, sink)
 
 
 def _attention_backward(dout, dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dout, dlse, q, k, v, out, lse, _mask_of(q, k, call), call.scale, call.implementation)
+    mask = call.mask(q.shape[1], k.shape[1])
+    return backward(dout, dlse, q, k, v, out, lse, mask, call.options(), call.implementation)
 
 
 _attention = attention_op("attention", _attention_forward, _attention_backward)

@@ -8,7 +8,7 @@ split over processes, are all of this form. Query row `i` sees the keys `start[i
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -20,10 +20,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class KeyIntervals:
-    """Key ranges of `n_queries` query rows over `n_keys` keys.
+    """Key ranges of `n_queries` query rows over `n_keys` keys. Made by the static methods, which check what they get.
 
     `start` and `end` are int32, (batch or 1, n_queries); None stands for the compile-time cases: a full mask, or a
     causal one (bottom-right aligned: the last query sees the last key) where `is_causal` is set.
+    `query_position` (batch or 1, n_queries) and `key_position` (n_keys,), int32, are what distances and dropout are
+    counted in; None stands for `i + n_keys - n_queries` and `j`.
     """
 
     n_queries: int
@@ -31,6 +33,8 @@ class KeyIntervals:
     is_causal: bool = False
     start: Tensor | None = None
     end: Tensor | None = None
+    query_position: Tensor | None = None
+    key_position: Tensor | None = None
 
     @staticmethod
     def full(n_queries: int, n_keys: int) -> KeyIntervals:
@@ -43,15 +47,63 @@ class KeyIntervals:
         return KeyIntervals(n_queries, n_queries if n_keys is None else n_keys, is_causal=True)
 
     @staticmethod
+    def intervals(start: Tensor, end: Tensor, n_keys: int) -> KeyIntervals:
+        """Any bounds: integers, (n_queries,) or (batch or 1, n_queries), never decreasing along a sequence.
+
+        Raises ValueError if they decrease or leave the keys. The check waits for the device, so make a mask once a step
+        and share it over the layers.
+        """
+        start, end = (torch.atleast_2d(bound).to(torch.int32) for bound in (start, end))
+        if start.shape != end.shape or start.ndim != 2 or start.device != end.device:
+            raise ValueError(
+                f"start {tuple(start.shape)} on {start.device} and end {tuple(end.shape)} on {end.device}: "
+                "key intervals have one start and one end a row, (batch or 1, n_queries), on one device"
+            )
+        for name, bound in (("start", start), ("end", end)):
+            _check_ascending(f"{name} of the key intervals", bound, n_keys)
+        return KeyIntervals(start.shape[1], n_keys, start=start, end=end)
+
+    @staticmethod
     def documents(document_start: Tensor) -> KeyIntervals:
         """Causal inside each of the documents packed into a sequence.
 
         `document_start`: (batch, sequence) integers, for each token the index of its document's first token.
         """
         batch, length = document_start.shape
-        start = document_start.to(torch.int32)
-        end = torch.arange(1, length + 1, dtype=torch.int32, device=start.device).expand(batch, length)
-        return KeyIntervals(length, length, start=start, end=end)
+        end = torch.arange(1, length + 1, dtype=torch.int32, device=document_start.device).expand(batch, length)
+        return KeyIntervals.intervals(document_start, end, length)
+
+    @staticmethod
+    def sequences(
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n_keys: int, is_causal: bool = False
+    ) -> KeyIntervals:
+        """Sequences of any lengths side by side: rows cu_seqlens_q[s]:cu_seqlens_q[s + 1] see the keys of sequence s.
+
+        Both (sequences + 1,), int32, starting at 0 and never decreasing; rows past the last entry see nothing. Causal:
+        bottom-right aligned in each sequence. Positions are such that a sequence's last query is at its last key.
+        Raises ValueError for other offsets, for which it waits for the device (not while torch.compile traces).
+        """
+        _check_offsets(cu_seqlens_q, cu_seqlens_k, n_queries, n_keys)
+        row = torch.arange(n_queries, dtype=torch.int32, device=cu_seqlens_q.device)
+        sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), row, right=True)
+        is_row = sequence < cu_seqlens_q.numel() - 1
+        last = sequence.clamp(max=cu_seqlens_q.numel() - 2)
+        start = torch.where(is_row, cu_seqlens_k[last], cu_seqlens_k[-1])
+        end = torch.where(is_row, cu_seqlens_k[last + 1], cu_seqlens_k[-1])
+        position = end - (cu_seqlens_q[last + 1] - row)
+        if is_causal:
+            end = torch.minimum(end, torch.maximum(start, position + 1))
+        start, end, position = (x.to(torch.int32).unsqueeze(0) for x in (start, end, position))
+        return KeyIntervals(n_queries, n_keys, start=start, end=end, query_position=position)
+
+    def to(self, device: torch.device | str) -> KeyIntervals:
+        """The same mask on another device."""
+        tensors = {
+            name: tensor.to(device, non_blocking=True)
+            for name in ("start", "end", "query_position", "key_position")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **tensors)
 
     def bounds(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """`(start, end)`, written out for the compile-time cases too: int32, (batch or 1, n_queries)."""
@@ -60,20 +112,42 @@ class KeyIntervals:
         start = torch.zeros(1, self.n_queries, dtype=torch.int32, device=device)
         if not self.is_causal:
             return start, torch.full_like(start, self.n_keys)
-        end = torch.arange(1, self.n_queries + 1, dtype=torch.int32, device=device) + (self.n_keys - self.n_queries)
-        return start, end.clamp_(min=0).unsqueeze(0)
+        return start, (self.positions(device)[0] + 1).clamp_(min=0)
+
+    def positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Of the queries, (batch or 1, n_queries), and of the keys, (n_keys,): int32, written out."""
+        query, key = self.query_position, self.key_position
+        if query is None:
+            first = self.n_keys - self.n_queries
+            query = torch.arange(first, self.n_keys, dtype=torch.int32, device=device).unsqueeze(0)
+        return query, torch.arange(self.n_keys, dtype=torch.int32, device=device) if key is None else key
 
     def window(self, size: int, device: torch.device | str) -> KeyIntervals:
-        """The same mask where each row sees only the last `size` keys of its range (itself included)."""
+        """The same mask where each row sees only the last `size` keys up to its own position (that included)."""
         if size < 1:
             raise ValueError(f"window of {size} keys: a window holds at least the row's own key, so give 1 or more")
+        return self.band(size - 1, None, device)
+
+    def band(self, left: int | None, right: int | None, device: torch.device | str) -> KeyIntervals:
+        """The same mask where a row at position p sees only the keys p - left to p + right; None: no limit there.
+
+        For masks over all keys, so before `keys` takes a subset of them.
+        """
         start, end = self.bounds(device)
-        return KeyIntervals(self.n_queries, self.n_keys, start=torch.maximum(start, end - size), end=end)
+        position = self.positions(device)[0]
+        first = start if left is None else torch.maximum(start, position - left)
+        if right is not None:
+            end = torch.maximum(start, torch.minimum(end, position + (right + 1)))
+        return replace(self, is_causal=False, start=first.expand_as(end), end=end)
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` (ascending) over the same keys: one rank's share."""
         start, end = self.bounds(index.device)
-        return KeyIntervals(index.numel(), self.n_keys, start=start[:, index], end=end[:, index])
+        position = self.positions(index.device)[0]
+        return replace(
+            self, n_queries=index.numel(), is_causal=False,
+            start=start[:, index], end=end[:, index], query_position=position[:, index],
+        )  # fmt: skip
 
     def keys(self, index: Tensor) -> KeyIntervals:
         """The mask over the subset `index` (ascending) of the keys.
@@ -82,27 +156,71 @@ class KeyIntervals:
         bound is the number of kept keys before the old one.
         """
         start, end = self.bounds(index.device)
+        query_position, key_position = self.positions(index.device)
         index = index.to(torch.int32)
 
         def kept_before(bound: Tensor) -> Tensor:
             return torch.searchsorted(index, bound.contiguous(), out_int32=True)
 
-        return KeyIntervals(self.n_queries, index.numel(), start=kept_before(start), end=kept_before(end))
+        return KeyIntervals(
+            self.n_queries, index.numel(), start=kept_before(start), end=kept_before(end),
+            query_position=query_position, key_position=key_position[index],
+        )  # fmt: skip
+
+
+def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
+    """Raises ValueError unless `bound` (rows, n) stays in 0..limit and never decreases along a row."""
+    if torch.compiler.is_compiling() or bound.numel() == 0:
+        return
+    decreases = (bound[:, 1:] < bound[:, :-1]).any()
+    least, most, decreasing = torch.stack((bound.min(), bound.max(), decreases.to(bound.dtype))).tolist()
+    if least < 0 or most > limit:
+        raise ValueError(f"{what}: values from {least} to {most}, must lie in 0..{limit}")
+    if decreasing:
+        at = int(torch.nonzero(bound[:, 1:] < bound[:, :-1])[0, 1])
+        raise ValueError(f"{what}: {int(bound[:, at].max())} at {at} is followed by less, must never decrease")
+
+
+def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n_keys: int) -> None:
+    for name, offsets, tokens in (("cu_seqlens_q", cu_seqlens_q, n_queries), ("cu_seqlens_k", cu_seqlens_k, n_keys)):
+        if offsets.ndim != 1 or offsets.numel() < 2 or offsets.dtype != torch.int32:
+            raise ValueError(
+                f"{name} {tuple(offsets.shape)} {offsets.dtype}: must be (sequences + 1,) torch.int32 with 1 or more"
+            )
+        _check_ascending(name, offsets.unsqueeze(0), tokens)
+        if not torch.compiler.is_compiling() and (first := int(offsets[0])):
+            raise ValueError(f"{name} starts at {first}, must start at 0")
+    if cu_seqlens_q.numel() != cu_seqlens_k.numel() or cu_seqlens_q.device != cu_seqlens_k.device:
+        raise ValueError(
+            f"cu_seqlens_q of {cu_seqlens_q.numel() - 1} sequences on {cu_seqlens_q.device} and cu_seqlens_k of "
+            f"{cu_seqlens_k.numel() - 1} on {cu_seqlens_k.device}: must be the same sequences on one device"
+        )
+
+
+# what is computed once a mask -----------------------------------------------------------------------------------------
+
+_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def remember(anchor: Tensor, others: tuple[Tensor | None, ...], key: Hashable, compute: Callable[[], T]) -> T:
+    """`compute()`, kept as long as the tensor `anchor` lives, for this `key` and the very same `others`."""
+    if anchor not in _remembered:
+        _remembered[anchor] = {}
+    of_anchor: dict = _remembered[anchor]
+    full_key = (*map(id, others), key)
+    if full_key not in of_anchor:
+        of_anchor[full_key] = others, compute()  # with the others, so that their ids stay theirs
+    return of_anchor[full_key][1]
 
 
 def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
     """Keeps the results of `compute(mask, *arguments)` as long as the mask's bounds live: all layers share one."""
-    results: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
         if mask.start is None:
             return compute(mask, *arguments)
-        if mask.start not in results:
-            results[mask.start] = {}
-        of_mask: dict = results[mask.start]
-        key = (id(mask.end), mask.n_keys, *arguments)
-        if key not in of_mask:
-            of_mask[key] = mask.end, compute(mask, *arguments)  # with `end`, so that its id stays its own
-        return of_mask[key][1]
+        others = (mask.end, mask.query_position, mask.key_position)
+        key = (compute, mask.n_keys, *arguments)
+        return remember(mask.start, others, key, lambda: compute(mask, *arguments))
 
     return cached

@@ -16,13 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import accumulation_dtype, repeat_heads, sum_repeated_heads
 
 aten = torch.ops.aten
 
 
-def unsupported(q: Tensor) -> str | None:
-    """Why inputs like `q` cannot be served here, or None if they can."""
+def unsupported(q: Tensor, options: Options) -> str | None:
+    """Why a call like this cannot be served here, or None if it can."""
+    for name, is_asked in (
+        ("softcap", options.softcap),
+        ("alibi_slopes", options.alibi_slopes is not None),
+        ("dropout", options.dropout),
+        ("deterministic", options.deterministic and q.device.type != "cpu"),
+    ):
+        if is_asked:
+            return f"torch's kernels are not used with {name}"
     if q.device.type == "cpu":
         return None
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -36,7 +45,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -
     """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `reference`."""
     if q.device.type == "cpu":
         return _cpu_forward(q, k, v, mask, scale)
-    if _cudnn_serves(q, mask):
+    if uses_cudnn(q, mask):
         return _cudnn_forward(q, k, v, mask, scale)
     return _varlen_forward(q, k, v, mask, scale)
 
@@ -57,7 +66,7 @@ def backward(
         return _backward_with_dlse(dout, dlse, q, k, v, out, lse, mask, scale)
     if q.device.type == "cpu":
         return _cpu_backward(dout, q, k, v, out, lse, mask, scale)
-    if _cudnn_serves(q, mask):
+    if uses_cudnn(q, mask):
         return _cudnn_backward(dout, q, k, v, out, lse, mask, scale)
     return _varlen_backward(dout, q, k, v, out, lse, mask, scale)
 
@@ -202,7 +211,8 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 # GPU, full and causal: cuDNN -----------------------------------------------------------------------------------------
 
 
-def _cudnn_serves(q: Tensor, mask: KeyIntervals) -> bool:
+def uses_cudnn(q: Tensor, mask: KeyIntervals) -> bool:
+    """Whether cuDNN serves a call rather than FlashAttention-2."""
     is_square = mask.n_queries == mask.n_keys  # cuDNN aligns a causal mask to the top left
     return mask.start is None and (is_square or not mask.is_causal) and q.shape[-1] <= 128 and torch.version.hip is None
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from longctx.kernels.attention.interface import Call, attention_op, choose
+from longctx.kernels.attention.interface import Call, attention_op
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.options import Options
 from longctx.parallel.sequence import held_tokens
 
 
@@ -23,14 +24,12 @@ class Share:
     """One rank's share of an attention: its place on the context axis, and the mask of its rows over all keys."""
 
     def __init__(self, q: Tensor, call: Call) -> None:
-        self.scale, self.implementation = call.scale, call.implementation
+        self.options, self.implementation = call.options(), call.implementation
         self.group = _resolve_process_group(GroupName(call.group_name))
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         length = q.shape[1] * self.size
-        if call.start is None and call.is_causal:
-            mask = _causal(length, q.device)
-        else:
-            mask = KeyIntervals(length, length, call.is_causal, call.start, call.end)
+        is_plain_causal = call.start is None and call.is_causal
+        mask = _causal(length, q.device) if is_plain_causal else call.mask(length, length)
         self.rows = _rows_of(mask, self.rank, self.size, q.device)
 
     def keys_of(self, owner: int) -> KeyIntervals:
@@ -55,7 +54,7 @@ def _keys_of(rows: KeyIntervals, owner: int, size: int, device: torch.device) ->
     return rows.keys(held_tokens(owner, size, rows.n_keys, device))
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Share], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Share], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -63,7 +62,7 @@ def context_op(name: str, forward: Forward, backward: Backward) -> Callable[...,
     """Registers `longctx::<name>`: as `attention_op`, with a `Share` in place of the call."""
     return attention_op(
         name,
-        lambda q, k, v, call: forward(q, k, v, Share(q, call)),
+        lambda q, k, v, sink, call: forward(q, k, v, sink, Share(q, call)),
         lambda dout, dlse, q, k, v, out, lse, call: backward(dout, dlse, q, k, v, out, lse, Share(q, call)),
     )
 
@@ -77,9 +76,6 @@ class ContextAttend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
         """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows."""
-        implementation = choose(str(self.attend.implementation), q)
-        scale = q.shape[-1] ** -0.5
-        return self.op(
-            q.contiguous(), k.contiguous(), v.contiguous(), mask.start, mask.end, mask.is_causal, scale,
-            implementation, self.group.group_name,
-        )  # fmt: skip
+        options = Options(q.shape[-1] ** -0.5)
+        call = Call.of(mask, options, str(self.attend.implementation), self.group.group_name)
+        return self.op(q.contiguous(), k.contiguous(), v.contiguous(), None, *call)

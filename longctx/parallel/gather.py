@@ -37,14 +37,15 @@ def scatter_gradients(dk: Tensor, dv: Tensor, share: Share) -> tuple[Tensor, Ten
     return my_dk.clone(memory_format=torch.contiguous_format), my_dv.clone(memory_format=torch.contiguous_format)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    return interface.forward(q, *gather_keys_values(k, v, share), share.rows, share.scale, share.implementation)
+def _forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, share: Share) -> tuple[Tensor, Tensor]:
+    keys, values = gather_keys_values(k, v, share)
+    return interface.forward(q, keys, values, share.rows, share.options, share.implementation, sink)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, share: Share) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = gather_keys_values(k, v, share)
     dq, dk, dv = interface.backward(
-        dout, dlse, q, keys, values, out, lse, share.rows, share.scale, share.implementation
+        dout, dlse, q, keys, values, out, lse, share.rows, share.options, share.implementation
     )
     my_dk, my_dv = scatter_gradients(dk, dv, share)
     return dq, my_dk.to(k.dtype), my_dv.to(v.dtype)

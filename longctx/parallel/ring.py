@@ -1,7 +1,8 @@
 """Ring attention: keys and values go round the ranks, one shard a hop, while each rank keeps its queries.
 
 (Liu et al. 2023, Ring Attention with Blockwise Transformers.) Partial results are merged in float32 by their
-log-sum-exp. In the backward pass the gradient of a shard travels with it in float32 and is home after the last hop.
+log-sum-exp, inside the kernel. In the backward pass the gradient of a shard travels with it in float32 and is home
+after the last hop.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.kernels.attention import interface
-from longctx.kernels.reference import accumulation_dtype, finite_lse
+from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.context_op import ContextAttend, Share, context_op
 
 
@@ -48,15 +49,7 @@ def owner_at(hop: int, rank: int, size: int) -> int:
     return (rank - hop) % size
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention over two sets of keys from that over each: out (b, n, h, d) in float32, lse (b, h, n)."""
-    total = torch.logaddexp(lse, part_lse)
-    reference = finite_lse(total)
-    weight, part_weight = ((x - reference).exp().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse))
-    return out * weight + part * part_weight, total
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, share: Share) -> tuple[Tensor, Tensor]:
     ring = Neighbours(share.group)
     compute = accumulation_dtype(q.dtype)
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
@@ -66,8 +59,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, share: Share) -> tuple[Tensor, Ten
         exchange = ring.start(keys_values) if hop + 1 < share.size else None
         owner = owner_at(hop, share.rank, share.size)
         hop_mask = share.keys_of(owner)
-        part, part_lse = interface.forward(q, *keys_values, hop_mask, share.scale, share.implementation)
-        out, lse = merge(out, lse, part.to(compute), part_lse)
+        hop_sink = sink if hop == 0 else None
+        interface.forward(
+            q, keys_values[0], keys_values[1], hop_mask, share.options, share.implementation, hop_sink, into=(out, lse)
+        )
         if exchange:
             keys_values = ring.finish(exchange)
     return out.to(q.dtype), lse
@@ -78,21 +73,17 @@ def _backward(dout, dlse, q, k, v, out, lse, share: Share) -> tuple[Tensor, Tens
     compute = accumulation_dtype(q.dtype)
     dq = torch.zeros(q.shape, dtype=compute, device=q.device)
     keys_values = torch.stack((k, v))
-    gradients = torch.zeros(keys_values.shape, dtype=compute, device=q.device)  # of the shard at hand, so far
-    gradient_exchange = None
+    gradients, gradient_exchange = keys_values, None
     for hop in range(share.size):
         exchange = ring.start(keys_values) if hop + 1 < share.size else None
         owner = owner_at(hop, share.rank, share.size)
         hop_mask = share.keys_of(owner)
         hop_k, hop_v = keys_values
-        part_dq, part_dk, part_dv = interface.backward(
-            dout, dlse, q, hop_k, hop_v, out, lse, hop_mask, share.scale, share.implementation
-        )
-        dq += part_dq
-        if gradient_exchange:
-            gradients = ring.finish(gradient_exchange)
-        gradients[0] += part_dk
-        gradients[1] += part_dv
+        gradients = torch.zeros(keys_values.shape, dtype=compute, device=q.device)  # of the shard at hand
+        into = (dq, gradients[0], gradients[1])
+        interface.backward(dout, dlse, q, hop_k, hop_v, out, lse, hop_mask, share.options, share.implementation, into)
+        if gradient_exchange:  # what the ranks before have found for it
+            gradients += ring.finish(gradient_exchange)
         gradient_exchange = ring.start(gradients) if share.size > 1 else None
         if exchange:
             keys_values = ring.finish(exchange)

@@ -45,4 +45,4 @@ def sequence_mask(document_start: Tensor, device: torch.device) -> KeyIntervals:
     """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU."""
     if not document_start.any():  # one document a sequence: the compile-time case
         return KeyIntervals.causal(document_start.shape[1])
-    return KeyIntervals.documents(document_start.to(device))
+    return KeyIntervals.documents(document_start).to(device)

@@ -1,0 +1,33 @@
+"""What an attention does to its scores besides masking them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """score = scale * q k, squashed to softcap * tanh(score / softcap), minus slope * |distance|; then the softmax.
+
+    `softcap`: 0 for none (Gemma Team 2024). `alibi_slopes`: (heads,) or (batch, heads), float32, without gradient
+    (Press et al. 2021). `dropout`: probability with which an entry of the softmax is dropped; `seed`, one int64 on the
+    device, and the entry's positions decide. `deterministic`: the backward pass gives the same bits each time.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+    deterministic: bool = False
+
+    def slopes(self, batch: int, heads: int) -> Tensor | None:
+        """ALiBi's slopes as (batch, heads)."""
+        return None if self.alibi_slopes is None else self.alibi_slopes.expand(batch, heads)
+
+    @property
+    def threshold(self) -> int:
+        """An entry is dropped where its 32 random bits are below this."""
+        return min(round(self.dropout * 2**32), 2**32 - 1)

@@ -1,0 +1,315 @@
+"""The backward pass of attention in portable Triton: one program a block of keys, which walks the rows that see it.
+
+dK and dV stay in registers, also over the query heads that share the keys; dQ is summed across programs in float32
+(FlashAttention-2's column split, Dao 2023). Letters in shapes: Q rows and K keys of a tile, D head dim padded to a
+power of two. Score tiles are held transposed, (K, Q), so that the two products into dK and dV read them from registers.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longctx.kernels import launch
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.tiles import kernel_mask, key_tiles, row_tiles
+from longctx.kernels.attention.triton_tile import (
+    CAUSAL,
+    INTERVALS,
+    LOG2_E,
+    biased,
+    kept,
+    load_tile,
+    tanh,
+    tile_inside,
+    tile_offsets,
+    visible,
+    wide,
+)
+
+
+@triton.jit
+def _delta_kernel(
+    dout, out, dlse, delta, dout_batch, dout_row: tl.constexpr, dout_head,
+    out_batch, out_row: tl.constexpr, out_head, n_queries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dout * out) - dlse, (batch, heads, n_queries)."""
+    first_row = tl.program_id(0) * BLOCK_Q
+    head, batch = tl.program_id(1), tl.program_id(2)
+    stream = batch * tl.num_programs(1) + head
+    dout += wide(batch) * dout_batch + wide(head) * dout_head
+    out += wide(batch) * out_batch + wide(head) * out_head
+    dout_tile = load_tile(dout, first_row, n_queries, dout_row, True, BLOCK_Q, BLOCK_D, HEAD_DIM).to(tl.float32)
+    out_tile = load_tile(out, first_row, n_queries, out_row, True, BLOCK_Q, BLOCK_D, HEAD_DIM).to(tl.float32)
+    row = first_row + tl.arange(0, BLOCK_Q)
+    row_delta = tl.sum(dout_tile * out_tile, 1)
+    if dlse is not None:
+        row_delta -= tl.load(dlse + wide(stream) * n_queries + row, mask=row < n_queries, other=0.0)
+    tl.store(delta + wide(stream) * n_queries + row, row_delta, mask=row < n_queries)
+
+
+@triton.jit
+def _row_tile_bounds(
+    tiles, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The tiles of rows that see a block of keys: first, first full, last full, last. See tiles.py."""
+    if MASK == INTERVALS:
+        bounds = tiles + wide(key_block) * 4
+        first, full_first, full_last, last = (
+            tl.load(bounds),
+            tl.load(bounds + 1),
+            tl.load(bounds + 2),
+            tl.load(bounds + 3),
+        )
+    else:
+        first, last = 0, tl.cdiv(n_queries, BLOCK_Q)
+        full_first = 0
+        if MASK == CAUSAL:
+            first_row = tl.maximum(key_block * BLOCK_K - (n_keys - n_queries), 0)
+            first = tl.minimum(first_row // BLOCK_Q, last)
+            full_first = tl.cdiv(tl.maximum((key_block + 1) * BLOCK_K - 1 - (n_keys - n_queries), 0), BLOCK_Q)
+        if (key_block + 1) * BLOCK_K > n_keys:
+            full_first = last  # a block that ends past the keys has an edge everywhere
+        full_first = tl.minimum(tl.maximum(full_first, first), last)
+        full_last = tl.maximum(n_queries // BLOCK_Q, full_first)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def _turn(
+    key_tiles, tile, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Which place in the order of additions to a tile of dQ a block of keys has: the last block comes first."""
+    if MASK == INTERVALS:
+        last = tl.load(key_tiles + wide(tile) * 4 + 3)
+    elif MASK == CAUSAL:
+        last_row = tl.minimum((tile + 1) * BLOCK_Q, n_queries)
+        last = tl.cdiv(tl.minimum(last_row + n_keys - n_queries, n_keys), BLOCK_K)
+    else:
+        last = tl.cdiv(n_keys, BLOCK_K)
+    return last - 1 - key_block
+
+
+@triton.jit
+def _backward_tile(
+    dk, dv, k_tile, v_tile, q, dout, dq, lse, delta, locks, start, end, q_positions, key_tiles, tile, key_block,
+    key, k_position, slope, seed, threshold, keep_scale, stream,
+    q_row, dout_row, dq_row, n_queries, n_keys, scale, softcap,
+    MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first_row = tile * BLOCK_Q
+    row = first_row + tl.arange(0, BLOCK_Q)
+    is_row = row < n_queries
+    q_tile = load_tile(q, first_row, n_queries, q_row, EDGE, BLOCK_Q, BLOCK_D, HEAD_DIM)
+    dout_tile = load_tile(dout, first_row, n_queries, dout_row, EDGE, BLOCK_Q, BLOCK_D, HEAD_DIM)
+    if EDGE:
+        row_lse = tl.load(lse + row, mask=is_row, other=float("inf"))
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)  # a row without keys: weights of 0
+        row_delta = tl.load(delta + row, mask=is_row, other=0.0)
+    else:
+        row_lse = tl.load(lse + row)
+        row_delta = tl.load(delta + row)
+    if q_positions is None:
+        q_position = row + (n_keys - n_queries)
+    else:
+        q_position = tl.load(q_positions + row, mask=is_row, other=0)
+
+    score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (K, Q)
+    factor = scale * LOG2_E  # of the raw products; of scores in natural units it is log2(e)
+    if softcap is not None:
+        squashed = tanh(score * (scale / softcap))
+        score = softcap * squashed
+        factor = LOG2_E
+    if slope is not None:
+        if softcap is None:
+            score = score * scale
+            factor = LOG2_E
+        score = biased(score, slope, q_position[None, :], k_position[:, None])
+    weight = tl.exp2(score * factor - (row_lse * LOG2_E)[None, :])
+    if EDGE:
+        row_start, row_end = row, row
+        if MASK == INTERVALS:
+            row_start = tl.load(start + row, mask=is_row, other=0)
+            row_end = tl.load(end + row, mask=is_row, other=0)
+        seen = visible(MASK, row[None, :], key[:, None], row_start[None, :], row_end[None, :], n_queries, n_keys)
+        weight = tl.where(seen, weight, 0.0)
+
+    dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+    kept_weight = weight
+    if seed is not None:
+        keep = kept(seed, threshold, stream, q_position[None, :], k_position[:, None])
+        kept_weight = tl.where(keep, weight * keep_scale, 0.0)
+        dweight = tl.where(keep, dweight * keep_scale, 0.0)
+    dv = tl.dot(kept_weight.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+    dscore = weight * (dweight - row_delta[None, :])
+    if softcap is not None:
+        dscore *= 1 - squashed * squashed
+    dscore = dscore.to(q_tile.dtype)
+    dq_tile = tl.dot(tl.trans(dscore), k_tile, input_precision="ieee") * scale  # before dk: spills less
+    dk = tl.dot(dscore, q_tile, dk, input_precision="ieee")
+
+    if locks is not None:
+        turn = _turn(key_tiles, tile, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+        while tl.atomic_add(locks + tile, 0, sem="acquire") != turn:
+            pass
+    dq_pointers = dq + wide(first_row) * dq_row + tile_offsets(dq_row, BLOCK_Q, BLOCK_D)
+    if EDGE or HEAD_DIM < BLOCK_D:
+        inside = tile_inside(n_queries - first_row, BLOCK_Q, BLOCK_D, HEAD_DIM)
+        tl.atomic_add(dq_pointers, dq_tile, mask=inside, sem="relaxed")
+    else:
+        tl.atomic_add(dq_pointers, dq_tile, sem="relaxed")
+    if locks is not None:
+        tl.debug_barrier()  # every thread's additions are done before the next block's turn
+        tl.atomic_add(locks + tile, 1, sem="release")
+    return dk, dv
+
+
+@triton.jit
+def _backward_kernel(
+    dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, seed, start, end, row_tiles, key_tiles,
+    q_positions, k_positions,
+    dout_batch, dout_row: tl.constexpr, dout_head, q_batch, q_row: tl.constexpr, q_head,
+    k_batch, k_row: tl.constexpr, k_head, v_batch, v_row: tl.constexpr, v_head,
+    dq_batch, dq_row: tl.constexpr, dq_head,
+    dk_batch, dk_row: tl.constexpr, dk_head, dv_batch, dv_row: tl.constexpr, dv_head,
+    slopes_batch, slopes_head, bounds_batch, row_tiles_batch, key_tiles_batch, positions_batch,
+    n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
+    MASK: tl.constexpr, ACCUMULATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    key_block = tl.program_id(0)  # under a causal mask the longest first
+    if locks is not None:
+        key_block = tl.num_programs(0) - 1 - key_block  # in the order of turns: who is waited for has started before
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
+    if MASK == INTERVALS:
+        row_tiles += wide(batch) * row_tiles_batch
+        start += wide(batch) * bounds_batch
+        end += wide(batch) * bounds_batch
+        if locks is not None:
+            key_tiles += wide(batch) * key_tiles_batch
+    first, full_first, full_last, last = _row_tile_bounds(
+        row_tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K
+    )
+    if ACCUMULATE:
+        if first >= last:
+            return  # nothing to add
+
+    first_key = key_block * BLOCK_K
+    key = first_key + tl.arange(0, BLOCK_K)
+    k_position = key
+    if k_positions is not None:
+        k_position = tl.load(k_positions + key, mask=key < n_keys, other=0)
+    if q_positions is not None:
+        q_positions += wide(batch) * positions_batch
+    seed_value = None
+    if seed is not None:
+        seed_value = tl.load(seed)
+    k += wide(batch) * k_batch + wide(kv_head) * k_head
+    v += wide(batch) * v_batch + wide(kv_head) * v_head
+    k_tile = load_tile(k, first_key, n_keys, k_row, True, BLOCK_K, BLOCK_D, HEAD_DIM)
+    v_tile = load_tile(v, first_key, n_keys, v_row, True, BLOCK_K, BLOCK_D, HEAD_DIM)
+    dk_tile = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+
+    for member in range(0, group):  # the query heads that share these keys
+        head = kv_head * group + member
+        stream = batch * (tl.num_programs(1) * group) + head
+        q_head_base = q + wide(batch) * q_batch + wide(head) * q_head
+        dout_head_base = dout + wide(batch) * dout_batch + wide(head) * dout_head
+        dq_head_base = dq + wide(batch) * dq_batch + wide(head) * dq_head
+        lse_base, delta_base = lse + wide(stream) * n_queries, delta + wide(stream) * n_queries
+        locks_base = None
+        if locks is not None:
+            locks_base = locks + stream * tl.cdiv(n_queries, BLOCK_Q)
+        slope = None
+        if slopes is not None:
+            slope = tl.load(slopes + batch * slopes_batch + head * slopes_head)
+        for part in tl.static_range(3):  # the tiles of the near edge, the full ones, those of the far edge
+            low = first if part == 0 else (full_first if part == 1 else full_last)
+            high = full_first if part == 0 else (full_last if part == 1 else last)
+            for tile in range(low, high):
+                dk_tile, dv_tile = _backward_tile(
+                    dk_tile, dv_tile, k_tile, v_tile, q_head_base, dout_head_base, dq_head_base, lse_base, delta_base,
+                    locks_base, start, end, q_positions, key_tiles, tile, key_block, key, k_position, slope, seed_value,
+                    threshold, keep_scale, stream, q_row, dout_row, dq_row, n_queries, n_keys, scale, softcap,
+                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
+                )  # fmt: skip
+
+    inside = tile_inside(n_keys - first_key, BLOCK_K, BLOCK_D, HEAD_DIM)
+    dk += wide(batch) * dk_batch + wide(kv_head) * dk_head + wide(first_key) * dk_row
+    dv += wide(batch) * dv_batch + wide(kv_head) * dv_head + wide(first_key) * dv_row
+    dk_pointers, dv_pointers = dk + tile_offsets(dk_row, BLOCK_K, BLOCK_D), dv + tile_offsets(dv_row, BLOCK_K, BLOCK_D)
+    dk_tile *= scale
+    if ACCUMULATE:
+        dk_tile += tl.load(dk_pointers, mask=inside)
+        dv_tile += tl.load(dv_pointers, mask=inside)
+    tl.store(dk_pointers, dk_tile.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv_pointers, dv_tile.to(dv.dtype.element_ty), mask=inside)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: KeyIntervals,
+    options: Options,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `interface.backward`."""
+    batch, n_queries, heads, head_dim = q.shape
+    n_keys, kv_heads = k.shape[1:3]
+    if into is None:
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    else:
+        dq, dk, dv = into
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.to(q.dtype), dk.zero_(), dv.zero_()
+    dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
+    blocks = launch.attention_backward(q)
+    m = kernel_mask(mask, options)
+    rows_of_keys = keys_of_rows = locks = None
+    if mask.start is not None:
+        rows_of_keys = row_tiles(mask, blocks.rows, blocks.keys)
+    if options.deterministic:
+        row_blocks = triton.cdiv(n_queries, blocks.rows)
+        locks = torch.zeros(batch * heads * row_blocks, dtype=torch.int32, device=q.device)
+        keys_of_rows = None if mask.start is None else key_tiles(mask, blocks.rows, blocks.keys)
+    slopes = options.slopes(batch, heads)
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": launch.padded(head_dim)}
+    with launch.on_device(q):
+        delta = _delta(dout, out, dlse, lse, shape)
+        _backward_kernel[(triton.cdiv(n_keys, blocks.keys), kv_heads, batch)](
+            dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, rows_of_keys,
+            keys_of_rows, m.query_position, m.key_position,
+            *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in x.stride()[:3]),
+            *((0, 0) if slopes is None else slopes.stride()), launch.batch_stride(m.start),
+            launch.batch_stride(rows_of_keys), launch.batch_stride(keys_of_rows), launch.batch_stride(m.query_position),
+            n_queries, n_keys, heads // kv_heads, options.scale, options.softcap or None,
+            options.threshold, 1 / (1 - options.dropout), MASK=m.kind, ACCUMULATE=into is not None, **shape,
+            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return dq if into is not None else dq.to(q.dtype), dk, dv
+
+
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, shape: dict[str, int]) -> Tensor:
+    batch, n_queries, heads, _ = dout.shape
+    delta = torch.empty_like(lse)
+    rows = 16 if launch.INTERPRETED else 64
+    _delta_kernel[(triton.cdiv(n_queries, rows), heads, batch)](
+        dout, out, None if dlse is None else dlse.contiguous(), delta, *dout.stride()[:3], *out.stride()[:3],
+        n_queries, **shape, BLOCK_Q=rows, num_warps=4,
+    )  # fmt: skip
+    return delta

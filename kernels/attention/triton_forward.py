@@ -1,0 +1,215 @@
+"""The forward pass of attention in portable Triton: one program a block of query rows, programs independent.
+
+FlashAttention-2's schedule (Dao 2023): a program keeps its rows, walks the tiles of keys they see, and rescales a
+running sum of exponentials. Letters in shapes: Q rows and K keys of a tile, D head dim padded to a power of two.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longctx.kernels import launch
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.tiles import kernel_mask, key_tiles
+from longctx.kernels.attention.triton_tile import (
+    FULL,
+    INTERVALS,
+    LN_2,
+    LOG2_E,
+    biased,
+    load_tile,
+    softmax_step,
+    tanh,
+    tile_inside,
+    tile_offsets,
+    visible,
+    wide,
+)
+
+
+@triton.jit
+def _key_tile_bounds(
+    tiles, row_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The tiles of keys that a block of rows sees: first, first full, last full, last. See tiles.py."""
+    if MASK == INTERVALS:
+        bounds = tiles + wide(row_block) * 4
+        first, full_first, full_last, last = (
+            tl.load(bounds),
+            tl.load(bounds + 1),
+            tl.load(bounds + 2),
+            tl.load(bounds + 3),
+        )
+    elif MASK == FULL:
+        first, full_first, full_last, last = 0, 0, n_keys // BLOCK_K, tl.cdiv(n_keys, BLOCK_K)
+    else:
+        first_end = row_block * BLOCK_Q + 1 + n_keys - n_queries  # keys that the first row sees
+        last_end = tl.minimum(first_end + BLOCK_Q - 1, n_keys)
+        first, full_first = 0, 0
+        full_last, last = tl.maximum(first_end, 0) // BLOCK_K, tl.cdiv(tl.maximum(last_end, 0), BLOCK_K)
+    return first, full_first, full_last, last
+
+
+@triton.jit
+def _forward_tile(
+    acc, peak, total, q_tile, k, v, tile, row, start, end, q_position, k_positions, slope, seed, threshold, stream,
+    k_row, v_row, n_queries, n_keys, scale, softcap,
+    MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first = tile * BLOCK_K
+    key = first + tl.arange(0, BLOCK_K)
+    if k_positions is None:
+        k_position = key
+    else:
+        k_position = tl.load(k_positions + key, mask=key < n_keys, other=0)
+    k_tile = load_tile(k, first, n_keys, k_row, EDGE, BLOCK_K, BLOCK_D, HEAD_DIM)
+    score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    factor = scale * LOG2_E  # of the raw products; of scores in natural units it is log2(e)
+    if softcap is not None:
+        score = softcap * tanh(score * (scale / softcap))
+        factor = LOG2_E
+    if slope is not None:
+        if softcap is None:
+            score = score * scale
+            factor = LOG2_E
+        score = biased(score, slope, q_position[:, None], k_position[None, :])
+    if EDGE:
+        seen = visible(MASK, row[:, None], key[None, :], start[:, None], end[:, None], n_queries, n_keys)
+        score = tl.where(seen, score, float("-inf"))
+    v_tile = load_tile(v, first, n_keys, v_row, EDGE, BLOCK_K, BLOCK_D, HEAD_DIM)
+    return softmax_step(
+        acc, peak, total, score, factor, v_tile, seed, threshold, stream,
+        q_position[:, None], k_position[None, :], EDGE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, out, lse, sink, slopes, seed, start, end, tiles, q_positions, k_positions,
+    q_batch, q_row: tl.constexpr, q_head, k_batch, k_row: tl.constexpr, k_head,
+    v_batch, v_row: tl.constexpr, v_head, out_batch, out_row: tl.constexpr, out_head,
+    slopes_batch, slopes_head, bounds_batch, tiles_batch, positions_batch,
+    n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
+    MASK: tl.constexpr, MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest first
+    head, batch = tl.program_id(1), tl.program_id(2)
+    stream = batch * tl.num_programs(1) + head
+    if MASK == INTERVALS:
+        tiles += wide(batch) * tiles_batch
+    first, full_first, full_last, last = _key_tile_bounds(tiles, row_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+    if MERGE:
+        if first >= last:
+            return  # nothing to add
+
+    first_row = row_block * BLOCK_Q
+    row = first_row + tl.arange(0, BLOCK_Q)
+    is_row = row < n_queries
+    q += wide(batch) * q_batch + wide(head) * q_head
+    k += wide(batch) * k_batch + wide(head // group) * k_head
+    v += wide(batch) * v_batch + wide(head // group) * v_head
+    q_tile = load_tile(q, first_row, n_queries, q_row, True, BLOCK_Q, BLOCK_D, HEAD_DIM)
+    row_start, row_end, q_position = row, row, row + (n_keys - n_queries)
+    if MASK == INTERVALS:
+        row_start = tl.load(start + wide(batch) * bounds_batch + row, mask=is_row, other=0)
+        row_end = tl.load(end + wide(batch) * bounds_batch + row, mask=is_row, other=0)
+    if q_positions is not None:
+        q_position = tl.load(q_positions + wide(batch) * positions_batch + row, mask=is_row, other=0)
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + batch * slopes_batch + head * slopes_head)
+    seed_value = None
+    if seed is not None:
+        seed_value = tl.load(seed)
+
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    if sink is not None:  # one more key, whose value is 0
+        peak = tl.full((BLOCK_Q,), 0.0, tl.float32) + tl.load(sink + head).to(tl.float32) * LOG2_E
+        total += 1.0
+
+    edges_before = full_first - first
+    edges = edges_before + last - full_last
+    for part in tl.static_range(2):  # the tiles of both edges, then the full ones
+        for i in range(0 if part == 0 else full_first, edges if part == 0 else full_last):
+            tile = i if part == 1 else tl.where(i < edges_before, first + i, full_last - edges_before + i)
+            acc, peak, total = _forward_tile(
+                acc, peak, total, q_tile, k, v, tile, row, row_start, row_end, q_position, k_positions, slope,
+                seed_value, threshold, stream, k_row, v_row, n_queries, n_keys, scale, softcap,
+                MASK, part == 0, HEAD_DIM, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+
+    _store_rows(
+        acc, peak, total, out + wide(batch) * out_batch + wide(head) * out_head, lse + wide(stream) * n_queries,
+        first_row, row, is_row, n_queries, out_row, keep_scale, MERGE, HEAD_DIM, BLOCK_D, BLOCK_Q,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_rows(
+    acc, peak, total, out, lse, first_row, row, is_row, n_queries, out_row, keep_scale,
+    MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Writes out and lse of a block of rows, or merges them into what is there."""
+    weight = tl.where(total == 0.0, 0.0, keep_scale / total)  # a row without keys; NaN stays NaN
+    row_lse = tl.where(total == 0.0, float("-inf"), peak * LN_2 + tl.log(total))
+    out_pointers = out + wide(first_row) * out_row + tile_offsets(out_row, BLOCK_Q, BLOCK_D)
+    inside = tile_inside(n_queries - first_row, BLOCK_Q, BLOCK_D, HEAD_DIM)
+    if MERGE:
+        before = tl.load(lse + row, mask=is_row, other=float("-inf"))
+        top = tl.maximum(before, row_lse)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        merged = top + tl.log(tl.exp(before - top) + tl.exp(row_lse - top))
+        base = tl.where(merged == float("-inf"), 0.0, merged)
+        weight *= tl.exp(row_lse - base)
+        acc = acc * weight[:, None] + tl.load(out_pointers, mask=inside) * tl.exp(before - base)[:, None]
+        row_lse = merged
+    else:
+        acc = acc * weight[:, None]
+    tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + row, row_lse, mask=is_row)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyIntervals,
+    options: Options,
+    sink: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
+    batch, n_queries, heads, head_dim = q.shape
+    if into is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
+    else:
+        out, lse = into
+    if q.numel() == 0:
+        return out, lse
+    q, k, v = (launch.readable(x) for x in (q, k, v))
+    blocks = launch.attention_forward(q)
+    m = kernel_mask(mask, options)
+    tiles = None if mask.start is None else key_tiles(mask, blocks.rows, blocks.keys)
+    slopes = options.slopes(batch, heads)
+    with launch.on_device(q):
+        _forward_kernel[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
+            q, k, v, out, lse, sink, slopes, options.seed, m.start, m.end, tiles, m.query_position, m.key_position,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *((0, 0) if slopes is None else slopes.stride()), launch.batch_stride(m.start), launch.batch_stride(tiles),
+            launch.batch_stride(m.query_position), n_queries, k.shape[1], heads // k.shape[2],
+            options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
+            MASK=m.kind, MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
+            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return out, lse

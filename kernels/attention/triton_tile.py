@@ -1,0 +1,106 @@
+"""What the Triton attention kernels do with one tile, shared by forward, backward and block-sparse.
+
+Shapes: Q rows and K keys of a tile, D head dim padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# kinds of mask, constants of compilation
+FULL = tl.constexpr("full")
+CAUSAL = tl.constexpr("causal")
+INTERVALS = tl.constexpr("intervals")
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def wide(x):
+    """An integer as int64, so that products with strides pass 2^31."""
+    return tl.full((), 0, tl.int64) + x
+
+
+@triton.jit
+def tile_offsets(stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, D) offsets from a tile's first element."""
+    return tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def tile_inside(n_rows, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """(ROWS, D): which of a tile's elements exist, where `n_rows` of its rows do."""
+    inside = tl.arange(0, ROWS)[:, None] < n_rows
+    if HEAD_DIM < BLOCK_D:
+        inside &= tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+    return inside
+
+
+@triton.jit
+def load_tile(
+    base, first, n_rows, stride, EDGE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """(ROWS, D) from row `first` on; zeros outside the `n_rows` rows and HEAD_DIM columns there are."""
+    pointers = base + wide(first) * stride + tile_offsets(stride, ROWS, BLOCK_D)
+    if EDGE:
+        tile = tl.load(pointers, mask=tile_inside(n_rows - first, ROWS, BLOCK_D, HEAD_DIM), other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        tile = tl.load(pointers, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """To float32's precision near 0 too, where the quotient of exponentials loses it."""
+    square = x * x
+    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    far = (1 - decay) / (1 + decay)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def biased(score, slope, q_position, k_position):
+    """ALiBi: scores in natural units lose slope * |distance|."""
+    return score - slope * tl.abs(q_position - k_position).to(tl.float32)
+
+
+@triton.jit
+def kept(seed, threshold, stream, q_position, k_position):
+    """Which entries dropout keeps: Philox of (key position, row position, batch and head) against a uint32."""
+    zero = (q_position + k_position) * 0
+    words = tl.philox(seed, k_position + zero, q_position + zero, stream + zero, zero)
+    return words[0] >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def visible(MASK: tl.constexpr, row, key, start, end, n_queries, n_keys):
+    """Whether rows see keys, all shaped to broadcast against each other."""
+    if MASK == FULL:
+        seen = (key < n_keys) & (row < n_queries)
+    elif MASK == CAUSAL:
+        seen = key <= row + (n_keys - n_queries)
+    else:
+        seen = (key >= start) & (key < end)
+    return seen
+
+
+@triton.jit
+def softmax_step(
+    acc, peak, total, score, factor, v, seed, threshold, stream, q_position, k_position, EDGE: tl.constexpr
+):
+    """One more tile of keys: acc (Q, D), peak and total (Q,) of exp2(score * factor - peak), score (Q, K)."""
+    new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
+    # a row that has seen no key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) is NaN
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if EDGE else new_peak
+    weight = tl.exp2(score * factor - base[:, None])
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(weight, 1)
+    if seed is not None:
+        weight = tl.where(kept(seed, threshold, stream, q_position, k_position), weight, 0.0)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_peak, total

@@ -1,0 +1,123 @@
+"""Which block sizes a kernel is launched with on which device, and what the Triton interpreter cannot do.
+
+A plain function of device and shape: `triton.autotune` needs a GPU to choose on, tunes again in every process, and
+picks differently on the ranks of one run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in numpy, on the CPU
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why Triton kernels cannot run on tensors like `x`, or None if they can."""
+    if x.dtype == torch.float64:
+        return "Triton kernels take float16, bfloat16 and float32, not torch.float64"
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrong; use float16 or float32"
+    if not INTERPRETED and x.device.type != "cuda":
+        return f"Triton kernels run on GPUs (or with TRITON_INTERPRET=1), not on {x.device.type}"
+    if not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability(x.device)}"
+    return None
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes `x`'s GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def padded(width: int) -> int:
+    """The next tile width: a power of two, 16 or more."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` (..., width) as kernels address it: elements of the last dim beside each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def batch_stride(x: Tensor | None) -> int:
+    """The stride over the batch of a contiguous tensor that may be shared by it (size 1) or absent."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+class AttentionBlocks(NamedTuple):
+    """Rows and keys of a tile, warps and pipeline stages of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `sm_80`, `sm_89`, ... or `hip`; `interpreter` where kernels run in numpy."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "hip"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+# attention -----------------------------------------------------------------------------------------------------------
+
+# 16-bit inputs; by architecture, then padded head dim. Architectures not named take the entry of the next smaller one.
+_FORWARD = {
+    "interpreter": {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)},
+    "sm_80": {
+        16: AttentionBlocks(128, 64, 4, 3),
+        32: AttentionBlocks(128, 64, 4, 3),
+        64: AttentionBlocks(128, 64, 4, 3),
+        128: AttentionBlocks(128, 64, 8, 3),
+        256: AttentionBlocks(64, 32, 4, 2),
+    },
+    "sm_90": {
+        16: AttentionBlocks(128, 128, 4, 3),
+        32: AttentionBlocks(128, 128, 4, 3),
+        64: AttentionBlocks(128, 128, 4, 3),
+        128: AttentionBlocks(128, 128, 8, 2),
+        256: AttentionBlocks(128, 64, 8, 2),
+    },
+}
+_BACKWARD = {
+    "interpreter": {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)},
+    "sm_80": {
+        16: AttentionBlocks(64, 64, 4, 2),
+        32: AttentionBlocks(64, 64, 4, 2),
+        64: AttentionBlocks(64, 128, 8, 2),
+        128: AttentionBlocks(32, 128, 8, 2),
+        256: AttentionBlocks(32, 64, 8, 1),
+    },
+    "sm_90": {
+        16: AttentionBlocks(64, 128, 4, 2),
+        32: AttentionBlocks(64, 128, 4, 2),
+        64: AttentionBlocks(64, 128, 8, 2),
+        128: AttentionBlocks(64, 128, 8, 2),
+        256: AttentionBlocks(32, 64, 8, 2),
+    },
+}
+
+
+def attention_forward(q: Tensor) -> AttentionBlocks:
+    """Block sizes of the forward pass for queries like `q` (batch, rows, heads, head_dim)."""
+    return _attention_blocks(_FORWARD, q)
+
+
+def attention_backward(q: Tensor) -> AttentionBlocks:
+    """Block sizes of the backward pass for queries like `q` (batch, rows, heads, head_dim)."""
+    return _attention_blocks(_BACKWARD, q)
+
+
+def _attention_blocks(table: dict[str, dict[int, AttentionBlocks]], q: Tensor) -> AttentionBlocks:
+    return table[architecture(q.device)][padded(q.shape[-1])]

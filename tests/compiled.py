@@ -1,0 +1,102 @@
+"""Compiles the kernels of a call for a GPU that need not be there, and reads what ptxas says of them.
+
+A launch on `meta` tensors reaches `JITFunction.run` with all its arguments; instead of launching, the kernel is
+compiled for the architecture asked for. Not in a process where TRITON_INTERPRET is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from longctx.kernels import launch
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+            torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+class Compiled(NamedTuple):
+    """One kernel of a call: what it takes of a multiprocessor."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    ptx: str
+
+
+def compile_launches(call: Callable[[], object], capability: int) -> list[Compiled]:
+    """The kernels that `call` launches on `meta` tensors, for compute capability 80, 90, ..."""
+    compiled: list[Compiled] = []
+    target = GPUTarget("cuda", capability, 32)
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        compiled.append(_compile(kernel, args, kwargs, target))
+
+    with mock.patch.object(JITFunction, "run", run), _pretend(f"sm_{capability}"):
+        call()
+    return compiled
+
+
+@contextlib.contextmanager
+def _pretend(architecture: str) -> Iterator[None]:
+    with mock.patch.object(launch, "architecture", return_value=architecture):
+        yield
+
+
+def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> Compiled:
+    names = kernel.arg_names
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+    declared_constant = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = values[name]
+        if name in declared_constant or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    result = triton.compile(source, target=target, options=options)
+    registers, spills = _ptxas(result.asm["ptx"], target.arch)
+    return Compiled(
+        kernel.__name__, registers, spills, result.metadata.shared, result.metadata.num_warps, result.asm["ptx"]
+    )
+
+
+def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
+    """(registers a thread, bytes spilled)."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        said = subprocess.run(
+            [PTXAS, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), sum(spills)
