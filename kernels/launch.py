@@ -46,6 +46,11 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of a tensor that may be absent."""
+    return (0,) * dims if x is None else x.stride()
+
+
 def batch_stride(x: Tensor | None) -> int:
     """The stride over the batch of a contiguous tensor that may be shared by it (size 1) or absent."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
@@ -72,52 +77,99 @@ def architecture(device: torch.device) -> str:
 
 # attention -----------------------------------------------------------------------------------------------------------
 
-# 16-bit inputs; by architecture, then padded head dim. Architectures not named take the entry of the next smaller one.
-_FORWARD = {
-    "interpreter": {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)},
-    "sm_80": {
+# Chosen by compiling for each class of GPU: what fits its shared memory and spills least. By the class, then by the
+# padded head dim; 16-bit inputs first, then float32, whose tiles take twice the room and which has no tensor cores.
+_Table = dict[str, dict[int, AttentionBlocks]]
+_SMALLEST = {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)}
+_FORWARD: _Table = {
+    "interpreter": _SMALLEST,
+    "99 KiB": {
         16: AttentionBlocks(128, 64, 4, 3),
         32: AttentionBlocks(128, 64, 4, 3),
-        64: AttentionBlocks(128, 64, 4, 3),
-        128: AttentionBlocks(128, 64, 8, 3),
-        256: AttentionBlocks(64, 32, 4, 2),
+        64: AttentionBlocks(128, 64, 8, 3),
+        128: AttentionBlocks(128, 64, 8, 2),
+        256: AttentionBlocks(64, 32, 8, 2),
     },
-    "sm_90": {
-        16: AttentionBlocks(128, 128, 4, 3),
-        32: AttentionBlocks(128, 128, 4, 3),
-        64: AttentionBlocks(128, 128, 4, 3),
-        128: AttentionBlocks(128, 128, 8, 2),
-        256: AttentionBlocks(128, 64, 8, 2),
+    "163 KiB": {
+        16: AttentionBlocks(128, 64, 4, 3),
+        32: AttentionBlocks(128, 64, 4, 3),
+        64: AttentionBlocks(128, 64, 8, 3),
+        128: AttentionBlocks(64, 64, 4, 3),
+        256: AttentionBlocks(64, 64, 8, 2),
+    },
+    "227 KiB": {
+        16: AttentionBlocks(128, 128, 8, 3),
+        32: AttentionBlocks(128, 128, 8, 3),
+        64: AttentionBlocks(128, 128, 8, 3),
+        128: AttentionBlocks(128, 128, 8, 3),
+        256: AttentionBlocks(128, 32, 8, 2),
     },
 }
-_BACKWARD = {
-    "interpreter": {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)},
-    "sm_80": {
+_FORWARD_FLOAT32: _Table = {
+    "interpreter": _SMALLEST,
+    "99 KiB": {
+        16: AttentionBlocks(64, 64, 4, 2),
+        32: AttentionBlocks(64, 32, 4, 2),
+        64: AttentionBlocks(64, 32, 8, 2),
+        128: AttentionBlocks(32, 32, 8, 1),
+        256: AttentionBlocks(32, 16, 8, 1),
+    },
+}
+_BACKWARD: _Table = {
+    "interpreter": _SMALLEST,
+    "99 KiB": {
+        16: AttentionBlocks(64, 64, 4, 2),
+        32: AttentionBlocks(64, 64, 4, 2),
+        64: AttentionBlocks(64, 64, 4, 2),
+        128: AttentionBlocks(32, 64, 8, 1),
+        256: AttentionBlocks(32, 32, 8, 1),
+    },
+    "163 KiB": {
         16: AttentionBlocks(64, 64, 4, 2),
         32: AttentionBlocks(64, 64, 4, 2),
         64: AttentionBlocks(64, 128, 8, 2),
-        128: AttentionBlocks(32, 128, 8, 2),
+        128: AttentionBlocks(64, 64, 8, 2),
         256: AttentionBlocks(32, 64, 8, 1),
     },
-    "sm_90": {
-        16: AttentionBlocks(64, 128, 4, 2),
-        32: AttentionBlocks(64, 128, 4, 2),
+    "227 KiB": {
+        16: AttentionBlocks(64, 128, 8, 2),
+        32: AttentionBlocks(64, 128, 8, 2),
         64: AttentionBlocks(64, 128, 8, 2),
         128: AttentionBlocks(64, 128, 8, 2),
         256: AttentionBlocks(32, 64, 8, 2),
+    },
+}
+_BACKWARD_FLOAT32: _Table = {
+    "interpreter": _SMALLEST,
+    "99 KiB": {
+        16: AttentionBlocks(32, 64, 4, 2),
+        32: AttentionBlocks(32, 64, 4, 2),
+        64: AttentionBlocks(32, 32, 8, 2),
+        128: AttentionBlocks(16, 32, 8, 1),
+        256: AttentionBlocks(16, 16, 8, 1),
     },
 }
 
 
 def attention_forward(q: Tensor) -> AttentionBlocks:
     """Block sizes of the forward pass for queries like `q` (batch, rows, heads, head_dim)."""
-    return _attention_blocks(_FORWARD, q)
+    return _attention_blocks(_FORWARD_FLOAT32 if q.dtype == torch.float32 else _FORWARD, q)
 
 
 def attention_backward(q: Tensor) -> AttentionBlocks:
     """Block sizes of the backward pass for queries like `q` (batch, rows, heads, head_dim)."""
-    return _attention_blocks(_BACKWARD, q)
+    return _attention_blocks(_BACKWARD_FLOAT32 if q.dtype == torch.float32 else _BACKWARD, q)
 
 
-def _attention_blocks(table: dict[str, dict[int, AttentionBlocks]], q: Tensor) -> AttentionBlocks:
-    return table[architecture(q.device)][padded(q.shape[-1])]
+def _attention_blocks(table: _Table, q: Tensor) -> AttentionBlocks:
+    of_class = table.get(_memory_class(architecture(q.device)), table["99 KiB"])
+    return of_class[padded(q.shape[-1])]
+
+
+def _memory_class(architecture: str) -> str:
+    """By the shared memory a program may have, which decides what fits."""
+    if architecture in ("sm_80", "sm_87"):
+        return "163 KiB"
+    if architecture in ("sm_90", "sm_100", "sm_103"):
+        return "227 KiB"
+    return "interpreter" if architecture == "interpreter" else "99 KiB"  # sm_86, sm_89, sm_120, AMD

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
@@ -33,13 +34,9 @@ def sum_repeated_heads(dx: Tensor, n_kv_heads: int) -> Tensor:
     return dx.unflatten(2, (n_kv_heads, dx.shape[2] // n_kv_heads)).sum(3)
 
 
-def visible(start: Tensor, end: Tensor, n_keys: int) -> Tensor:
-    """(batch or 1, 1, n_queries, n_keys) bool: True where `start <= key < end`."""
-    key = torch.arange(n_keys, device=start.device)
-    return ((key >= start.unsqueeze(-1)) & (key < end.unsqueeze(-1))).unsqueeze(1)
-
-
-def attention_scores(q: Tensor, k: Tensor, mask: KeyIntervals, options: Options) -> tuple[Tensor, Tensor | None]:
+def attention_scores(
+    q: Tensor, k: Tensor, mask: KeyIntervals | BlockMask, options: Options
+) -> tuple[Tensor, Tensor | None]:
     """Masked scores, (batch, heads, n_queries, n_keys), and the slope of the softcap at each, if there is one."""
     compute = accumulation_dtype(q.dtype)
     scores = torch.einsum("bihd,bjhd->bhij", q.to(compute), repeat_heads(k, q.shape[2]).to(compute)) * options.scale
@@ -47,14 +44,14 @@ def attention_scores(q: Tensor, k: Tensor, mask: KeyIntervals, options: Options)
     if options.softcap:
         squashed = torch.tanh(scores / options.softcap)
         scores, slope = options.softcap * squashed, 1 - squashed**2
-    if (slopes := options.slopes(q.shape[0], q.shape[2])) is not None:
+    if (slopes := options.slopes(*q.shape[:3])) is not None:
         query_position, key_position = mask.positions(q.device)
         distance = (query_position.unsqueeze(-1) - key_position).abs().unsqueeze(1)
-        scores = scores - slopes.to(compute)[:, :, None, None] * distance
-    return scores.masked_fill(~visible(*mask.bounds(q.device), k.shape[1]), -torch.inf), slope
+        scores = scores - slopes.to(compute).transpose(1, 2).unsqueeze(-1) * distance
+    return scores.masked_fill(~mask.dense(q.device), -torch.inf), slope
 
 
-def dropout_weight(mask: KeyIntervals, options: Options, batch: int, heads: int) -> Tensor:
+def dropout_weight(mask: KeyIntervals | BlockMask, options: Options, batch: int, heads: int) -> Tensor:
     """(batch, heads, n_queries, n_keys) float64: 0 for what dropout drops, 1 / (1 - dropout) for what it keeps.
 
     Philox-4x32 with ten rounds (Salmon et al. 2011): the counter is (key position, row position, batch * heads + head,
@@ -84,7 +81,7 @@ def dropout_weight(mask: KeyIntervals, options: Options, batch: int, heads: int)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, options: Options, sink: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals | BlockMask, options: Options, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """softmax(scores) v, and the log-sum-exp of each row of scores.
 
@@ -143,7 +140,7 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward` to q, k and v.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports a kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from helpers import make_corpus
 
 

@@ -45,7 +45,8 @@ def attention(
     that sees no key has out 0, lse -inf and zero gradients. Raises ValueError where arguments and implementation do
     not fit each other.
     """
-    _check(q, k, v, mask, sink)
+    check_inputs(q, k, v)
+    _check_mask(mask, sink, q, k)
     if dropout and seed is None:
         seed = torch.randint(2**62, (1,), device=q.device)
     options = Options(
@@ -56,7 +57,7 @@ def attention(
         seed if dropout else None,
         deterministic,
     )
-    _check_options(options, q, mask)
+    _check_options(options, q)
     call = Call.of(mask, options, choose(implementation, q, mask, options))
     return _attention(q, k, v, sink, *call)
 
@@ -125,7 +126,8 @@ def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> st
 # what a call must be --------------------------------------------------------------------------------------------------
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, sink: Tensor | None) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError, with all that is wrong, unless these are the queries, keys and values of one attention."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be 4-dimensional, k like v"
@@ -137,6 +139,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, sink: Tensor | N
         problems.append(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
     if not 0 < q.shape[3] <= MAX_HEAD_DIM:
         problems.append(f"head_dim {q.shape[3]}: must be 1 to {MAX_HEAD_DIM}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        problems.append(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: must be of one floating dtype")
+    if not q.device == k.device == v.device:
+        problems.append(f"q on {q.device}, k on {k.device}, v on {v.device}: must be on one device")
+    if problems:
+        raise ValueError("attention: " + "; ".join(problems))
+
+
+def _check_mask(mask: KeyIntervals, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
+    problems = []
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(
             f"the mask is for {mask.n_queries} queries and {mask.n_keys} keys, "
@@ -146,19 +158,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, sink: Tensor | N
         problems.append(f"the mask has {mask.start.shape[0]} rows of bounds for a batch of {q.shape[0]}")
     if mask.start is not None and mask.start.device != q.device:
         problems.append(f"the mask is on {mask.start.device}, q on {q.device}: move it with mask.to(q.device)")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        problems.append(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: must be of one floating dtype")
-    if not q.device == k.device == v.device:
-        problems.append(f"q on {q.device}, k on {k.device}, v on {v.device}: must be on one device")
     if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
         problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-def _check_options(options: Options, q: Tensor, mask: KeyIntervals) -> None:
+def _check_options(options: Options, q: Tensor) -> None:
     problems = []
-    batch, _, heads, _ = q.shape
+    batch, n_queries, heads, _ = q.shape
     if not options.scale > 0:
         problems.append(f"scale {options.scale}: must be above 0")
     if options.softcap < 0:
@@ -166,9 +174,10 @@ def _check_options(options: Options, q: Tensor, mask: KeyIntervals) -> None:
     if not 0 <= options.dropout < 1:
         problems.append(f"dropout {options.dropout}: must be a probability below 1")
     slopes = options.alibi_slopes
-    if slopes is not None and (slopes.shape not in ((heads,), (batch, heads)) or slopes.dtype != torch.float32):
+    shapes = ((heads,), (batch, heads), (batch, n_queries, heads))
+    if slopes is not None and (slopes.shape not in shapes or slopes.dtype != torch.float32):
         problems.append(
-            f"alibi_slopes {tuple(slopes.shape)} {slopes.dtype}: must be ({heads},) or ({batch}, {heads}) torch.float32"
+            f"alibi_slopes {tuple(slopes.shape)} {slopes.dtype}: must be torch.float32, {' or '.join(map(str, shapes))}"
         )
     for name, tensor in (("alibi_slopes", slopes), ("seed", options.seed)):
         if tensor is not None and tensor.device != q.device:
@@ -251,9 +260,10 @@ def backward(
 class Call(NamedTuple):
     """What an attention op is called with besides its tensors with gradients, in the order of its arguments."""
 
-    start: Tensor | None  # of the mask's key intervals, with `end` and `query_position`
+    start: Tensor | None  # of the mask's key intervals, with those down to `is_causal`
     end: Tensor | None
     query_position: Tensor | None
+    key_position: Tensor | None
     is_causal: bool
     alibi_slopes: Tensor | None
     seed: Tensor | None
@@ -267,20 +277,22 @@ class Call(NamedTuple):
     @staticmethod
     def of(mask: KeyIntervals, options: Options, implementation: str, group_name: str = "") -> Call:
         return Call(
-            mask.start, mask.end, mask.query_position, mask.is_causal, options.alibi_slopes, options.seed,
-            options.scale, options.softcap, options.dropout, options.deterministic, implementation, group_name,
+            mask.start, mask.end, mask.query_position, mask.key_position, mask.is_causal, options.alibi_slopes,
+            options.seed, options.scale, options.softcap, options.dropout, options.deterministic, implementation, group_name,
         )  # fmt: skip
 
     def mask(self, n_queries: int, n_keys: int) -> KeyIntervals:
-        return KeyIntervals(n_queries, n_keys, self.is_causal, self.start, self.end, self.query_position)
+        return KeyIntervals(
+            n_queries, n_keys, self.is_causal, self.start, self.end, self.query_position, self.key_position
+        )
 
     def options(self) -> Options:
         return Options(self.scale, self.softcap, self.alibi_slopes, self.dropout, self.seed, self.deterministic)
 
 
 _CALL_SCHEMA = (
-    "Tensor? start, Tensor? end, Tensor? query_position, bool is_causal, Tensor? alibi_slopes, Tensor? seed, "
-    "float scale, float softcap, float dropout, bool deterministic, str implementation, str group_name"
+    "Tensor? start, Tensor? end, Tensor? query_position, Tensor? key_position, bool is_causal, Tensor? alibi_slopes, "
+    "Tensor? seed, float scale, float softcap, float dropout, bool deterministic, str implementation, str group_name"
 )
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
@@ -327,27 +339,16 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
 
     def setup_context(ctx, inputs, output) -> None:
         q, k, v, sink, *call = inputs
-        tensors = Call(*call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q,
-            k,
-            v,
-            sink,
-            tensors.start,
-            tensors.end,
-            tensors.query_position,
-            tensors.alibi_slopes,
-            tensors.seed,
-            *output,
-        )
-        ctx.call = tensors._replace(start=None, end=None, query_position=None, alibi_slopes=None, seed=None)
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in call]
+        ctx.constants = [value for value in call if not isinstance(value, torch.Tensor)]
+        tensors = (value for value in call if isinstance(value, torch.Tensor))
+        ctx.save_for_backward(q, k, v, sink, *output, *tensors)
 
     def autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, sink, start, end, query_position, alibi_slopes, seed, out, lse = ctx.saved_tensors
-        call = ctx.call._replace(
-            start=start, end=end, query_position=query_position, alibi_slopes=alibi_slopes, seed=seed
-        )
+        q, k, v, sink, out, lse, *tensors = ctx.saved_tensors
+        tensors, constants = iter(tensors), iter(ctx.constants)
+        call = [next(tensors if is_tensor else constants) for is_tensor in ctx.is_tensor]
         dout = torch.zeros_like(out) if dout is None else dout
         gradients = backward_op(dout, dlse, q, k, v, out, lse, *call)
         dsink = None

@@ -122,6 +122,12 @@ class KeyIntervals:
             query = torch.arange(first, self.n_keys, dtype=torch.int32, device=device).unsqueeze(0)
         return query, torch.arange(self.n_keys, dtype=torch.int32, device=device) if key is None else key
 
+    def dense(self, device: torch.device | str) -> Tensor:
+        """(batch or 1, 1, n_queries, n_keys) bool: True where a row sees a key."""
+        start, end = (bound.unsqueeze(-1) for bound in self.bounds(device))
+        key = torch.arange(self.n_keys, device=start.device)
+        return ((key >= start) & (key < end)).unsqueeze(1)
+
     def window(self, size: int, device: torch.device | str) -> KeyIntervals:
         """The same mask where each row sees only the last `size` keys up to its own position (that included)."""
         if size < 1:

@@ -7,46 +7,16 @@ range inside it: [first, full_first) and [full_last, last) are edges, [full_firs
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
-from longctx.kernels.attention.options import Options
-
-
-class KernelMask(NamedTuple):
-    """A mask as the Triton kernels read it: contiguous int32, (batch or 1, n_queries); key_position (n_keys,)."""
-
-    kind: str
-    start: Tensor | None
-    end: Tensor | None
-    query_position: Tensor | None
-    key_position: Tensor | None
-
-
-def kernel_mask(mask: KeyIntervals, options: Options) -> KernelMask:
-    """The tensors of `mask` that a call with these options needs: positions only where something depends on them."""
-    if mask.start is None:
-        return KernelMask("causal" if mask.is_causal else "full", None, None, None, None)
-    start, end = _contiguous_bounds(mask)
-    if options.alibi_slopes is None and options.seed is None:
-        return KernelMask("intervals", start, end, None, None)
-    return KernelMask("intervals", start, end, mask.query_position, mask.key_position)
-
-
-@once_a_mask
-def _contiguous_bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-    assert mask.start is not None
-    start, end = torch.broadcast_tensors(*mask.bounds(mask.start.device))
-    return start.clone(memory_format=torch.contiguous_format), end.clone(memory_format=torch.contiguous_format)
 
 
 @once_a_mask
 def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of rows, the tiles of keys: int32, (batch or 1, row blocks, 4), the four bounds of above."""
-    start, end = _contiguous_bounds(mask)
+    start, end = _bounds(mask)
     first_row = torch.arange(0, mask.n_queries, block_q, device=start.device)
     last_row = (first_row + block_q - 1).clamp(max=mask.n_queries - 1)
     first = start[:, first_row] // block_k
@@ -57,7 +27,7 @@ def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
 @once_a_mask
 def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of keys, the tiles of rows: int32, (batch or 1, key blocks, 4). The transpose of `key_tiles`."""
-    start, end = _contiguous_bounds(mask)
+    start, end = _bounds(mask)
     first_key = torch.arange(0, mask.n_keys, block_k, dtype=torch.int32, device=start.device).repeat(start.shape[0], 1)
     next_key = first_key + block_k
     first_row = torch.searchsorted(end, first_key, right=True)  # ends after the block's first key
@@ -66,6 +36,12 @@ def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     full_first = _blocks(torch.searchsorted(end, next_key), block_q)  # ends no earlier than the block
     full_last = torch.searchsorted(start, first_key, right=True) // block_q  # starts no later than the block
     return _ordered(first, full_first, full_last, last)
+
+
+def _bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
+    assert mask.start is not None, "full and causal masks have no bounds to tile"
+    start, end = torch.broadcast_tensors(*mask.bounds(mask.start.device))
+    return start.contiguous(), end.contiguous()
 
 
 def _blocks(count: Tensor, size: int) -> Tensor:

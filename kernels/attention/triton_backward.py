@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.kernels import launch
+from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.attention.tiles import kernel_mask, key_tiles, row_tiles
 from longctx.kernels.attention.triton_tile import (
+    BLOCKS,
     CAUSAL,
     INTERVALS,
     LOG2_E,
@@ -59,7 +61,7 @@ def _delta_kernel(
 def _row_tile_bounds(
     tiles, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The tiles of rows that see a block of keys: first, first full, last full, last. See tiles.py."""
+    """The tiles of rows that see a block of keys: first, first full, last full, last. See tiles.py, block_mask.py."""
     if MASK == INTERVALS:
         bounds = tiles + wide(key_block) * 4
         first, full_first, full_last, last = (
@@ -68,6 +70,10 @@ def _row_tile_bounds(
             tl.load(bounds + 2),
             tl.load(bounds + 3),
         )
+    elif MASK == BLOCKS:
+        counts = tiles + wide(key_block) * 2
+        first, full_first, full_last = 0, tl.load(counts), tl.load(counts + 1)
+        last = full_last
     else:
         first, last = 0, tl.cdiv(n_queries, BLOCK_Q)
         full_first = 0
@@ -83,27 +89,27 @@ def _row_tile_bounds(
 
 
 @triton.jit
-def _turn(
-    key_tiles, tile, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _turn(turns, tile, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """Which place in the order of additions to a tile of dQ a block of keys has: the last block comes first."""
-    if MASK == INTERVALS:
-        last = tl.load(key_tiles + wide(tile) * 4 + 3)
+    if MASK == BLOCKS:
+        turn = tl.load(turns + wide(tile) * tl.cdiv(n_keys, BLOCK_K) + key_block)
+    elif MASK == INTERVALS:
+        turn = tl.load(turns + wide(tile) * 4 + 3) - 1 - key_block
     elif MASK == CAUSAL:
         last_row = tl.minimum((tile + 1) * BLOCK_Q, n_queries)
-        last = tl.cdiv(tl.minimum(last_row + n_keys - n_queries, n_keys), BLOCK_K)
+        turn = tl.cdiv(tl.minimum(last_row + n_keys - n_queries, n_keys), BLOCK_K) - 1 - key_block
     else:
-        last = tl.cdiv(n_keys, BLOCK_K)
-    return last - 1 - key_block
+        turn = tl.cdiv(n_keys, BLOCK_K) - 1 - key_block
+    return turn
 
 
 @triton.jit
 def _backward_tile(
-    dk, dv, k_tile, v_tile, q, dout, dq, lse, delta, locks, start, end, q_positions, key_tiles, tile, key_block,
-    key, k_position, slope, seed, threshold, keep_scale, stream,
-    q_row, dout_row, dq_row, n_queries, n_keys, scale, softcap,
+    dk, dv, k_tile, v_tile, q, dout, dq, lse, delta, locks, start, end, layout, q_positions, turns, tile, key_block,
+    key, k_position, slopes, seed, threshold, keep_scale, stream,
+    q_row, dout_row, dq_row, slopes_row, n_queries, n_keys, scale, softcap,
     MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     first_row = tile * BLOCK_Q
     row = first_row + tl.arange(0, BLOCK_Q)
@@ -123,23 +129,30 @@ def _backward_tile(
         q_position = tl.load(q_positions + row, mask=is_row, other=0)
 
     score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (K, Q)
-    factor = scale * LOG2_E  # of the raw products; of scores in natural units it is log2(e)
+    unit = scale  # of the raw products; scores in natural units have 1
     if softcap is not None:
         squashed = tanh(score * (scale / softcap))
         score = softcap * squashed
-        factor = LOG2_E
-    if slope is not None:
+        unit = 1.0
+    if slopes is not None:
+        slope = tl.load(slopes + row.to(tl.int64) * slopes_row, mask=is_row, other=0.0)
         if softcap is None:
             score = score * scale
-            factor = LOG2_E
-        score = biased(score, slope, q_position[None, :], k_position[:, None])
-    weight = tl.exp2(score * factor - (row_lse * LOG2_E)[None, :])
+            unit = 1.0
+        score = biased(score, slope[None, :], q_position[None, :], k_position[:, None])
+    if q_tile.dtype == tl.float32:  # one rounding less than the product and sum that make one instruction
+        weight = tl.exp2((score * unit - row_lse[None, :]) * LOG2_E)
+    else:
+        weight = tl.exp2(score * (unit * LOG2_E) - (row_lse * LOG2_E)[None, :])
     if EDGE:
         row_start, row_end = row, row
-        if MASK == INTERVALS:
+        if start is not None:
             row_start = tl.load(start + row, mask=is_row, other=0)
             row_end = tl.load(end + row, mask=is_row, other=0)
-        seen = visible(MASK, row[None, :], key[:, None], row_start[None, :], row_end[None, :], n_queries, n_keys)
+        seen = visible(
+            MASK, row[None, :], key[:, None], row_start[None, :], row_end[None, :], layout, n_queries, n_keys,
+            LAYOUT_Q, LAYOUT_K,
+        )  # fmt: skip
         weight = tl.where(seen, weight, 0.0)
 
     dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
@@ -157,7 +170,7 @@ def _backward_tile(
     dk = tl.dot(dscore, q_tile, dk, input_precision="ieee")
 
     if locks is not None:
-        turn = _turn(key_tiles, tile, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+        turn = _turn(turns, tile, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
         while tl.atomic_add(locks + tile, 0, sem="acquire") != turn:
             pass
     dq_pointers = dq + wide(first_row) * dq_row + tile_offsets(dq_row, BLOCK_Q, BLOCK_D)
@@ -174,31 +187,30 @@ def _backward_tile(
 
 @triton.jit
 def _backward_kernel(
-    dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, seed, start, end, row_tiles, key_tiles,
+    dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, seed, start, end, tiles, order, turns, layout,
     q_positions, k_positions,
     dout_batch, dout_row: tl.constexpr, dout_head, q_batch, q_row: tl.constexpr, q_head,
     k_batch, k_row: tl.constexpr, k_head, v_batch, v_row: tl.constexpr, v_head,
     dq_batch, dq_row: tl.constexpr, dq_head,
     dk_batch, dk_row: tl.constexpr, dk_head, dv_batch, dv_row: tl.constexpr, dv_head,
-    slopes_batch, slopes_head, bounds_batch, row_tiles_batch, key_tiles_batch, positions_batch,
+    slopes_batch, slopes_row, slopes_head, bounds_batch, tiles_batch, turns_batch, positions_batch, layouts,
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
     MASK: tl.constexpr, ACCUMULATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     key_block = tl.program_id(0)  # under a causal mask the longest first
     if locks is not None:
         key_block = tl.num_programs(0) - 1 - key_block  # in the order of turns: who is waited for has started before
     kv_head, batch = tl.program_id(1), tl.program_id(2)
-    if MASK == INTERVALS:
-        row_tiles += wide(batch) * row_tiles_batch
+    if start is not None:
         start += wide(batch) * bounds_batch
         end += wide(batch) * bounds_batch
+    if MASK == INTERVALS:
+        tiles += wide(batch) * tiles_batch
         if locks is not None:
-            key_tiles += wide(batch) * key_tiles_batch
-    first, full_first, full_last, last = _row_tile_bounds(
-        row_tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K
-    )
-    if ACCUMULATE:
+            turns += wide(batch) * turns_batch
+    if ACCUMULATE and MASK != BLOCKS:
+        first, _, _, last = _row_tile_bounds(tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
         if first >= last:
             return  # nothing to add
 
@@ -229,18 +241,33 @@ def _backward_kernel(
         locks_base = None
         if locks is not None:
             locks_base = locks + stream * tl.cdiv(n_queries, BLOCK_Q)
-        slope = None
+        head_tiles, head_order, head_turns, head_layout = tiles, order, turns, layout
+        if MASK == BLOCKS:
+            layout_head = wide(head % layouts)  # of 1 or heads
+            row_blocks = tl.cdiv(n_queries, BLOCK_Q)
+            head_layout += layout_head * tl.cdiv(n_queries, LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K)
+            head_tiles += layout_head * tl.num_programs(0) * 2
+            head_order += (layout_head * tl.num_programs(0) + key_block) * row_blocks
+            head_turns += layout_head * row_blocks * tl.num_programs(0)
+        first, full_first, full_last, last = _row_tile_bounds(
+            head_tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K
+        )
+        slopes_base = None
         if slopes is not None:
-            slope = tl.load(slopes + batch * slopes_batch + head * slopes_head)
+            slopes_base = slopes + wide(batch) * slopes_batch + head * slopes_head
         for part in tl.static_range(3):  # the tiles of the near edge, the full ones, those of the far edge
             low = first if part == 0 else (full_first if part == 1 else full_last)
             high = full_first if part == 0 else (full_last if part == 1 else last)
-            for tile in range(low, high):
+            for i in range(low, high):
+                tile = i
+                if MASK == BLOCKS:
+                    tile = tl.load(head_order + i)
                 dk_tile, dv_tile = _backward_tile(
                     dk_tile, dv_tile, k_tile, v_tile, q_head_base, dout_head_base, dq_head_base, lse_base, delta_base,
-                    locks_base, start, end, q_positions, key_tiles, tile, key_block, key, k_position, slope, seed_value,
-                    threshold, keep_scale, stream, q_row, dout_row, dq_row, n_queries, n_keys, scale, softcap,
-                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
+                    locks_base, start, end, head_layout, q_positions, head_turns, tile, key_block, key, k_position,
+                    slopes_base, seed_value, threshold, keep_scale, stream, q_row, dout_row, dq_row, slopes_row,
+                    n_queries, n_keys, scale, softcap,
+                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, LAYOUT_Q, LAYOUT_K,
                 )  # fmt: skip
 
     inside = tile_inside(n_keys - first_key, BLOCK_K, BLOCK_D, HEAD_DIM)
@@ -263,7 +290,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     options: Options,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,27 +306,24 @@ def backward(
         return dq.to(q.dtype), dk.zero_(), dv.zero_()
     dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
     blocks = launch.attention_backward(q)
-    m = kernel_mask(mask, options)
-    rows_of_keys = keys_of_rows = locks = None
-    if mask.start is not None:
-        rows_of_keys = row_tiles(mask, blocks.rows, blocks.keys)
+    m = kernel_mask(mask, options, blocks.rows, blocks.keys, of_keys=True)
+    locks = None
     if options.deterministic:
-        row_blocks = triton.cdiv(n_queries, blocks.rows)
-        locks = torch.zeros(batch * heads * row_blocks, dtype=torch.int32, device=q.device)
-        keys_of_rows = None if mask.start is None else key_tiles(mask, blocks.rows, blocks.keys)
-    slopes = options.slopes(batch, heads)
+        locks = torch.zeros(batch * heads * triton.cdiv(n_queries, blocks.rows), dtype=torch.int32, device=q.device)
+    slopes = options.slopes(batch, n_queries, heads)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": launch.padded(head_dim)}
     with launch.on_device(q):
         delta = _delta(dout, out, dlse, lse, shape)
         _backward_kernel[(triton.cdiv(n_keys, blocks.keys), kv_heads, batch)](
-            dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, rows_of_keys,
-            keys_of_rows, m.query_position, m.key_position,
+            dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, m.tiles, m.order,
+            m.turns, m.layout, m.query_position, m.key_position,
             *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in x.stride()[:3]),
-            *((0, 0) if slopes is None else slopes.stride()), launch.batch_stride(m.start),
-            launch.batch_stride(rows_of_keys), launch.batch_stride(keys_of_rows), launch.batch_stride(m.query_position),
-            n_queries, n_keys, heads // kv_heads, options.scale, options.softcap or None,
+            *launch.strides(slopes, 3), launch.batch_stride(m.start),
+            launch.batch_stride(m.tiles), launch.batch_stride(m.turns), launch.batch_stride(m.query_position),
+            m.layouts, n_queries, n_keys, heads // kv_heads, options.scale, options.softcap or None,
             options.threshold, 1 / (1 - options.dropout), MASK=m.kind, ACCUMULATE=into is not None, **shape,
-            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq if into is not None else dq.to(q.dtype), dk, dv
 

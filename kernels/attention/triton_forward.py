@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.kernels import launch
+from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.attention.tiles import kernel_mask, key_tiles
 from longctx.kernels.attention.triton_tile import (
+    BLOCKS,
     FULL,
     INTERVALS,
     LN_2,
@@ -38,7 +40,7 @@ from longctx.kernels.attention.triton_tile import (
 def _key_tile_bounds(
     tiles, row_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The tiles of keys that a block of rows sees: first, first full, last full, last. See tiles.py."""
+    """The tiles of keys that a block of rows sees: first, first full, last full, last. See tiles.py, block_mask.py."""
     if MASK == INTERVALS:
         bounds = tiles + wide(row_block) * 4
         first, full_first, full_last, last = (
@@ -47,6 +49,10 @@ def _key_tile_bounds(
             tl.load(bounds + 2),
             tl.load(bounds + 3),
         )
+    elif MASK == BLOCKS:
+        counts = tiles + wide(row_block) * 2
+        first, full_first, full_last = 0, tl.load(counts), tl.load(counts + 1)
+        last = full_last
     elif MASK == FULL:
         first, full_first, full_last, last = 0, 0, n_keys // BLOCK_K, tl.cdiv(n_keys, BLOCK_K)
     else:
@@ -59,9 +65,10 @@ def _key_tile_bounds(
 
 @triton.jit
 def _forward_tile(
-    acc, peak, total, q_tile, k, v, tile, row, start, end, q_position, k_positions, slope, seed, threshold, stream,
-    k_row, v_row, n_queries, n_keys, scale, softcap,
+    acc, peak, total, q_tile, k, v, tile, row, start, end, layout, q_position, k_positions, slope, seed, threshold,
+    stream,    k_row, v_row, n_queries, n_keys, scale, softcap,
     MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     first = tile * BLOCK_K
     key = first + tl.arange(0, BLOCK_K)
@@ -79,9 +86,20 @@ def _forward_tile(
         if softcap is None:
             score = score * scale
             factor = LOG2_E
-        score = biased(score, slope, q_position[:, None], k_position[None, :])
+        score = biased(score, slope[:, None], q_position[:, None], k_position[None, :])
     if EDGE:
-        seen = visible(MASK, row[:, None], key[None, :], start[:, None], end[:, None], n_queries, n_keys)
+        seen = visible(
+            MASK,
+            row[:, None],
+            key[None, :],
+            start[:, None],
+            end[:, None],
+            layout,
+            n_queries,
+            n_keys,
+            LAYOUT_Q,
+            LAYOUT_K,
+        )
         score = tl.where(seen, score, float("-inf"))
     v_tile = load_tile(v, first, n_keys, v_row, EDGE, BLOCK_K, BLOCK_D, HEAD_DIM)
     return softmax_step(
@@ -92,19 +110,24 @@ def _forward_tile(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, out, lse, sink, slopes, seed, start, end, tiles, q_positions, k_positions,
+    q, k, v, out, lse, sink, slopes, seed, start, end, tiles, order, layout, q_positions, k_positions,
     q_batch, q_row: tl.constexpr, q_head, k_batch, k_row: tl.constexpr, k_head,
     v_batch, v_row: tl.constexpr, v_head, out_batch, out_row: tl.constexpr, out_head,
-    slopes_batch, slopes_head, bounds_batch, tiles_batch, positions_batch,
+    slopes_batch, slopes_row, slopes_head, bounds_batch, tiles_batch, positions_batch, layouts,
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
     MASK: tl.constexpr, MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest first
     head, batch = tl.program_id(1), tl.program_id(2)
     stream = batch * tl.num_programs(1) + head
     if MASK == INTERVALS:
         tiles += wide(batch) * tiles_batch
+    if MASK == BLOCKS:
+        head_layout = head % layouts  # of 1 or heads
+        layout += wide(head_layout) * tl.cdiv(n_queries, LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K)
+        tiles += wide(head_layout) * tl.num_programs(0) * 2
+        order += (wide(head_layout) * tl.num_programs(0) + row_block) * tl.cdiv(n_keys, BLOCK_K)
     first, full_first, full_last, last = _key_tile_bounds(tiles, row_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
     if MERGE:
         if first >= last:
@@ -118,14 +141,15 @@ def _forward_kernel(
     v += wide(batch) * v_batch + wide(head // group) * v_head
     q_tile = load_tile(q, first_row, n_queries, q_row, True, BLOCK_Q, BLOCK_D, HEAD_DIM)
     row_start, row_end, q_position = row, row, row + (n_keys - n_queries)
-    if MASK == INTERVALS:
+    if start is not None:
         row_start = tl.load(start + wide(batch) * bounds_batch + row, mask=is_row, other=0)
         row_end = tl.load(end + wide(batch) * bounds_batch + row, mask=is_row, other=0)
     if q_positions is not None:
         q_position = tl.load(q_positions + wide(batch) * positions_batch + row, mask=is_row, other=0)
     slope = None
     if slopes is not None:
-        slope = tl.load(slopes + batch * slopes_batch + head * slopes_head)
+        slopes += wide(batch) * slopes_batch + head * slopes_head
+        slope = tl.load(slopes + row.to(tl.int64) * slopes_row, mask=is_row, other=0.0)
     seed_value = None
     if seed is not None:
         seed_value = tl.load(seed)
@@ -142,10 +166,12 @@ def _forward_kernel(
     for part in tl.static_range(2):  # the tiles of both edges, then the full ones
         for i in range(0 if part == 0 else full_first, edges if part == 0 else full_last):
             tile = i if part == 1 else tl.where(i < edges_before, first + i, full_last - edges_before + i)
+            if MASK == BLOCKS:
+                tile = tl.load(order + tile)
             acc, peak, total = _forward_tile(
-                acc, peak, total, q_tile, k, v, tile, row, row_start, row_end, q_position, k_positions, slope,
+                acc, peak, total, q_tile, k, v, tile, row, row_start, row_end, layout, q_position, k_positions, slope,
                 seed_value, threshold, stream, k_row, v_row, n_queries, n_keys, scale, softcap,
-                MASK, part == 0, HEAD_DIM, BLOCK_D, BLOCK_K,
+                MASK, part == 0, HEAD_DIM, BLOCK_D, BLOCK_K, LAYOUT_Q, LAYOUT_K,
             )  # fmt: skip
 
     _store_rows(
@@ -183,7 +209,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     options: Options,
     sink: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
@@ -199,17 +225,18 @@ def forward(
         return out, lse
     q, k, v = (launch.readable(x) for x in (q, k, v))
     blocks = launch.attention_forward(q)
-    m = kernel_mask(mask, options)
-    tiles = None if mask.start is None else key_tiles(mask, blocks.rows, blocks.keys)
-    slopes = options.slopes(batch, heads)
+    m = kernel_mask(mask, options, blocks.rows, blocks.keys)
+    slopes = options.slopes(batch, n_queries, heads)
     with launch.on_device(q):
         _forward_kernel[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
-            q, k, v, out, lse, sink, slopes, options.seed, m.start, m.end, tiles, m.query_position, m.key_position,
+            q, k, v, out, lse, sink, slopes, options.seed, m.start, m.end, m.tiles, m.order, m.layout,
+            m.query_position, m.key_position,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *((0, 0) if slopes is None else slopes.stride()), launch.batch_stride(m.start), launch.batch_stride(tiles),
-            launch.batch_stride(m.query_position), n_queries, k.shape[1], heads // k.shape[2],
+            *launch.strides(slopes, 3), launch.batch_stride(m.start), launch.batch_stride(m.tiles),
+            launch.batch_stride(m.query_position), m.layouts, n_queries, k.shape[1], heads // k.shape[2],
             options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
             MASK=m.kind, MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
-            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
+            num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, lse

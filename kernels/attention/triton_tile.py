@@ -12,6 +12,7 @@ import triton.language as tl
 FULL = tl.constexpr("full")
 CAUSAL = tl.constexpr("causal")
 INTERVALS = tl.constexpr("intervals")
+BLOCKS = tl.constexpr("blocks")  # key intervals and a layout of kept blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -78,14 +79,19 @@ def kept(seed, threshold, stream, q_position, k_position):
 
 
 @triton.jit
-def visible(MASK: tl.constexpr, row, key, start, end, n_queries, n_keys):
-    """Whether rows see keys, all shaped to broadcast against each other."""
+def visible(
+    MASK: tl.constexpr, row, key, start, end, layout, n_queries, n_keys, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr
+):
+    """Whether rows see keys, all shaped to broadcast against each other; `layout` as in BlockMask, of one head."""
     if MASK == FULL:
         seen = (key < n_keys) & (row < n_queries)
     elif MASK == CAUSAL:
         seen = key <= row + (n_keys - n_queries)
     else:
         seen = (key >= start) & (key < end)
+        if MASK == BLOCKS:
+            block = (row // LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K) + key // LAYOUT_K
+            seen &= tl.load(layout + block, mask=seen, other=0) != 0
     return seen
 
 

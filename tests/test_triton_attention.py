@@ -1,0 +1,465 @@
+"""The Triton attention kernels: in the interpreter on a CPU, compiled on a GPU, the same bodies.
+
+Truth is plain torch in float64 with its own autograd; the error may be 1.5 x that of the reference in float32, or of
+plain torch in a 16-bit dtype. Memory that nobody has written is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.kernels import launch, reference
+from longctx.kernels.attention import interface, kernel_mask, tiles, triton_backward, triton_forward
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def plain_attention(q, k, v, mask, options, sink):
+    """Every step in q's dtype, gradients by torch."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.alibi_slopes is not None:
+        rows, keys = mask.positions(q.device)
+        slopes = options.slopes(*q.shape[:3]).transpose(1, 2).unsqueeze(-1)
+        scores = (scores - slopes * (rows[:, None, :, None] - keys).abs()).to(q.dtype)
+    scores = scores.masked_fill(~mask.dense(q.device), -torch.inf)
+    if sink is not None:
+        scores = torch.cat((scores, sink.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+    has_keys = (scores > -torch.inf).any(-1, keepdim=True)
+    scores = torch.where(has_keys, scores, 0)
+    lse = torch.where(has_keys.squeeze(-1), torch.logsumexp(scores, -1), -torch.inf)
+    weights = torch.where(has_keys, torch.softmax(scores, -1), 0)[..., : k.shape[1]]
+    if options.seed is not None:
+        weights = weights * reference.dropout_weight(mask, options, q.shape[0], q.shape[2]).to(q.dtype)
+    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
+
+
+def relative_error(x, true) -> float:
+    """Of the finite entries; infinities must be in the same places, and nothing may be NaN."""
+    finite = true.isfinite()
+    x, true = x.detach().double(), true.detach()
+    assert torch.equal(x[~finite], true[~finite])
+    return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
+
+
+def results(function, inputs, sink, gradients):
+    """Results and gradients of `function(q, k, v, sink)`."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    leaves = [*inputs] if sink is None else [*inputs, (sink := sink.detach().requires_grad_())]
+    out, lse = function(*inputs, sink)
+    dout, dlse = gradients
+    dlse = dlse.to(lse.dtype) * lse.detach().isfinite()
+    return out, lse, *torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse))
+
+
+def check(mask, dtype, heads=4, kv_heads=2, head_dim=16, batch=2, sink=None, inputs=None, floor=4, **changes):
+    """The kernels against float64, forward and backward, through lse too."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    q, k, v = inputs or (
+        random(batch, n, h, head_dim)
+        for n, h in ((mask.n_queries, heads), (mask.n_keys, kv_heads), (mask.n_keys, kv_heads))
+    )
+    gradients = random(*q.shape), random(q.shape[0], q.shape[2], q.shape[1])
+    options = Options(**{"scale": q.shape[-1] ** -0.5} | changes)
+
+    def kernel(q, k, v, sink):
+        return attention(q, k, v, mask, implementation="triton", sink=sink, **changes)
+
+    def plain(q, k, v, sink):
+        return plain_attention(q, k, v, mask, options, sink)
+
+    def in_float32(q, k, v, sink):  # as the kernels, it keeps the rounded lse for the backward pass
+        return attention(q, k, v, mask, implementation="reference", sink=sink, **changes)
+
+    exact = [x.double() for x in (q, k, v)], None if sink is None else sink.double()
+    truth = results(plain, *exact, [g.double() for g in gradients])
+    same_precision = results(in_float32 if dtype == torch.float32 else plain, (q, k, v), sink, gradients)
+    # the kernels sum the terms of a float32 product one after the other, torch does not
+    least = torch.finfo(dtype).eps * (floor if dtype == torch.float32 else 0.5)
+    for name, mine, theirs, true in zip(
+        NAMES, results(kernel, (q, k, v), sink, gradients), same_precision, truth, strict=False
+    ):
+        allowed = 1.5 * max(relative_error(theirs, true), least)
+        assert relative_error(mine, true) <= allowed, name
+
+
+def masks() -> dict[str, KeyIntervals]:
+    starts = torch.zeros(2, 45, dtype=torch.int64)
+    starts[0, 7:], starts[0, 21:] = 7, 21
+    starts[1, 30:], starts[1, 44:] = 30, 44
+    documents = KeyIntervals.documents(starts)
+    outer = torch.cat((torch.arange(11), torch.arange(33, 44)))
+    q_offsets, k_offsets = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 21, 38], [0, 9, 9, 20, 50]))
+    made = {
+        "full": KeyIntervals.full(40, 50),
+        "full, one tile": KeyIntervals.full(16, 32),
+        "causal": KeyIntervals.causal(50),
+        "causal, more keys": KeyIntervals.causal(37, 61),
+        "causal, fewer keys": KeyIntervals.causal(61, 37),
+        "window": KeyIntervals.causal(50).window(9, "cpu"),
+        "window of one": KeyIntervals.causal(33).window(1, "cpu"),
+        "band": KeyIntervals.full(40, 30).band(5, 3, "cpu"),
+        "documents": documents,
+        "documents and window": documents.window(6, "cpu"),
+        "zigzag rows": documents.rows(outer),
+        "zigzag hop": documents.rows(outer).keys(torch.arange(11, 33)),
+        "sequences": KeyIntervals.sequences(q_offsets, k_offsets, 40, 52),
+        "sequences, causal": KeyIntervals.sequences(q_offsets, k_offsets, 40, 52, is_causal=True),
+        "one row": KeyIntervals.causal(1, 20),
+        "one key": KeyIntervals.full(20, 1),
+    }
+    return {name: mask.to(DEVICE) for name, mask in made.items()}
+
+
+MASKS = masks()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, dtype):
+    check(MASKS[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 8), (6, 2, 24), (4, 1, 40), (1, 1, 64), (2, 1, 80), (1, 1, 256)]
+)
+def test_heads(heads, kv_heads, head_dim, dtype):
+    check(MASKS["causal, more keys"], dtype, heads, kv_heads, head_dim, batch=1)
+
+
+def slopes(*shape):
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(5)) * 0.3).to(DEVICE)
+
+
+OPTIONS = {
+    "scale": {"scale": 0.4},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": slopes(4)},
+    "alibi of a batch": {"alibi_slopes": slopes(2, 4)},
+    "sink": {"sink": torch.tensor([-1.0, 0.0, 2.0, 5.0]).to(DEVICE)},
+    "dropout": {"dropout": 0.3, "seed": torch.tensor([(77 << 32) + 5], device=DEVICE)},
+    "deterministic": {"deterministic": True},
+}
+OPTIONS["all"] = {
+    name: value
+    for part in ("softcap", "alibi", "sink", "dropout", "deterministic")
+    for name, value in OPTIONS[part].items()
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["causal, more keys", "zigzag hop", "sequences, causal"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, mask, dtype):
+    check(MASKS[mask], dtype, **OPTIONS[option])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_intervals_shapes_and_strides(data):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    n_queries, n_keys = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    batch, kv_heads, group = (data.draw(st.integers(1, 2)) for _ in range(3))
+    head_dim = data.draw(st.sampled_from([1, 4, 7, 16, 33]))
+    bounds = st.lists(st.integers(0, n_keys), min_size=n_queries, max_size=n_queries).map(sorted)
+    rows = data.draw(st.sampled_from([1, batch]))
+    start, end = (torch.tensor([data.draw(bounds) for _ in range(rows)]) for _ in range(2))
+    mask = KeyIntervals.intervals(start, end, n_keys).to(DEVICE)
+
+    def strided(n, heads):
+        order = data.draw(st.permutations([0, 1, 2]))
+        pad = data.draw(st.integers(0, 3))
+        shape = [(batch, n, heads)[i] for i in order]
+        x = torch.randn(*shape, head_dim + pad, device=DEVICE)[..., :head_dim]
+        return x.permute(*(order.index(i) for i in range(3)), 3)
+
+    inputs = strided(n_queries, kv_heads * group), strided(n_keys, kv_heads), strided(n_keys, kv_heads)
+    # a result may be one number, in which large terms cancel
+    check(mask, torch.float32, inputs=inputs, floor=32, deterministic=data.draw(st.booleans()))
+
+
+# tiles ----------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_tiles_are_what_the_mask_touches(data):
+    n_queries, n_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
+    bounds = st.lists(st.integers(0, n_keys), min_size=n_queries, max_size=n_queries).map(sorted)
+    start, end = (torch.tensor([data.draw(bounds)]) for _ in range(2))
+    mask = KeyIntervals.intervals(start, end, n_keys)
+    block_q, block_k = data.draw(st.sampled_from([(4, 4), (8, 4), (4, 8), (3, 5)]))
+    row_blocks, key_blocks = -(-n_queries // block_q), -(-n_keys // block_k)
+    of_rows = tiles.key_tiles(mask, block_q, block_k)[0].tolist()
+    of_keys = tiles.row_tiles(mask, block_q, block_k)[0].tolist()
+    assert (len(of_rows), len(of_keys)) == (row_blocks, key_blocks)
+    seen = mask.dense("cpu")[0, 0]
+    for i, (first, full_first, full_last, last) in enumerate(of_rows):
+        assert 0 <= first <= full_first <= full_last <= last <= key_blocks
+        for j in range(key_blocks):
+            tile = seen[i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k]
+            if tile.any():
+                assert first <= j < last
+            if full_first <= j < full_last:
+                assert tile.all()
+                assert tile.shape[1] == block_k
+            if tile.all() and tile.shape == (block_q, block_k):  # no tile is masked in vain
+                assert full_first <= j < full_last
+            low, high = of_keys[j][0], of_keys[j][3]
+            assert (first <= j < last) == (low <= i < high)  # forward and backward visit the same tiles
+            if of_keys[j][1] <= i < of_keys[j][2]:
+                assert tile.all()
+                assert tile.shape == (block_q, block_k)
+
+
+def test_tiles_are_computed_once_a_mask(monkeypatch):
+    calls = []
+    original = tiles._ordered
+    monkeypatch.setattr(tiles, "_ordered", lambda *a: calls.append(1) or original(*a))
+    mask = KeyIntervals.causal(40).window(7, DEVICE)
+    for _layer in range(3):
+        q, k, v = (torch.randn(1, 40, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+        attention(q, k, v, mask, implementation="triton")[0].sum().backward()
+    assert len(calls) == 2  # one of the forward pass, one of the backward pass
+
+
+@pytest.mark.parametrize(("length", "window"), [(4096, 256), (8192, 512)])
+def test_a_window_visits_tiles_in_proportion_to_it(length, window):
+    mask = KeyIntervals.causal(length).window(window, "cpu")
+    first, _, _, last = tiles.key_tiles(mask, 64, 64)[0].unbind(-1)
+    assert int((last - first).max()) == window // 64 + 1
+
+
+# merge and accumulate -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_halves_of_the_keys_are_the_whole(dtype):
+    mask = MASKS["documents"]
+    n = mask.n_keys
+    halves = torch.arange(0, n // 2, device=DEVICE), torch.arange(n // 2, n, device=DEVICE)
+    q, dout = (torch.randn(2, n, 4, 16).to(DEVICE, dtype) for _ in range(2))
+    k, v = (torch.randn(2, n, 2, 16).to(DEVICE, dtype) for _ in range(2))
+    options = Options(0.25)
+    whole, whole_lse = triton_forward.forward(q, k, v, mask, options)
+    out = torch.zeros(q.shape, device=DEVICE)
+    lse = torch.full((2, 4, n), -torch.inf, device=DEVICE)
+    for half in halves:
+        triton_forward.forward(q, k[:, half], v[:, half], mask.keys(half), options, into=(out, lse))
+    torch.testing.assert_close(out.to(dtype), whole, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=2e-6)
+
+    gradients = triton_backward.backward(dout, None, q, k, v, whole, whole_lse, mask, options)
+    dq = torch.ones(q.shape, device=DEVICE)  # what is there already stays in the sum
+    dk, dv = (torch.ones(k.shape, device=DEVICE) for _ in range(2))
+    for half in halves:
+        parts = dk[:, half], dv[:, half]
+        triton_backward.backward(
+            dout, None, q, k[:, half], v[:, half], whole, whole_lse, mask.keys(half), options, into=(dq, *parts)
+        )
+        dk[:, half], dv[:, half] = parts
+    for mine, true in zip((dq, dk, dv), gradients, strict=True):
+        assert relative_error(mine - 1, true.double()) < 2 * torch.finfo(dtype).eps
+
+
+def test_memory_holds_no_matrix(monkeypatch):
+    """What the op allocates: out and lse, then delta, a float32 dq, dk and dv."""
+    largest = []
+    for name in ("empty", "zeros", "empty_like"):
+        original = getattr(torch, name)
+
+        def counted(*args, original=original, **kwargs):
+            x = original(*args, **kwargs)
+            largest.append(x.numel())
+            return x
+
+        monkeypatch.setattr(torch, name, counted)
+    q, k, v = (torch.randn(1, 64, 2, 16, device=DEVICE) for _ in range(3))
+    out, lse = triton_forward.forward(q, k, v, KeyIntervals.causal(64), Options(0.25))
+    triton_backward.backward(q, None, q, k, v, out, lse, KeyIntervals.causal(64), Options(0.25))
+    assert sum(largest) == 4 * q.numel() + 2 * lse.numel()
+
+
+# determinism, dropout, large indices ----------------------------------------------------------------------------------
+
+
+def test_deterministic_gradients_are_the_same_bits():
+    mask = MASKS["documents"]
+    inputs = [torch.randn(2, mask.n_keys, 4, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+
+    def gradients():
+        out, _ = attention(*inputs, mask, implementation="triton", deterministic=True)
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    first = gradients()
+    for _ in range(20 if DEVICE == "cuda" else 2):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+def test_dropout_drops_its_share_and_follows_the_seed():
+    options = Options(1.0, dropout=0.3, seed=torch.tensor([9]))
+    weight = reference.dropout_weight(KeyIntervals.full(200, 300), options, 1, 2)
+    assert float((weight == 0).double().mean()) == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / weight.numel()))
+    assert set(weight.unique().tolist()) == {0.0, 1 / 0.7}
+    other = reference.dropout_weight(
+        KeyIntervals.full(200, 300), Options(1.0, dropout=0.3, seed=torch.tensor([10])), 1, 2
+    )
+    assert float(((weight == 0) == (other == 0)).double().mean()) == pytest.approx(0.58, abs=0.01)
+    assert not torch.equal(weight[:, 0], weight[:, 1])
+
+
+def test_dropout_of_a_shard_is_that_of_the_sequence():
+    """Rows 20 to 39 alone drop what they drop in the whole."""
+    mask, rows = KeyIntervals.causal(40), torch.arange(20, 40, device=DEVICE)
+    q, k, v = (torch.randn(1, 40, 2, 16, device=DEVICE) for _ in range(3))
+    seed = torch.tensor([4], device=DEVICE)
+    whole, _ = attention(q, k, v, mask, implementation="triton", dropout=0.4, seed=seed)
+    part, _ = attention(q[:, rows], k, v, mask.rows(rows), implementation="triton", dropout=0.4, seed=seed)
+    torch.testing.assert_close(part, whole[:, rows], rtol=0, atol=1e-6)
+
+
+def test_philox_gives_the_published_words():
+    """Of Random123's known answers, Philox-4x32 with ten rounds: counter and key 0 give 0x6627e8d5 first."""
+    at_zero = torch.zeros(1, dtype=torch.int32)
+    mask = KeyIntervals(1, 1, query_position=at_zero.unsqueeze(0), key_position=at_zero)
+    for threshold, is_kept in ((0x6627E8D5, True), (0x6627E8D6, False)):
+        options = Options(1.0, dropout=threshold / 2**32, seed=torch.tensor([0]))
+        assert bool(reference.dropout_weight(mask, options, 1, 1) > 0) == is_kept
+
+
+def test_offsets_pass_two_to_the_31():
+    """Rows 2^27 elements apart: the last one starts past 2^31."""
+    rows, stride = 18, 2**27
+    torch.use_deterministic_algorithms(False)  # 4.6 GB that are never touched, so never filled
+    storage = torch.empty((rows - 1) * stride + 16, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided((1, rows, 1, 16), (0, stride, 16, 1))
+    near = torch.randn(1, rows, 1, 16).to(DEVICE, torch.float16)
+    far.copy_(near)
+    mask = KeyIntervals.causal(rows)
+    for a, b in zip(
+        triton_forward.forward(far, far, far, mask, Options(0.25)),
+        triton_forward.forward(near, near, near, mask, Options(0.25)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+# bad calls ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": -1.0}, "scale -1.0: must be above 0"),
+        ({"softcap": -2.0}, "softcap -2.0: must be above 0, or 0 for none"),
+        ({"dropout": 1.0}, "dropout 1.0: must be a probability below 1"),
+        ({"alibi_slopes": torch.ones(3, device=DEVICE)}, r"alibi_slopes \(3,\) torch.float32: must be torch.float32"),
+        ({"sink": torch.ones(3, device=DEVICE)}, r"sink \(3,\) on .*: must be \(4,\), a score a query head"),
+        ({"dropout": 0.1, "seed": torch.ones(2, dtype=torch.int64, device=DEVICE)}, "must be one torch.int64"),
+    ],
+)
+def test_bad_options(changes, message):
+    q = torch.zeros(2, 8, 4, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, KeyIntervals.causal(8), implementation="triton", **changes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [
+        (torch.float64, 16, "Triton kernels take float16, bfloat16 and float32, not torch.float64"),
+        (torch.float32, 257, "head_dim 257: must be 1 to 256"),
+    ],
+)
+def test_inputs_beyond_the_kernels(dtype, head_dim, message):
+    q = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, KeyIntervals.causal(8), implementation="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+def test_the_interpreter_refuses_bfloat16():
+    q = torch.zeros(1, 8, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="interpreter computes bfloat16 wrong"):
+        attention(q, q, q, KeyIntervals.causal(8), implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        ([0, 1, 0], [3, 3, 3], "start of the key intervals: 1 at 1 is followed by less, must never decrease"),
+        ([0, 0, 0], [3, 2, 3], "end of the key intervals: 3 at 0 is followed by less"),
+        ([0, 0, 0], [3, 3, 4], r"end of the key intervals: values from 3 to 4, must lie in 0\.\.3"),
+        ([-1, 0, 0], [3, 3, 3], "start of the key intervals: values from -1 to 0"),
+        ([0, 0], [3, 3, 3], "key intervals have one start and one end a row"),
+    ],
+)
+def test_bad_intervals(start, end, message):
+    with pytest.raises(ValueError, match=message):
+        KeyIntervals.intervals(torch.tensor(start), torch.tensor(end), 3)
+
+
+# the choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_explained():
+    q = torch.zeros(1, 8, 4, 16)
+    said = interface.explain(q, KeyIntervals.causal(8), Options(1.0, softcap=2.0))
+    assert "sdpa: cannot: torch's kernels are not used with softcap" in said
+    assert "reference: chosen: the fastest that can, for a causal mask in torch.float32 with head_dim 16" in said
+    assert interface.choose("auto", q, KeyIntervals.causal(8), Options(1.0)) == "sdpa"
+
+
+def test_compiled_whole():
+    """One graph, with every option; the gradients are those without torch.compile."""
+    mask = MASKS["sequences, causal"]
+    changes = {name: value for name, value in OPTIONS["all"].items() if name != "sink"}
+    sink = OPTIONS["sink"]["sink"].clone().requires_grad_()
+    inputs = [torch.randn(1, n, h, 16, device=DEVICE, requires_grad=True) for n, h in ((40, 4), (52, 2), (52, 2))]
+
+    def loss(*inputs):
+        out, lse = attention(*inputs[:3], mask, implementation="triton", sink=inputs[3], **changes)
+        return out.square().sum() + torch.where(lse.isfinite(), lse, 0).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(loss(*inputs, sink), (*inputs, sink)),
+        torch.autograd.grad(compiled(*inputs, sink), (*inputs, sink)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_masks_carry_positions_only_where_needed():
+    mask = MASKS["zigzag hop"]
+    assert kernel_mask.kernel_mask(mask, Options(1.0), 16, 16).query_position is None
+    with_slopes = kernel_mask.kernel_mask(mask, Options(1.0, alibi_slopes=slopes(4)), 16, 16)
+    assert with_slopes.query_position is mask.query_position
+    assert launch.padded(1) == 16
+    assert launch.padded(33) == 64
