@@ -278,7 +278,8 @@ class Call(NamedTuple):
     def of(mask: KeyIntervals, options: Options, implementation: str, group_name: str = "") -> Call:
         return Call(
             mask.start, mask.end, mask.query_position, mask.key_position, mask.is_causal, options.alibi_slopes,
-            options.seed, options.scale, options.softcap, options.dropout, options.deterministic, implementation, group_name,
+            options.seed, options.scale, options.softcap, options.dropout, options.deterministic, implementation,
+            group_name,
         )  # fmt: skip
 
     def mask(self, n_queries: int, n_keys: int) -> KeyIntervals:

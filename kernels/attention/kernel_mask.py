@@ -29,6 +29,11 @@ class KernelMask(NamedTuple):
     layout_q: int = 0
     layout_k: int = 0
 
+    @property
+    def edge_stages(self) -> int | None:
+        """Pipeline stages of the loops over tiles with an edge: full and causal masks have too few for more than 1."""
+        return 1 if self.kind in ("full", "causal") else None
+
 
 def kernel_mask(
     mask: KeyIntervals | BlockMask, options: Options, tile_q: int, tile_k: int, of_keys: bool = False

@@ -28,10 +28,12 @@ from longctx.kernels.attention.triton_tile import (
     biased,
     kept,
     load_tile,
+    meet,
     tanh,
     tile_inside,
     tile_offsets,
     visible,
+    wait_for,
     wide,
 )
 
@@ -110,6 +112,7 @@ def _backward_tile(
     q_row, dout_row, dq_row, slopes_row, n_queries, n_keys, scale, softcap,
     MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     first_row = tile * BLOCK_Q
     row = first_row + tl.arange(0, BLOCK_Q)
@@ -171,8 +174,7 @@ def _backward_tile(
 
     if locks is not None:
         turn = _turn(turns, tile, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
-        while tl.atomic_add(locks + tile, 0, sem="acquire") != turn:
-            pass
+        wait_for(locks + tile, turn, NVIDIA)
     dq_pointers = dq + wide(first_row) * dq_row + tile_offsets(dq_row, BLOCK_Q, BLOCK_D)
     if EDGE or HEAD_DIM < BLOCK_D:
         inside = tile_inside(n_queries - first_row, BLOCK_Q, BLOCK_D, HEAD_DIM)
@@ -180,7 +182,7 @@ def _backward_tile(
     else:
         tl.atomic_add(dq_pointers, dq_tile, sem="relaxed")
     if locks is not None:
-        tl.debug_barrier()  # every thread's additions are done before the next block's turn
+        meet(NVIDIA)  # every thread's additions are done before the next block's turn
         tl.atomic_add(locks + tile, 1, sem="release")
     return dk, dv
 
@@ -197,6 +199,7 @@ def _backward_kernel(
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
     MASK: tl.constexpr, ACCUMULATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
+    NVIDIA: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     key_block = tl.program_id(0)  # under a causal mask the longest first
     if locks is not None:
@@ -258,7 +261,7 @@ def _backward_kernel(
         for part in tl.static_range(3):  # the tiles of the near edge, the full ones, those of the far edge
             low = first if part == 0 else (full_first if part == 1 else full_last)
             high = full_first if part == 0 else (full_last if part == 1 else last)
-            for i in range(low, high):
+            for i in tl.range(low, high, num_stages=EDGE_STAGES if part != 1 else None):
                 tile = i
                 if MASK == BLOCKS:
                     tile = tl.load(head_order + i)
@@ -267,7 +270,7 @@ def _backward_kernel(
                     locks_base, start, end, head_layout, q_positions, head_turns, tile, key_block, key, k_position,
                     slopes_base, seed_value, threshold, keep_scale, stream, q_row, dout_row, dq_row, slopes_row,
                     n_queries, n_keys, scale, softcap,
-                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, LAYOUT_Q, LAYOUT_K,
+                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, LAYOUT_Q, LAYOUT_K, NVIDIA,
                 )  # fmt: skip
 
     inside = tile_inside(n_keys - first_key, BLOCK_K, BLOCK_D, HEAD_DIM)
@@ -323,6 +326,7 @@ def backward(
             m.layouts, n_queries, n_keys, heads // kv_heads, options.scale, options.softcap or None,
             options.threshold, 1 / (1 - options.dropout), MASK=m.kind, ACCUMULATE=into is not None, **shape,
             BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
+            NVIDIA=launch.architecture(q.device).startswith("sm_"), EDGE_STAGES=m.edge_stages,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq if into is not None else dq.to(q.dtype), dk, dv

@@ -117,6 +117,7 @@ def _forward_kernel(
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
     MASK: tl.constexpr, MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest first
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -164,7 +165,8 @@ def _forward_kernel(
     edges_before = full_first - first
     edges = edges_before + last - full_last
     for part in tl.static_range(2):  # the tiles of both edges, then the full ones
-        for i in range(0 if part == 0 else full_first, edges if part == 0 else full_last):
+        low, high = 0 if part == 0 else full_first, edges if part == 0 else full_last
+        for i in tl.range(low, high, num_stages=EDGE_STAGES if part == 0 else None):
             tile = i if part == 1 else tl.where(i < edges_before, first + i, full_last - edges_before + i)
             if MASK == BLOCKS:
                 tile = tl.load(order + tile)
@@ -237,6 +239,6 @@ def forward(
             options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
             MASK=m.kind, MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
             BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            EDGE_STAGES=m.edge_stages, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out, lse

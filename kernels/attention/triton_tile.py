@@ -96,6 +96,41 @@ def visible(
 
 
 @triton.jit
+def wait_for(lock, value, NVIDIA: tl.constexpr):
+    """Spins until the int32 at `lock` is `value`; what was released with it is visible then.
+
+    In PTX, because a loop that holds a loop of Triton's is not pipelined.
+    """
+    if NVIDIA:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred differs;
+                .reg .b32 seen;
+                AGAIN:
+                ld.acquire.gpu.global.b32 seen, [$1];
+                setp.ne.s32 differs, seen, $2;
+                @differs bra AGAIN;
+                mov.b32 $0, seen;
+            }
+            """,
+            "=r,l,r", [lock, value], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        while tl.atomic_add(lock, 0, sem="acquire") != value:
+            pass
+
+
+@triton.jit
+def meet(NVIDIA: tl.constexpr):
+    """Waits for all threads of the program. In PTX, because a loop with Triton's barrier is not pipelined."""
+    if NVIDIA:
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.debug_barrier()
+
+
+@triton.jit
 def softmax_step(
     acc, peak, total, score, factor, v, seed, threshold, stream, q_position, k_position, EDGE: tl.constexpr
 ):
