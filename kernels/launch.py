@@ -51,8 +51,8 @@ def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()
 
 
-def batch_stride(x: Tensor | None) -> int:
-    """The stride over the batch of a contiguous tensor that may be shared by it (size 1) or absent."""
+def shared_stride(x: Tensor | None) -> int:
+    """The first stride of a tensor that may be shared along that dim (size 1), or absent."""
     return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
@@ -102,7 +102,7 @@ _FORWARD: _Table = {
         32: AttentionBlocks(128, 128, 8, 3),
         64: AttentionBlocks(128, 128, 8, 3),
         128: AttentionBlocks(128, 128, 8, 3),
-        256: AttentionBlocks(128, 32, 8, 2),
+        256: AttentionBlocks(128, 64, 8, 2),
     },
 }
 _FORWARD_FLOAT32: _Table = {

@@ -289,21 +289,27 @@ def test_two_halves_of_the_keys_are_the_whole(dtype):
 
 
 def test_memory_holds_no_matrix(monkeypatch):
-    """What the op allocates: out and lse, then delta, a float32 dq, dk and dv."""
-    largest = []
+    """What the op allocates: out and lse, then delta, a float32 dq, dk and dv; and once a mask, its tiles."""
+    q, k, v = (torch.randn(1, 64, 2, 16, device=DEVICE) for _ in range(3))
+
+    def call():
+        out, lse = triton_forward.forward(q, k, v, KeyIntervals.causal(64), Options(0.25))
+        triton_backward.backward(q, None, q, k, v, out, lse, KeyIntervals.causal(64), Options(0.25))
+        return out, lse
+
+    call()
+    sizes = []
     for name in ("empty", "zeros", "empty_like"):
         original = getattr(torch, name)
 
         def counted(*args, original=original, **kwargs):
             x = original(*args, **kwargs)
-            largest.append(x.numel())
+            sizes.append(x.numel())
             return x
 
         monkeypatch.setattr(torch, name, counted)
-    q, k, v = (torch.randn(1, 64, 2, 16, device=DEVICE) for _ in range(3))
-    out, lse = triton_forward.forward(q, k, v, KeyIntervals.causal(64), Options(0.25))
-    triton_backward.backward(q, None, q, k, v, out, lse, KeyIntervals.causal(64), Options(0.25))
-    assert sum(largest) == 4 * q.numel() + 2 * lse.numel()
+    out, lse = call()
+    assert sum(sizes) == 4 * q.numel() + 2 * lse.numel()
 
 
 # determinism, dropout, large indices ----------------------------------------------------------------------------------
@@ -458,8 +464,8 @@ def test_compiled_whole():
 
 def test_kernel_masks_carry_positions_only_where_needed():
     mask = MASKS["zigzag hop"]
-    assert kernel_mask.kernel_mask(mask, Options(1.0), 16, 16).query_position is None
-    with_slopes = kernel_mask.kernel_mask(mask, Options(1.0, alibi_slopes=slopes(4)), 16, 16)
+    assert kernel_mask.kernel_mask(mask, Options(1.0), mask.start.device, 16, 16).query_position is None
+    with_slopes = kernel_mask.kernel_mask(mask, Options(1.0, alibi_slopes=slopes(4)), mask.start.device, 16, 16)
     assert with_slopes.query_position is mask.query_position
     assert launch.padded(1) == 16
     assert launch.padded(33) == 64

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.kernels import launch
 from longctx.kernels.attention.block_mask import BlockMask, tile_lists
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.attention.options import Options
@@ -16,46 +17,61 @@ from longctx.kernels.attention.tiles import key_tiles, row_tiles
 class KernelMask(NamedTuple):
     """Contiguous tensors, int32 but for `layout`; None where a kind of mask, or a call's options, need none."""
 
-    kind: str  # full, causal, intervals or blocks
-    start: Tensor | None = None  # (batch or 1, n_queries), with `end`
-    end: Tensor | None = None
-    query_position: Tensor | None = None  # (batch or 1, n_queries)
-    key_position: Tensor | None = None  # (n_keys,)
-    tiles: Tensor | None = None  # bounds of tiles.py (batch or 1, blocks, 4), or counts of block_mask.py
-    order: Tensor | None = None  # of block_mask.py
-    turns: Tensor | None = None  # deterministic backward: bounds of the tiles of each block of rows, or block_mask.py's
-    layout: Tensor | None = None  # uint8 (layouts, ...), of BlockMask
-    layouts: int = 1
+    start: Tensor  # (batch or 1, n_queries), with `end`
+    end: Tensor
+    query_position: Tensor | None  # (batch or 1, n_queries)
+    key_position: Tensor | None  # (n_keys,)
+    tiles: Tensor  # bounds of tiles.py (batch or 1, blocks, 4), or counts of block_mask.py (1 or heads, blocks, 2)
+    turns: Tensor | None = None  # deterministic backward: bounds as above of each block of rows, or of block_mask.py
+    order: Tensor | None = None  # of block_mask.py, (1 or heads, blocks, tiles)
+    layout: Tensor | None = None  # uint8, (1 or heads, rows, columns) of blocks of layout_q x layout_k
     layout_q: int = 0
     layout_k: int = 0
 
     @property
-    def edge_stages(self) -> int | None:
-        """Pipeline stages of the loops over tiles with an edge: full and causal masks have too few for more than 1."""
-        return 1 if self.kind in ("full", "causal") else None
+    def tiles_batch(self) -> int:
+        """Stride of `tiles` (and `turns`) over the batch; block-sparse layouts are shared by it."""
+        return launch.shared_stride(self.tiles) if self.layout is None else 0
+
+    @property
+    def tiles_head(self) -> int:
+        """Stride of `tiles` over the heads."""
+        return 0 if self.layout is None else launch.shared_stride(self.tiles)
+
+    @property
+    def order_strides(self) -> tuple[int, int]:
+        """Of `order`, over the heads and over the blocks."""
+        return launch.shared_stride(self.order), 0 if self.order is None else self.order.stride(1)
+
+    @property
+    def turns_strides(self) -> tuple[int, int]:
+        """Of `turns`, over the batch and over the heads."""
+        stride = launch.shared_stride(self.turns)
+        return (stride, 0) if self.layout is None else (0, stride)
 
 
 def kernel_mask(
-    mask: KeyIntervals | BlockMask, options: Options, tile_q: int, tile_k: int, of_keys: bool = False
+    mask: KeyIntervals | BlockMask,
+    options: Options,
+    device: torch.device,
+    tile_q: int,
+    tile_k: int,
+    of_keys: bool = False,
 ) -> KernelMask:
     """What the forward pass reads of `mask`, with tiles of these sizes; `of_keys`: what the backward pass does."""
     if isinstance(mask, BlockMask):
-        start, end = contiguous_bounds(mask.intervals)
         lists = tile_lists(mask, tile_q, tile_k, of_keys)
         return KernelMask(
-            "blocks", start, end, None, None, lists.counts, lists.order, lists.turns, mask.kept.view(torch.uint8),
-            mask.kept.shape[0], mask.block_q, mask.block_k,
+            *contiguous_bounds(mask.intervals), None, None, lists.counts, lists.turns, lists.order,
+            mask.kept.view(torch.uint8), mask.block_q, mask.block_k,
         )  # fmt: skip
-    if mask.start is None:
-        return KernelMask("causal" if mask.is_causal else "full")
-    start, end = contiguous_bounds(mask)
-    places = None, None
-    if options.alibi_slopes is not None or options.seed is not None:
-        places = mask.query_position, mask.key_position
-    if not of_keys:
-        return KernelMask("intervals", start, end, *places, key_tiles(mask, tile_q, tile_k))
-    turns = key_tiles(mask, tile_q, tile_k) if options.deterministic else None
-    return KernelMask("intervals", start, end, *places, row_tiles(mask, tile_q, tile_k), turns=turns)
+    needs_positions = options.alibi_slopes is not None or options.seed is not None
+    positions = (mask.query_position, mask.key_position) if needs_positions else (None, None)
+    mask = mask.written_out(device)
+    of_rows = key_tiles(mask, tile_q, tile_k) if options.deterministic or not of_keys else None
+    visited = row_tiles(mask, tile_q, tile_k) if of_keys else of_rows
+    assert visited is not None
+    return KernelMask(*contiguous_bounds(mask), *positions, visited, of_rows)
 
 
 @once_a_mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -114,6 +115,12 @@ class KeyIntervals:
             return start, torch.full_like(start, self.n_keys)
         return start, (self.positions(device)[0] + 1).clamp_(min=0)
 
+    def written_out(self, device: torch.device | str) -> KeyIntervals:
+        """The same mask with bounds: one object for all full or causal masks of a size, for `once_a_mask` to know."""
+        return (
+            self if self.start is not None else _written_out(self.n_queries, self.n_keys, self.is_causal, str(device))
+        )
+
     def positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Of the queries, (batch or 1, n_queries), and of the keys, (n_keys,): int32, written out."""
         query, key = self.query_position, self.key_position
@@ -172,6 +179,12 @@ class KeyIntervals:
             self.n_queries, index.numel(), start=kept_before(start), end=kept_before(end),
             query_position=query_position, key_position=key_position[index],
         )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _written_out(n_queries: int, n_keys: int, is_causal: bool, device: str) -> KeyIntervals:
+    start, end = KeyIntervals(n_queries, n_keys, is_causal).bounds(device)
+    return KeyIntervals(n_queries, n_keys, start=start, end=end)
 
 
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:

@@ -21,15 +21,13 @@ from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.triton_tile import (
-    BLOCKS,
-    CAUSAL,
-    INTERVALS,
     LOG2_E,
     biased,
     kept,
     load_tile,
     meet,
     tanh,
+    tile_bounds,
     tile_inside,
     tile_offsets,
     visible,
@@ -60,59 +58,22 @@ def _delta_kernel(
 
 
 @triton.jit
-def _row_tile_bounds(
-    tiles, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """The tiles of rows that see a block of keys: first, first full, last full, last. See tiles.py, block_mask.py."""
-    if MASK == INTERVALS:
-        bounds = tiles + wide(key_block) * 4
-        first, full_first, full_last, last = (
-            tl.load(bounds),
-            tl.load(bounds + 1),
-            tl.load(bounds + 2),
-            tl.load(bounds + 3),
-        )
-    elif MASK == BLOCKS:
-        counts = tiles + wide(key_block) * 2
-        first, full_first, full_last = 0, tl.load(counts), tl.load(counts + 1)
-        last = full_last
-    else:
-        first, last = 0, tl.cdiv(n_queries, BLOCK_Q)
-        full_first = 0
-        if MASK == CAUSAL:
-            first_row = tl.maximum(key_block * BLOCK_K - (n_keys - n_queries), 0)
-            first = tl.minimum(first_row // BLOCK_Q, last)
-            full_first = tl.cdiv(tl.maximum((key_block + 1) * BLOCK_K - 1 - (n_keys - n_queries), 0), BLOCK_Q)
-        if (key_block + 1) * BLOCK_K > n_keys:
-            full_first = last  # a block that ends past the keys has an edge everywhere
-        full_first = tl.minimum(tl.maximum(full_first, first), last)
-        full_last = tl.maximum(n_queries // BLOCK_Q, full_first)
-    return first, full_first, full_last, last
-
-
-@triton.jit
-def _turn(turns, tile, key_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def _turn(turns, tile, key_block, order, n_keys, BLOCK_K: tl.constexpr):
     """Which place in the order of additions to a tile of dQ a block of keys has: the last block comes first."""
-    if MASK == BLOCKS:
-        turn = tl.load(turns + wide(tile) * tl.cdiv(n_keys, BLOCK_K) + key_block)
-    elif MASK == INTERVALS:
+    if order is None:
         turn = tl.load(turns + wide(tile) * 4 + 3) - 1 - key_block
-    elif MASK == CAUSAL:
-        last_row = tl.minimum((tile + 1) * BLOCK_Q, n_queries)
-        turn = tl.cdiv(tl.minimum(last_row + n_keys - n_queries, n_keys), BLOCK_K) - 1 - key_block
     else:
-        turn = tl.cdiv(n_keys, BLOCK_K) - 1 - key_block
+        turn = tl.load(turns + wide(tile) * tl.cdiv(n_keys, BLOCK_K) + key_block)
     return turn
 
 
 @triton.jit
 def _backward_tile(
-    dk, dv, k_tile, v_tile, q, dout, dq, lse, delta, locks, start, end, layout, q_positions, turns, tile, key_block,
-    key, k_position, slopes, seed, threshold, keep_scale, stream,
+    dk, dv, k_tile, v_tile, q, dout, dq, lse, delta, locks, start, end, order, layout, q_positions, turns, tile,
+    key_block, key, k_position, slopes, seed, threshold, keep_scale, stream,
     q_row, dout_row, dq_row, slopes_row, n_queries, n_keys, scale, softcap,
-    MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     first_row = tile * BLOCK_Q
     row = first_row + tl.arange(0, BLOCK_Q)
@@ -148,14 +109,11 @@ def _backward_tile(
     else:
         weight = tl.exp2(score * (unit * LOG2_E) - (row_lse * LOG2_E)[None, :])
     if EDGE:
-        row_start, row_end = row, row
-        if start is not None:
-            row_start = tl.load(start + row, mask=is_row, other=0)
-            row_end = tl.load(end + row, mask=is_row, other=0)
+        row_start = tl.load(start + row, mask=is_row, other=0)
+        row_end = tl.load(end + row, mask=is_row, other=0)
         seen = visible(
-            MASK, row[None, :], key[:, None], row_start[None, :], row_end[None, :], layout, n_queries, n_keys,
-            LAYOUT_Q, LAYOUT_K,
-        )  # fmt: skip
+            row[None, :], key[:, None], row_start[None, :], row_end[None, :], layout, n_keys, LAYOUT_Q, LAYOUT_K
+        )
         weight = tl.where(seen, weight, 0.0)
 
     dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
@@ -173,7 +131,7 @@ def _backward_tile(
     dk = tl.dot(dscore, q_tile, dk, input_precision="ieee")
 
     if locks is not None:
-        turn = _turn(turns, tile, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+        turn = _turn(turns, tile, key_block, order, n_keys, BLOCK_K)
         wait_for(locks + tile, turn, NVIDIA)
     dq_pointers = dq + wide(first_row) * dq_row + tile_offsets(dq_row, BLOCK_Q, BLOCK_D)
     if EDGE or HEAD_DIM < BLOCK_D:
@@ -195,25 +153,22 @@ def _backward_kernel(
     k_batch, k_row: tl.constexpr, k_head, v_batch, v_row: tl.constexpr, v_head,
     dq_batch, dq_row: tl.constexpr, dq_head,
     dk_batch, dk_row: tl.constexpr, dk_head, dv_batch, dv_row: tl.constexpr, dv_head,
-    slopes_batch, slopes_row, slopes_head, bounds_batch, tiles_batch, turns_batch, positions_batch, layouts,
+    slopes_batch, slopes_row, slopes_head, bounds_batch, positions_batch,
+    tiles_batch, tiles_head, turns_batch, turns_head, order_head, order_block, layout_head,
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
-    MASK: tl.constexpr, ACCUMULATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCUMULATE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
-    NVIDIA: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     key_block = tl.program_id(0)  # under a causal mask the longest first
     if locks is not None:
         key_block = tl.num_programs(0) - 1 - key_block  # in the order of turns: who is waited for has started before
     kv_head, batch = tl.program_id(1), tl.program_id(2)
-    if start is not None:
-        start += wide(batch) * bounds_batch
-        end += wide(batch) * bounds_batch
-    if MASK == INTERVALS:
-        tiles += wide(batch) * tiles_batch
-        if locks is not None:
-            turns += wide(batch) * turns_batch
-    if ACCUMULATE and MASK != BLOCKS:
-        first, _, _, last = _row_tile_bounds(tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+    start += wide(batch) * bounds_batch
+    end += wide(batch) * bounds_batch
+    tiles += wide(batch) * tiles_batch
+    if ACCUMULATE and order is None:
+        first, _, _, last = tile_bounds(tiles, key_block, order)
         if first >= last:
             return  # nothing to add
 
@@ -244,33 +199,29 @@ def _backward_kernel(
         locks_base = None
         if locks is not None:
             locks_base = locks + stream * tl.cdiv(n_queries, BLOCK_Q)
-        head_tiles, head_order, head_turns, head_layout = tiles, order, turns, layout
-        if MASK == BLOCKS:
-            layout_head = wide(head % layouts)  # of 1 or heads
-            row_blocks = tl.cdiv(n_queries, BLOCK_Q)
-            head_layout += layout_head * tl.cdiv(n_queries, LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K)
-            head_tiles += layout_head * tl.num_programs(0) * 2
-            head_order += (layout_head * tl.num_programs(0) + key_block) * row_blocks
-            head_turns += layout_head * row_blocks * tl.num_programs(0)
-        first, full_first, full_last, last = _row_tile_bounds(
-            head_tiles, key_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K
-        )
+        first, full_first, full_last, last = tile_bounds(tiles + wide(head) * tiles_head, key_block, order)
+        head_turns, head_order, head_layout = turns, order, layout
+        if turns is not None:
+            head_turns += wide(batch) * turns_batch + wide(head) * turns_head
+        if order is not None:
+            head_order += wide(head) * order_head + wide(key_block) * order_block
+            head_layout += wide(head) * layout_head
         slopes_base = None
         if slopes is not None:
             slopes_base = slopes + wide(batch) * slopes_batch + head * slopes_head
         for part in tl.static_range(3):  # the tiles of the near edge, the full ones, those of the far edge
             low = first if part == 0 else (full_first if part == 1 else full_last)
             high = full_first if part == 0 else (full_last if part == 1 else last)
-            for i in tl.range(low, high, num_stages=EDGE_STAGES if part != 1 else None):
+            for i in range(low, high):
                 tile = i
-                if MASK == BLOCKS:
+                if order is not None:
                     tile = tl.load(head_order + i)
                 dk_tile, dv_tile = _backward_tile(
                     dk_tile, dv_tile, k_tile, v_tile, q_head_base, dout_head_base, dq_head_base, lse_base, delta_base,
-                    locks_base, start, end, head_layout, q_positions, head_turns, tile, key_block, key, k_position,
-                    slopes_base, seed_value, threshold, keep_scale, stream, q_row, dout_row, dq_row, slopes_row,
-                    n_queries, n_keys, scale, softcap,
-                    MASK, part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, LAYOUT_Q, LAYOUT_K, NVIDIA,
+                    locks_base, start, end, order, head_layout, q_positions, head_turns, tile, key_block, key,
+                    k_position, slopes_base, seed_value, threshold, keep_scale, stream, q_row, dout_row, dq_row,
+                    slopes_row, n_queries, n_keys, scale, softcap,
+                    part != 1, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, LAYOUT_Q, LAYOUT_K, NVIDIA,
                 )  # fmt: skip
 
     inside = tile_inside(n_keys - first_key, BLOCK_K, BLOCK_D, HEAD_DIM)
@@ -309,7 +260,7 @@ def backward(
         return dq.to(q.dtype), dk.zero_(), dv.zero_()
     dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
     blocks = launch.attention_backward(q)
-    m = kernel_mask(mask, options, blocks.rows, blocks.keys, of_keys=True)
+    m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys, of_keys=True)
     locks = None
     if options.deterministic:
         locks = torch.zeros(batch * heads * triton.cdiv(n_queries, blocks.rows), dtype=torch.int32, device=q.device)
@@ -321,12 +272,12 @@ def backward(
             dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, m.tiles, m.order,
             m.turns, m.layout, m.query_position, m.key_position,
             *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in x.stride()[:3]),
-            *launch.strides(slopes, 3), launch.batch_stride(m.start),
-            launch.batch_stride(m.tiles), launch.batch_stride(m.turns), launch.batch_stride(m.query_position),
-            m.layouts, n_queries, n_keys, heads // kv_heads, options.scale, options.softcap or None,
-            options.threshold, 1 / (1 - options.dropout), MASK=m.kind, ACCUMULATE=into is not None, **shape,
-            BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
-            NVIDIA=launch.architecture(q.device).startswith("sm_"), EDGE_STAGES=m.edge_stages,
+            *launch.strides(slopes, 3), launch.shared_stride(m.start), launch.shared_stride(m.query_position),
+            m.tiles_batch, m.tiles_head, *m.turns_strides, *m.order_strides,
+            launch.shared_stride(m.layout), n_queries, n_keys, heads // kv_heads,
+            options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
+            ACCUMULATE=into is not None, **shape, BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys,
+            LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k, NVIDIA=launch.architecture(q.device).startswith("sm_"),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq if into is not None else dq.to(q.dtype), dk, dv

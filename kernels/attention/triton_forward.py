@@ -20,15 +20,13 @@ from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.triton_tile import (
-    BLOCKS,
-    FULL,
-    INTERVALS,
     LN_2,
     LOG2_E,
     biased,
     load_tile,
     softmax_step,
     tanh,
+    tile_bounds,
     tile_inside,
     tile_offsets,
     visible,
@@ -37,37 +35,10 @@ from longctx.kernels.attention.triton_tile import (
 
 
 @triton.jit
-def _key_tile_bounds(
-    tiles, row_block, n_queries, n_keys, MASK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """The tiles of keys that a block of rows sees: first, first full, last full, last. See tiles.py, block_mask.py."""
-    if MASK == INTERVALS:
-        bounds = tiles + wide(row_block) * 4
-        first, full_first, full_last, last = (
-            tl.load(bounds),
-            tl.load(bounds + 1),
-            tl.load(bounds + 2),
-            tl.load(bounds + 3),
-        )
-    elif MASK == BLOCKS:
-        counts = tiles + wide(row_block) * 2
-        first, full_first, full_last = 0, tl.load(counts), tl.load(counts + 1)
-        last = full_last
-    elif MASK == FULL:
-        first, full_first, full_last, last = 0, 0, n_keys // BLOCK_K, tl.cdiv(n_keys, BLOCK_K)
-    else:
-        first_end = row_block * BLOCK_Q + 1 + n_keys - n_queries  # keys that the first row sees
-        last_end = tl.minimum(first_end + BLOCK_Q - 1, n_keys)
-        first, full_first = 0, 0
-        full_last, last = tl.maximum(first_end, 0) // BLOCK_K, tl.cdiv(tl.maximum(last_end, 0), BLOCK_K)
-    return first, full_first, full_last, last
-
-
-@triton.jit
 def _forward_tile(
     acc, peak, total, q_tile, k, v, tile, row, start, end, layout, q_position, k_positions, slope, seed, threshold,
-    stream,    k_row, v_row, n_queries, n_keys, scale, softcap,
-    MASK: tl.constexpr, EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    stream, k_row, v_row, n_keys, scale, softcap,
+    EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     first = tile * BLOCK_K
@@ -88,18 +59,7 @@ def _forward_tile(
             factor = LOG2_E
         score = biased(score, slope[:, None], q_position[:, None], k_position[None, :])
     if EDGE:
-        seen = visible(
-            MASK,
-            row[:, None],
-            key[None, :],
-            start[:, None],
-            end[:, None],
-            layout,
-            n_queries,
-            n_keys,
-            LAYOUT_Q,
-            LAYOUT_K,
-        )
+        seen = visible(row[:, None], key[None, :], start[:, None], end[:, None], layout, n_keys, LAYOUT_Q, LAYOUT_K)
         score = tl.where(seen, score, float("-inf"))
     v_tile = load_tile(v, first, n_keys, v_row, EDGE, BLOCK_K, BLOCK_D, HEAD_DIM)
     return softmax_step(
@@ -113,23 +73,18 @@ def _forward_kernel(
     q, k, v, out, lse, sink, slopes, seed, start, end, tiles, order, layout, q_positions, k_positions,
     q_batch, q_row: tl.constexpr, q_head, k_batch, k_row: tl.constexpr, k_head,
     v_batch, v_row: tl.constexpr, v_head, out_batch, out_row: tl.constexpr, out_head,
-    slopes_batch, slopes_row, slopes_head, bounds_batch, tiles_batch, positions_batch, layouts,
+    slopes_batch, slopes_row, slopes_head, bounds_batch, positions_batch,
+    tiles_batch, tiles_head, order_head, order_block, layout_head,
     n_queries, n_keys, group, scale, softcap, threshold, keep_scale,
-    MASK: tl.constexpr, MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
+    MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
 ):  # fmt: skip
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest first
     head, batch = tl.program_id(1), tl.program_id(2)
     stream = batch * tl.num_programs(1) + head
-    if MASK == INTERVALS:
-        tiles += wide(batch) * tiles_batch
-    if MASK == BLOCKS:
-        head_layout = head % layouts  # of 1 or heads
-        layout += wide(head_layout) * tl.cdiv(n_queries, LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K)
-        tiles += wide(head_layout) * tl.num_programs(0) * 2
-        order += (wide(head_layout) * tl.num_programs(0) + row_block) * tl.cdiv(n_keys, BLOCK_K)
-    first, full_first, full_last, last = _key_tile_bounds(tiles, row_block, n_queries, n_keys, MASK, BLOCK_Q, BLOCK_K)
+    first, full_first, full_last, last = tile_bounds(
+        tiles + wide(batch) * tiles_batch + wide(head) * tiles_head, row_block, order
+    )
     if MERGE:
         if first >= last:
             return  # nothing to add
@@ -141,10 +96,12 @@ def _forward_kernel(
     k += wide(batch) * k_batch + wide(head // group) * k_head
     v += wide(batch) * v_batch + wide(head // group) * v_head
     q_tile = load_tile(q, first_row, n_queries, q_row, True, BLOCK_Q, BLOCK_D, HEAD_DIM)
-    row_start, row_end, q_position = row, row, row + (n_keys - n_queries)
-    if start is not None:
-        row_start = tl.load(start + wide(batch) * bounds_batch + row, mask=is_row, other=0)
-        row_end = tl.load(end + wide(batch) * bounds_batch + row, mask=is_row, other=0)
+    row_start = tl.load(start + wide(batch) * bounds_batch + row, mask=is_row, other=0)
+    row_end = tl.load(end + wide(batch) * bounds_batch + row, mask=is_row, other=0)
+    if layout is not None:
+        order += wide(head) * order_head + wide(row_block) * order_block
+        layout += wide(head) * layout_head
+    q_position = row + (n_keys - n_queries)
     if q_positions is not None:
         q_position = tl.load(q_positions + wide(batch) * positions_batch + row, mask=is_row, other=0)
     slope = None
@@ -166,14 +123,14 @@ def _forward_kernel(
     edges = edges_before + last - full_last
     for part in tl.static_range(2):  # the tiles of both edges, then the full ones
         low, high = 0 if part == 0 else full_first, edges if part == 0 else full_last
-        for i in tl.range(low, high, num_stages=EDGE_STAGES if part == 0 else None):
+        for i in range(low, high):
             tile = i if part == 1 else tl.where(i < edges_before, first + i, full_last - edges_before + i)
-            if MASK == BLOCKS:
+            if order is not None:
                 tile = tl.load(order + tile)
             acc, peak, total = _forward_tile(
                 acc, peak, total, q_tile, k, v, tile, row, row_start, row_end, layout, q_position, k_positions, slope,
-                seed_value, threshold, stream, k_row, v_row, n_queries, n_keys, scale, softcap,
-                MASK, part == 0, HEAD_DIM, BLOCK_D, BLOCK_K, LAYOUT_Q, LAYOUT_K,
+                seed_value, threshold, stream, k_row, v_row, n_keys, scale, softcap,
+                part == 0, HEAD_DIM, BLOCK_D, BLOCK_K, LAYOUT_Q, LAYOUT_K,
             )  # fmt: skip
 
     _store_rows(
@@ -227,18 +184,20 @@ def forward(
         return out, lse
     q, k, v = (launch.readable(x) for x in (q, k, v))
     blocks = launch.attention_forward(q)
-    m = kernel_mask(mask, options, blocks.rows, blocks.keys)
+    m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys)
     slopes = options.slopes(batch, n_queries, heads)
     with launch.on_device(q):
         _forward_kernel[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
             q, k, v, out, lse, sink, slopes, options.seed, m.start, m.end, m.tiles, m.order, m.layout,
             m.query_position, m.key_position,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *launch.strides(slopes, 3), launch.batch_stride(m.start), launch.batch_stride(m.tiles),
-            launch.batch_stride(m.query_position), m.layouts, n_queries, k.shape[1], heads // k.shape[2],
+            *launch.strides(slopes, 3), launch.shared_stride(m.start), launch.shared_stride(m.query_position),
+            m.tiles_batch, m.tiles_head, *m.order_strides, launch.shared_stride(m.layout),
+            n_queries, k.shape[1], heads // k.shape[2],
             options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
-            MASK=m.kind, MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
+            MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
             BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
-            EDGE_STAGES=m.edge_stages, num_warps=blocks.warps, num_stages=blocks.stages,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages if m.order is None else max(1, blocks.stages - 1),  # the list takes a stage
         )  # fmt: skip
     return out, lse

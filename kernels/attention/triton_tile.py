@@ -8,12 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# kinds of mask, constants of compilation
-FULL = tl.constexpr("full")
-CAUSAL = tl.constexpr("causal")
-INTERVALS = tl.constexpr("intervals")
-BLOCKS = tl.constexpr("blocks")  # key intervals and a layout of kept blocks
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -79,20 +73,30 @@ def kept(seed, threshold, stream, q_position, k_position):
 
 
 @triton.jit
-def visible(
-    MASK: tl.constexpr, row, key, start, end, layout, n_queries, n_keys, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr
-):
+def visible(row, key, start, end, layout, n_keys, LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr):
     """Whether rows see keys, all shaped to broadcast against each other; `layout` as in BlockMask, of one head."""
-    if MASK == FULL:
-        seen = (key < n_keys) & (row < n_queries)
-    elif MASK == CAUSAL:
-        seen = key <= row + (n_keys - n_queries)
-    else:
-        seen = (key >= start) & (key < end)
-        if MASK == BLOCKS:
-            block = (row // LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K) + key // LAYOUT_K
-            seen &= tl.load(layout + block, mask=seen, other=0) != 0
+    seen = (key >= start) & (key < end)
+    if layout is not None:
+        block = (row // LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K) + key // LAYOUT_K
+        seen &= tl.load(layout + block, mask=seen, other=0) != 0
     return seen
+
+
+@triton.jit
+def tile_bounds(tiles, block, order):
+    """The tiles that a block of rows or of keys visits: first, first full, last full, last (see tiles.py).
+
+    Of a block-sparse mask they are places in `order`, those with an edge first (see block_mask.py).
+    """
+    if order is None:
+        bounds = tiles + wide(block) * 4
+        first, full_first = tl.load(bounds), tl.load(bounds + 1)
+        full_last, last = tl.load(bounds + 2), tl.load(bounds + 3)
+    else:
+        first, full_first = 0, tl.load(tiles + wide(block) * 2)
+        full_last = tl.load(tiles + wide(block) * 2 + 1)
+        last = full_last
+    return first, full_first, full_last, last
 
 
 @triton.jit

@@ -7,7 +7,6 @@ twice, and torch.compile sees no graph break.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -28,20 +27,13 @@ class Share:
         self.group = _resolve_process_group(GroupName(call.group_name))
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         length = q.shape[1] * self.size
-        is_plain_causal = call.start is None and call.is_causal
-        mask = _causal(length, q.device) if is_plain_causal else call.mask(length, length)
+        mask = call.mask(length, length).written_out(q.device)
         self.rows = _rows_of(mask, self.rank, self.size, q.device)
 
     def keys_of(self, owner: int) -> KeyIntervals:
         """The mask of this rank's rows over the keys that `owner` holds."""
         assert self.rows.start is not None
         return _keys_of(self.rows, owner, self.size, self.rows.start.device)
-
-
-@lru_cache(maxsize=8)
-def _causal(length: int, device: torch.device) -> KeyIntervals:
-    start, end = KeyIntervals.causal(length).bounds(device)
-    return KeyIntervals(length, length, start=start, end=end)
 
 
 @once_a_mask

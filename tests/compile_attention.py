@@ -1,0 +1,67 @@
+"""Compiles the attention kernels for GPUs that need not be there; prints a JSON line for each kernel of a call.
+
+Runs in a process of its own: where TRITON_INTERPRET is set nothing compiles.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from compiled import compile_launches
+
+from longctx.kernels.attention import triton_backward, triton_forward
+from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+N = 4096
+
+
+def key_intervals(with_positions: bool = False) -> KeyIntervals:
+    bound = torch.empty(1, N, dtype=torch.int32, device="meta")
+    positions = (torch.empty_like(bound), bound[0]) if with_positions else (None, None)
+    return KeyIntervals(N, N, False, bound, torch.empty_like(bound), *positions)
+
+
+def kept_blocks() -> BlockMask:
+    return BlockMask(torch.empty(4, N // 16, N // 256, dtype=torch.bool, device="meta"), 16, 256, key_intervals())
+
+
+def compile_case(capability: int, dtype: torch.dtype, head_dim: int, mask: KeyIntervals | BlockMask, **changes) -> None:
+    q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
+    lse, options = torch.empty(1, 4, N, device="meta"), Options(0.1, **changes)
+
+    def call():
+        triton_forward.forward(q, k, v, mask, options)
+        triton_backward.backward(q, None, q, k, v, q, lse, mask, options)
+
+    for kernel in compile_launches(call, capability):
+        print(
+            json.dumps(
+                {
+                    "kernel": kernel.name, "capability": capability, "dtype": str(dtype), "head_dim": head_dim,
+                    "mask": type(mask).__name__, "options": sorted(changes), "registers": kernel.registers,
+                    "spills": kernel.spill_bytes, "shared": kernel.shared_bytes,
+                    "wgmma": kernel.ptx.count("wgmma.mma_async"), "vector_atomics": kernel.ptx.count(".v4.f32"),
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+
+
+def main() -> None:
+    for head_dim in (64, 128, 256):
+        compile_case(90, torch.bfloat16, head_dim, key_intervals())
+        compile_case(90, torch.float32, head_dim, key_intervals())
+        for capability in (80, 89):
+            compile_case(capability, torch.float16, head_dim, key_intervals())
+    compile_case(90, torch.bfloat16, 128, kept_blocks())
+    compile_case(90, torch.bfloat16, 128, key_intervals(), deterministic=True)
+    seed, slopes = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
+    options = {"softcap": 30.0, "alibi_slopes": slopes, "dropout": 0.1, "seed": seed}
+    compile_case(90, torch.bfloat16, 128, key_intervals(with_positions=True), **options)
+
+
+if __name__ == "__main__":
+    main()
