@@ -26,6 +26,7 @@ from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError, TokenFolder
 from longctx.evaluate import generate, token_losses, validate
 from longctx.metrics import Metrics, peak_tflops
+from longctx.model.attention import chosen_kernels
 from longctx.model.transformer import attention_pairs, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
@@ -314,12 +315,14 @@ class Trainer:
         config, mesh = self.config, self.mesh
         count = sum(p.numel() for p in self.parameters.values())
         axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
+        compute = getattr(torch, config.precision.compute)
         data = f"{self.tokens.folder} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
         self.runtime.say(
             f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {self.runtime.world_size} x "
             f"{_device_name(self.runtime.device)}, {axes}\n"
             f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
             f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
+            f"attention: {chosen_kernels(config.model, self.runtime.device, compute)}\n"
             f"steps {self.step} to {config.optim.steps}, files in {config.run_folder}"
         )
 

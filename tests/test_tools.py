@@ -12,8 +12,8 @@ from longctx.data.tokens import TokenFolder
 ROOT = Path(__file__).parents[1]
 
 
-def run_tool(*words: str) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+def run_tool(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"} | variables
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -46,3 +46,26 @@ def test_prepare_data_names_a_missing_input(tmp_path):
     result = run_tool("tools/prepare_data.py", str(tmp_path / "no"), "--output", str(tmp_path / "out"))
     assert result.returncode == 1
     assert f"{tmp_path}/no: no such file or folder" in result.stderr
+
+
+def test_bench_attention(tmp_path):
+    """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
+    result = run_tool(
+        "tools/bench_attention.py", "--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn",
+        "--output", str(tmp_path), TRITON_INTERPRET="1", HOME=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
+    for name in ("triton", "sdpa"):
+        assert rows[name]["error_to_float64"] < 2e-6
+        assert rows[name]["forward_tflops"] > 0
+        assert rows[name]["backward_ms"] > 0
+    assert rows["cudnn"]["error"] == "knows full and causal masks"
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+    assert "| 128k documents 16k d128 32/8 | triton |" in result.stdout
+
+
+def test_bench_attention_names_what_there_is(tmp_path):
+    result = run_tool("tools/bench_attention.py", "--contenders", "fa5", "--output", str(tmp_path))
+    assert result.returncode == 1
+    assert "contenders fa5: must be of triton, triton-deterministic, sdpa, cudnn, fa2, flex, fa4" in result.stderr

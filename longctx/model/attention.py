@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Positions
-from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.interface import attention, choose
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import apply_rotary
 from longctx.model.norm import RMSNorm
 
@@ -22,6 +23,14 @@ class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
         """q (batch, sequence, heads, head_dim), k and v with kv_heads -> out like q, lse (batch, heads, sequence)."""
         return attention(q, k, v, mask, implementation=self.implementation)
+
+
+def chosen_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation the model's attention takes under which mask, for the start of a run."""
+    q = torch.empty(1, 2, config.heads, config.head_dim, device=device, dtype=dtype)
+    causal = KeyIntervals.causal(2)
+    names = [choose(config.attention, q, mask, Options(1.0)) for mask in (causal, causal.written_out(device))]
+    return f"{names[0]} under a causal mask, {names[1]} under key intervals (packed documents, windows, shards)"
 
 
 class Attention(nn.Module):

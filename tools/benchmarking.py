@@ -1,0 +1,114 @@
+"""What the bench_* tools share: timing by medians, and a table, JSON and a plot of the rows they measure."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Row = dict[str, str | float | None]
+
+
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
+    """Median time of a call after three to warm up, over some `seconds` of them, 5 to 50 calls."""
+    for _ in range(3):
+        call()
+    one = _timed(call, device)
+    repeats = max(5, min(50, int(seconds * 1e3 / max(one, 1e-3)))) if device.type == "cuda" else 1
+    return sorted(_timed(call, device) for _ in range(repeats))[repeats // 2]
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    call()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after)
+
+
+def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Memory a call takes beyond what is there before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def ceilings(device: torch.device) -> Row:
+    """What the machine itself reaches in this run: bfloat16 8192^3 matmul in TFLOP/s, device copy in TB/s."""
+    if device.type != "cuda":
+        return {}
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    x = torch.empty(2**30, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    return {
+        "matmul_tflops": 2 * 8192**3 / median_ms(lambda: a @ b, device) / 1e9,
+        "copy_tb_per_s": 4 * x.numel() / median_ms(lambda: y.copy_(x), device) / 1e9,
+    }
+
+
+def setting(device: torch.device) -> Row:
+    """Where the figures come from."""
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(rows: list[Row], columns: list[str]) -> str:
+    """The rows in Markdown; an `error` takes the place of the figures."""
+
+    def cell(row: Row, column: str) -> str:
+        value = row.get(column)
+        if value is None:
+            return str(row.get("error", "")) if column == columns[-1] else ""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([cell(row, column) for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(folder: Path, name: str, about: Row, rows: list[Row], values: list[str], unit: str) -> None:
+    """`name`.json with all there is, and `name`.png: one panel a value, cases side by side, one bar a contender."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(str(row["case"]) for row in rows))
+    contenders = list(dict.fromkeys(str(row["contender"]) for row in rows))
+    figure, panels = plt.subplots(len(values), 1, figsize=(1.6 + 1.6 * len(cases), 3 * len(values)), squeeze=False)
+    for (panel,), value in zip(panels, values, strict=True):
+        for i, contender in enumerate(contenders):
+            heights = {str(row["case"]): row.get(value) for row in rows if row["contender"] == contender}
+            places = [c + (i + 0.5) / (len(contenders) + 1) for c in range(len(cases))]
+            panel.bar(places, [heights.get(c) or 0 for c in cases], 0.9 / (len(contenders) + 1), label=contender)
+        panel.set_xticks([c + 0.45 for c in range(len(cases))], cases, rotation=12, fontsize=8)
+        panel.set_ylabel(f"{value} {unit}")
+    panels[0][0].legend(fontsize=7, ncols=3)
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    plt.close(figure)
