@@ -79,6 +79,7 @@ class Trainer:
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
+        self.attention = chosen_kernels(config.model, runtime.device, getattr(torch, config.precision.compute))
         self.model = parallelize(config, self.mesh, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
@@ -315,14 +316,13 @@ class Trainer:
         config, mesh = self.config, self.mesh
         count = sum(p.numel() for p in self.parameters.values())
         axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
-        compute = getattr(torch, config.precision.compute)
         data = f"{self.tokens.folder} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
         self.runtime.say(
             f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {self.runtime.world_size} x "
             f"{_device_name(self.runtime.device)}, {axes}\n"
             f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
             f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
-            f"attention: {chosen_kernels(config.model, self.runtime.device, compute)}\n"
+            f"attention: {self.attention}\n"
             f"steps {self.step} to {config.optim.steps}, files in {config.run_folder}"
         )
 

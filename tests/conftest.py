@@ -1,4 +1,7 @@
-"""Tests marked `gpu(n)` run where there are n GPUs; elsewhere their CPU twins alone are collected."""
+"""Tests marked `gpu(n)` run where there are n GPUs; elsewhere their CPU twins alone are collected.
+
+Without a GPU, Triton kernels run in the interpreter; tests marked `interpreter` are about that and run there alone.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,9 @@ def pytest_collection_modifyitems(config, items):
         marker = item.get_closest_marker("gpu")
         return 0 if marker is None else marker.args[0]
 
-    left_out = [item for item in items if gpus_needed(item) > torch.cuda.device_count()]
+    def is_elsewhere(item) -> bool:
+        return item.get_closest_marker("interpreter") is not None and torch.cuda.is_available()
+
+    left_out = [item for item in items if gpus_needed(item) > torch.cuda.device_count() or is_elsewhere(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

@@ -13,6 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from longctx.config import (
     Activation,
+    AttentionImplementation,
     ComputeDtype,
     Config,
     ModelConfig,
@@ -157,6 +158,17 @@ def test_context_parallelism(parallel, ranks, documents):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_window_layers(strategy):
     ratio, name = worst_ratio(WINDOW, ParallelConfig(context=2, strategy=strategy), 2, make_inputs(DOCUMENTS))
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_triton_kernels_under_context_parallelism(strategy, ranks):
+    """The ring's kernels merge into one out and lse and add to one dq. Their products sum one term after the other."""
+    inputs, triton = make_inputs(DOCUMENTS), dataclasses.replace(GQA, attention=AttentionImplementation.triton)
+    layout = run_on_ranks(ranks, on_layout, "cpu", triton, ParallelConfig(context=ranks, strategy=strategy), inputs)[0]
+    ratio, name = compare(layout, one_process(triton, inputs, torch.float32), one_process(GQA, inputs, torch.float64))
     assert ratio < 1.5, (ratio, name)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from longctx.data.tokens import TokenFolder
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,7 @@ def test_prepare_data_names_a_missing_input(tmp_path):
     assert f"{tmp_path}/no: no such file or folder" in result.stderr
 
 
+@pytest.mark.interpreter
 def test_bench_attention(tmp_path):
     """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
     result = run_tool(

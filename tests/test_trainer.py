@@ -22,6 +22,7 @@ from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 
 from longctx.config import (
+    AttentionImplementation,
     ComputeDtype,
     ConfigError,
     DataSource,
@@ -38,6 +39,15 @@ from longctx.trainer import train
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@pytest.mark.interpreter
+def test_an_attention_that_cannot_serve_is_refused_at_the_start(tmp_path, corpus):
+    config = small_config(tmp_path, corpus)
+    config.model = dataclasses.replace(config.model, attention=AttentionImplementation.triton)
+    config.precision.compute = ComputeDtype.bfloat16
+    with pytest.raises(UserError, match=r"model.attention=triton: .*cannot serve this call"), trainer_of(config):
+        pass
 
 
 def test_a_whole_run(tmp_path, corpus, capsys):

@@ -409,7 +409,7 @@ def test_inputs_beyond_the_kernels(dtype, head_dim, message):
         attention(q, q, q, KeyIntervals.causal(8), implementation="triton")
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+@pytest.mark.interpreter
 def test_the_interpreter_refuses_bfloat16():
     q = torch.zeros(1, 8, 1, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="interpreter computes bfloat16 wrong"):

@@ -76,7 +76,7 @@ def choose(implementation: str, q: Tensor, mask: KeyIntervals, options: Options)
     if implementation != "auto":
         if reason := reasons[implementation]:
             raise ValueError(
-                f"attention implementation {implementation!r} cannot serve this call: {reason}; "
+                f"attention implementation {str(implementation)!r} cannot serve this call: {reason}; "
                 "use 'auto' or 'reference'"
             )
         return implementation

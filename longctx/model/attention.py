@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longctx.config import ModelConfig, Positions
+from longctx.config import ModelConfig, Positions, UserError
 from longctx.kernels.attention.interface import attention, choose
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
@@ -26,10 +26,13 @@ class Attend(nn.Module):
 
 
 def chosen_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation the model's attention takes under which mask, for the start of a run."""
+    """Which implementation the model's attention takes under which mask; UserError if the one asked for cannot."""
     q = torch.empty(1, 2, config.heads, config.head_dim, device=device, dtype=dtype)
     causal = KeyIntervals.causal(2)
-    names = [choose(config.attention, q, mask, Options(1.0)) for mask in (causal, causal.written_out(device))]
+    try:
+        names = [choose(config.attention, q, mask, Options(1.0)) for mask in (causal, causal.written_out(device))]
+    except ValueError as error:
+        raise UserError(f"model.attention={config.attention}: {error}") from None
     return f"{names[0]} under a causal mask, {names[1]} under key intervals (packed documents, windows, shards)"
 
 
