@@ -26,7 +26,7 @@ from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError, TokenFolder
 from longctx.evaluate import generate, token_losses, validate
 from longctx.metrics import Metrics, peak_tflops
-from longctx.model.attention import chosen_kernels
+from longctx.model.attention import chosen_implementation
 from longctx.model.transformer import attention_pairs, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
@@ -79,7 +79,7 @@ class Trainer:
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
-        self.attention = chosen_kernels(config.model, runtime.device, getattr(torch, config.precision.compute))
+        self.attention = chosen_implementation(config.model, runtime.device, getattr(torch, config.precision.compute))
         self.model = parallelize(config, self.mesh, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())

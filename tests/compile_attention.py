@@ -28,7 +28,9 @@ def kept_blocks() -> BlockMask:
     return BlockMask(torch.empty(4, N // 16, N // 256, dtype=torch.bool, device="meta"), 16, 256, key_intervals())
 
 
-def compile_case(capability: int, dtype: torch.dtype, head_dim: int, mask: KeyIntervals | BlockMask, **changes) -> None:
+def compile_case(
+    architecture: str, dtype: torch.dtype, head_dim: int, mask: KeyIntervals | BlockMask, **changes
+) -> None:
     q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
     lse, options = torch.empty(1, 4, N, device="meta"), Options(0.1, **changes)
 
@@ -36,14 +38,15 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, mask: KeyIn
         triton_forward.forward(q, k, v, mask, options)
         triton_backward.backward(q, None, q, k, v, q, lse, mask, options)
 
-    for kernel in compile_launches(call, capability):
+    for kernel in compile_launches(call, architecture):
         print(
             json.dumps(
                 {
-                    "kernel": kernel.name, "capability": capability, "dtype": str(dtype), "head_dim": head_dim,
+                    "kernel": kernel.name, "architecture": architecture, "dtype": str(dtype), "head_dim": head_dim,
                     "mask": type(mask).__name__, "options": sorted(changes), "registers": kernel.registers,
                     "spills": kernel.spill_bytes, "shared": kernel.shared_bytes,
-                    "wgmma": kernel.ptx.count("wgmma.mma_async"), "vector_atomics": kernel.ptx.count(".v4.f32"),
+                    "wgmma": kernel.assembly.count("wgmma.mma_async"),
+                    "vector_atomics": kernel.assembly.count(".v4.f32"),
                 }
             ),
             flush=True,
@@ -52,15 +55,15 @@ def compile_case(capability: int, dtype: torch.dtype, head_dim: int, mask: KeyIn
 
 def main() -> None:
     for head_dim in (64, 128, 256):
-        compile_case(90, torch.bfloat16, head_dim, key_intervals())
-        compile_case(90, torch.float32, head_dim, key_intervals())
-        for capability in (80, 89):
-            compile_case(capability, torch.float16, head_dim, key_intervals())
-    compile_case(90, torch.bfloat16, 128, kept_blocks())
-    compile_case(90, torch.bfloat16, 128, key_intervals(), deterministic=True)
+        compile_case("sm_90", torch.bfloat16, head_dim, key_intervals())
+        compile_case("sm_90", torch.float32, head_dim, key_intervals())
+        for architecture in ("sm_80", "sm_89", "gfx942"):
+            compile_case(architecture, torch.float16, head_dim, key_intervals())
+    compile_case("sm_90", torch.bfloat16, 128, kept_blocks())
+    compile_case("sm_90", torch.bfloat16, 128, key_intervals(), deterministic=True)
     seed, slopes = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     options = {"softcap": 30.0, "alibi_slopes": slopes, "dropout": 0.1, "seed": seed}
-    compile_case(90, torch.bfloat16, 128, key_intervals(with_positions=True), **options)
+    compile_case("sm_90", torch.bfloat16, 128, key_intervals(with_positions=True), **options)
 
 
 if __name__ == "__main__":

@@ -37,18 +37,19 @@ class Compiled(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     warps: int
-    ptx: str
+    assembly: str
 
 
-def compile_launches(call: Callable[[], object], capability: int) -> list[Compiled]:
-    """The kernels that `call` launches on `meta` tensors, for compute capability 80, 90, ..."""
+def compile_launches(call: Callable[[], object], architecture: str) -> list[Compiled]:
+    """The kernels that `call` launches on `meta` tensors, for `architecture`: sm_80, sm_90, ... or AMD's gfx942."""
     compiled: list[Compiled] = []
-    target = GPUTarget("cuda", capability, 32)
+    is_nvidia = architecture.startswith("sm_")
+    target = GPUTarget("cuda", int(architecture[3:]), 32) if is_nvidia else GPUTarget("hip", architecture, 64)
 
     def run(kernel, *args, grid, warmup, **kwargs):
         compiled.append(_compile(kernel, args, kwargs, target))
 
-    with mock.patch.object(JITFunction, "run", run), _pretend(f"sm_{capability}"):
+    with mock.patch.object(JITFunction, "run", run), _pretend(architecture if is_nvidia else "hip"):
         call()
     return compiled
 
@@ -80,10 +81,15 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
             signature[name] = "fp32"
     source = ASTSource(kernel, signature, constants, attributes)
     result = triton.compile(source, target=target, options=options)
-    registers, spills = _ptxas(result.asm["ptx"], target.arch)
-    return Compiled(
-        kernel.__name__, registers, spills, result.metadata.shared, result.metadata.num_warps, result.asm["ptx"]
-    )
+    assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    registers, spills = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
+    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, result.metadata.num_warps, assembly)
+
+
+def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int]:
+    """(vector registers a thread, bytes spilled)."""
+    found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", assembly)}
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"]
 
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:

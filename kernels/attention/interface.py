@@ -58,14 +58,14 @@ def attention(
         deterministic,
     )
     _check_options(options, q)
-    call = Call.of(mask, options, choose(implementation, q, mask, options))
+    call = Call.of(mask, options, choose(implementation, q, options))
     return _attention(q, k, v, sink, *call)
 
 
 # which implementation -------------------------------------------------------------------------------------------------
 
 
-def choose(implementation: str, q: Tensor, mask: KeyIntervals, options: Options) -> str:
+def choose(implementation: str, q: Tensor, options: Options) -> str:
     """The implementation that serves a call: the one asked for, or for `auto` the fastest that can.
 
     Raises ValueError if the one asked for cannot serve inputs like `q`, and says why.
@@ -85,16 +85,14 @@ def choose(implementation: str, q: Tensor, mask: KeyIntervals, options: Options)
             "q is torch.float64 on a GPU: no kernel there takes it; convert to float32, or ask for "
             "implementation='reference', which holds the whole score matrix"
         )
-    return next(name for name in by_speed(q, mask) if not reasons[name])
+    return next(name for name in by_speed(q) if not reasons[name])
 
 
-def by_speed(q: Tensor, mask: KeyIntervals) -> tuple[str, ...]:
-    """The implementations, fastest first, for a call of this kind; whether each can serve it is another question."""
+def by_speed(q: Tensor) -> tuple[str, ...]:
+    """The implementations, fastest first, for inputs like `q`; whether each can serve a call is another question."""
     if q.device.type == "cpu":
         return "sdpa", "reference", "triton"  # where Triton runs on a CPU, it is the interpreter
-    if sdpa.uses_cudnn(q, mask):
-        return "sdpa", "triton", "reference"
-    return "triton", "sdpa", "reference"
+    return "sdpa", "triton", "reference"  # the Triton kernels have not been timed on a GPU yet
 
 
 def unsupported(q: Tensor, options: Options) -> dict[str, str | None]:
@@ -109,8 +107,7 @@ def unsupported(q: Tensor, options: Options) -> dict[str, str | None]:
 def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> str:
     """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
     options = Options(q.shape[-1] ** -0.5) if options is None else options
-    chosen, reasons = choose("auto", q, mask, options), unsupported(q, options)
-    order = by_speed(q, mask)
+    chosen, reasons = choose("auto", q, options), unsupported(q, options)
     kind = "key intervals" if mask.start is not None else "a causal mask" if mask.is_causal else "a full mask"
 
     def verdict(name: str) -> str:
@@ -120,7 +117,7 @@ def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> st
             return f"chosen: the fastest that can, for {kind} in {q.dtype} with head_dim {q.shape[-1]}"
         return "can, but is slower here"
 
-    return "\n".join(f"{name}: {verdict(name)}" for name in order)
+    return "\n".join(f"{name}: {verdict(name)}" for name in by_speed(q))
 
 
 # what a call must be --------------------------------------------------------------------------------------------------
@@ -206,7 +203,7 @@ def forward(
     `into`: out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which this
     block is merged in place, and which are returned. `implementation`: see `choose`.
     """
-    implementation = choose(implementation, q, mask, options)
+    implementation = choose(implementation, q, options)
     if implementation == "triton":
         return triton_forward.forward(q, k, v, mask, options, sink, into)
     if implementation == "sdpa":
@@ -240,7 +237,7 @@ def backward(
 
     `into`: dq, dk and dv in the dtype of sums, to which this block's are added in place, and which are returned.
     """
-    implementation = choose(implementation, q, mask, options)
+    implementation = choose(implementation, q, options)
     if implementation == "triton":
         return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
     if implementation == "sdpa":

@@ -25,15 +25,13 @@ class Attend(nn.Module):
         return attention(q, k, v, mask, implementation=self.implementation)
 
 
-def chosen_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation the model's attention takes under which mask; UserError if the one asked for cannot."""
-    q = torch.empty(1, 2, config.heads, config.head_dim, device=device, dtype=dtype)
-    causal = KeyIntervals.causal(2)
+def chosen_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation the model's attention takes; raises UserError if the one asked for cannot serve it."""
+    q = torch.empty(1, 1, config.heads, config.head_dim, device=device, dtype=dtype)
     try:
-        names = [choose(config.attention, q, mask, Options(1.0)) for mask in (causal, causal.written_out(device))]
+        return choose(config.attention, q, Options(config.head_dim**-0.5))
     except ValueError as error:
         raise UserError(f"model.attention={config.attention}: {error}") from None
-    return f"{names[0]} under a causal mask, {names[1]} under key intervals (packed documents, windows, shards)"
 
 
 class Attention(nn.Module):
