@@ -29,14 +29,19 @@ def kept_blocks() -> BlockMask:
 
 
 def compile_case(
-    architecture: str, dtype: torch.dtype, head_dim: int, mask: KeyIntervals | BlockMask, **changes
+    architecture: str, dtype: torch.dtype, head_dim: int, mask: KeyIntervals | BlockMask, distributed=False, **changes
 ) -> None:
     q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
     lse, options = torch.empty(1, 4, N, device="meta"), Options(0.1, **changes)
 
+    into, gradients, sink = None, None, None
+    if distributed:  # as a ring calls them
+        into, sink = (torch.empty(q.shape, device="meta"), lse), torch.empty(4, dtype=dtype, device="meta")
+        gradients = tuple(torch.empty(x.shape, device="meta") for x in (q, k, v))
+
     def call():
-        triton_forward.forward(q, k, v, mask, options)
-        triton_backward.backward(q, None, q, k, v, q, lse, mask, options)
+        triton_forward.forward(q, k, v, mask, options, sink, into)
+        triton_backward.backward(q, lse, q, k, v, q, lse, mask, options, gradients)
 
     for kernel in compile_launches(call, architecture):
         print(
@@ -61,6 +66,7 @@ def main() -> None:
             compile_case(architecture, torch.float16, head_dim, key_intervals())
     compile_case("sm_90", torch.bfloat16, 128, kept_blocks())
     compile_case("sm_90", torch.bfloat16, 128, key_intervals(), deterministic=True)
+    compile_case("sm_90", torch.bfloat16, 128, key_intervals(), distributed=True)
     seed, slopes = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     options = {"softcap": 30.0, "alibi_slopes": slopes, "dropout": 0.1, "seed": seed}
     compile_case("sm_90", torch.bfloat16, 128, key_intervals(with_positions=True), **options)

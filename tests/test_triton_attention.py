@@ -438,7 +438,7 @@ def test_the_choice_is_explained():
     q = torch.zeros(1, 8, 4, 16)
     said = interface.explain(q, KeyIntervals.causal(8), Options(1.0, softcap=2.0))
     assert "sdpa: cannot: torch's kernels are not used with softcap" in said
-    assert "reference: chosen: the fastest that can, for a causal mask in torch.float32 with head_dim 16" in said
+    assert "reference: chosen: the first that can, for a causal mask in torch.float32 with head_dim 16" in said
     assert interface.choose("auto", q, Options(1.0)) == "sdpa"
 
 

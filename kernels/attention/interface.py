@@ -114,8 +114,8 @@ def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> st
         if reasons[name]:
             return f"cannot: {reasons[name]}"
         if name == chosen:
-            return f"chosen: the fastest that can, for {kind} in {q.dtype} with head_dim {q.shape[-1]}"
-        return "can, but is slower here"
+            return f"chosen: the first that can, for {kind} in {q.dtype} with head_dim {q.shape[-1]}"
+        return "can, and comes later"
 
     return "\n".join(f"{name}: {verdict(name)}" for name in by_speed(q))
 
