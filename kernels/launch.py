@@ -83,11 +83,18 @@ _Table = dict[str, dict[int, AttentionBlocks]]
 _SMALLEST = {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)}
 _FORWARD: _Table = {
     "interpreter": _SMALLEST,
+    "64 KiB": {
+        16: AttentionBlocks(128, 64, 4, 3),
+        32: AttentionBlocks(128, 64, 4, 3),
+        64: AttentionBlocks(128, 64, 8, 3),
+        128: AttentionBlocks(64, 64, 8, 2),
+        256: AttentionBlocks(64, 32, 8, 2),
+    },
     "99 KiB": {
         16: AttentionBlocks(128, 64, 4, 3),
         32: AttentionBlocks(128, 64, 4, 3),
         64: AttentionBlocks(128, 64, 8, 3),
-        128: AttentionBlocks(128, 64, 8, 2),
+        128: AttentionBlocks(128, 64, 8, 3),
         256: AttentionBlocks(64, 32, 8, 2),
     },
     "163 KiB": {
@@ -95,14 +102,14 @@ _FORWARD: _Table = {
         32: AttentionBlocks(128, 64, 4, 3),
         64: AttentionBlocks(128, 64, 8, 3),
         128: AttentionBlocks(64, 64, 4, 3),
-        256: AttentionBlocks(64, 64, 8, 2),
+        256: AttentionBlocks(64, 32, 8, 3),
     },
     "227 KiB": {
         16: AttentionBlocks(128, 128, 8, 3),
         32: AttentionBlocks(128, 128, 8, 3),
         64: AttentionBlocks(128, 128, 8, 3),
         128: AttentionBlocks(128, 128, 8, 3),
-        256: AttentionBlocks(128, 64, 8, 2),
+        256: AttentionBlocks(128, 32, 8, 3),
     },
 }
 _FORWARD_FLOAT32: _Table = {
@@ -117,26 +124,33 @@ _FORWARD_FLOAT32: _Table = {
 }
 _BACKWARD: _Table = {
     "interpreter": _SMALLEST,
-    "99 KiB": {
+    "64 KiB": {
         16: AttentionBlocks(64, 64, 4, 2),
         32: AttentionBlocks(64, 64, 4, 2),
         64: AttentionBlocks(64, 64, 4, 2),
         128: AttentionBlocks(32, 64, 8, 1),
         256: AttentionBlocks(32, 32, 8, 1),
     },
+    "99 KiB": {
+        16: AttentionBlocks(64, 64, 4, 3),
+        32: AttentionBlocks(64, 64, 4, 3),
+        64: AttentionBlocks(64, 64, 4, 3),
+        128: AttentionBlocks(32, 64, 8, 3),
+        256: AttentionBlocks(32, 32, 8, 1),
+    },
     "163 KiB": {
-        16: AttentionBlocks(64, 64, 4, 2),
-        32: AttentionBlocks(64, 64, 4, 2),
-        64: AttentionBlocks(64, 128, 8, 2),
-        128: AttentionBlocks(64, 64, 8, 2),
-        256: AttentionBlocks(32, 64, 8, 1),
+        16: AttentionBlocks(64, 64, 4, 3),
+        32: AttentionBlocks(64, 64, 4, 3),
+        64: AttentionBlocks(64, 128, 8, 3),
+        128: AttentionBlocks(64, 64, 8, 3),
+        256: AttentionBlocks(32, 64, 8, 3),
     },
     "227 KiB": {
-        16: AttentionBlocks(64, 128, 8, 2),
-        32: AttentionBlocks(64, 128, 8, 2),
-        64: AttentionBlocks(64, 128, 8, 2),
-        128: AttentionBlocks(64, 128, 8, 2),
-        256: AttentionBlocks(32, 64, 8, 2),
+        16: AttentionBlocks(64, 128, 8, 3),
+        32: AttentionBlocks(64, 128, 8, 3),
+        64: AttentionBlocks(64, 128, 8, 3),
+        128: AttentionBlocks(64, 128, 8, 3),
+        256: AttentionBlocks(32, 64, 8, 3),
     },
 }
 _BACKWARD_FLOAT32: _Table = {
@@ -151,19 +165,22 @@ _BACKWARD_FLOAT32: _Table = {
 }
 
 
-def attention_forward(q: Tensor) -> AttentionBlocks:
+def attention_forward(q: Tensor, is_block_sparse: bool = False) -> AttentionBlocks:
     """Block sizes of the forward pass for queries like `q` (batch, rows, heads, head_dim)."""
-    return _attention_blocks(_FORWARD_FLOAT32 if q.dtype == torch.float32 else _FORWARD, q)
+    return _attention_blocks(_FORWARD_FLOAT32 if q.dtype == torch.float32 else _FORWARD, q, is_block_sparse)
 
 
-def attention_backward(q: Tensor) -> AttentionBlocks:
+def attention_backward(q: Tensor, is_block_sparse: bool = False) -> AttentionBlocks:
     """Block sizes of the backward pass for queries like `q` (batch, rows, heads, head_dim)."""
-    return _attention_blocks(_BACKWARD_FLOAT32 if q.dtype == torch.float32 else _BACKWARD, q)
+    return _attention_blocks(_BACKWARD_FLOAT32 if q.dtype == torch.float32 else _BACKWARD, q, is_block_sparse)
 
 
-def _attention_blocks(table: _Table, q: Tensor) -> AttentionBlocks:
-    of_class = table.get(_memory_class(architecture(q.device)), table["99 KiB"])
-    return of_class[padded(q.shape[-1])]
+def _attention_blocks(table: _Table, q: Tensor, is_block_sparse: bool) -> AttentionBlocks:
+    """Looking up a layout takes registers and its list of tiles a stage: block-sparse has a small GPU's blocks."""
+    memory = _memory_class(architecture(q.device))
+    if is_block_sparse and memory.endswith("KiB"):
+        memory = "64 KiB"
+    return table.get(memory, table["99 KiB"])[padded(q.shape[-1])]
 
 
 def _memory_class(architecture: str) -> str:
@@ -172,4 +189,4 @@ def _memory_class(architecture: str) -> str:
         return "163 KiB"
     if architecture in ("sm_90", "sm_100", "sm_103"):
         return "227 KiB"
-    return "interpreter" if architecture == "interpreter" else "99 KiB"  # sm_86, sm_89, sm_120, AMD
+    return {"interpreter": "interpreter", "hip": "64 KiB"}.get(architecture, "99 KiB")  # sm_86, sm_89, sm_120

@@ -64,7 +64,7 @@ def main() -> None:
         compile_case("sm_90", torch.float32, head_dim, key_intervals())
         for architecture in ("sm_80", "sm_89", "gfx942"):
             compile_case(architecture, torch.float16, head_dim, key_intervals())
-    compile_case("sm_90", torch.bfloat16, 128, kept_blocks())
+        compile_case("sm_90", torch.bfloat16, head_dim, kept_blocks())
     compile_case("sm_90", torch.bfloat16, 128, key_intervals(), deterministic=True)
     compile_case("sm_90", torch.bfloat16, 128, key_intervals(), distributed=True)
     seed, slopes = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")

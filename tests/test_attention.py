@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import reference
-from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.interface import Call, attention
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]
 
@@ -95,6 +96,15 @@ def test_without_gradient_of_lse(device):
     true = gradients(torch.float64, "cpu", mask_cpu, "reference")
     for result, t in zip(gradients(dtype, device, mask, "sdpa"), true, strict=True):
         assert relative_error(result, t) < (2e-6 if device == "cpu" else 8e-3)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+def test_results_are_contiguous_as_the_op_promises(implementation):
+    q = torch.randn(1, 2, 12, 8).transpose(1, 2).requires_grad_()
+    mask = KeyIntervals.causal(12).window(5, "cpu")
+    torch.library.opcheck(
+        torch.ops.longctx.attention.default, (q, q, q, None, *Call.of(mask, Options(0.3), implementation))
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "sdpa"])

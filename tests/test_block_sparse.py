@@ -168,3 +168,30 @@ def test_bad_sequences():
     qkv = torch.zeros(40, 3, 2, 16, device=DEVICE)
     with pytest.raises(ValueError, match="no sequence may be longer than max_s"):
         flash_blocksparse_attn_func(qkv, torch.tensor([0, 40]), torch.ones(16, 1), 0.0, 30)
+
+
+def test_empty_batches():
+    qkv = torch.randn(5, 3, 2, 16, device=DEVICE)
+    nobody = torch.tensor([0, 0], dtype=torch.int32)
+    out, _, lse = flash_blocksparse_attn_func(qkv, nobody, flash_layout(1, 1), 0.0, 16, return_attn_probs=True)
+    assert torch.equal(out, torch.zeros_like(qkv[:, 0]))
+    assert bool((lse == -torch.inf).all())
+    with pytest.raises(ValueError, match="must have 2 or more entries"):
+        flash_blocksparse_attn_func(qkv, nobody[:1], flash_layout(1, 1), 0.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"scale": -1.0}, "scale -1.0: must be above 0"), ({"block_q": 0}, "blocks of 0 x 16: must have 1 or more")],
+)
+def test_bad_numbers(changes, message):
+    q = torch.zeros(1, 40, 2, 16, device=DEVICE)
+    arguments = {"layout": torch.ones(3, 3, device=DEVICE), "block_q": 16, "block_k": 16} | changes
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(q, q, q, **arguments)
+
+
+def test_module_refuses_what_it_has_not():
+    module = FlashBlocksparseAttention(Banded())
+    with pytest.raises(ValueError, match="attn_mask and need_weights: block-sparse attention has neither"):
+        module(torch.zeros(1, 30, 3, 2, 16), need_weights=True)

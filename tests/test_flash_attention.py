@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -247,3 +249,36 @@ def test_bad_calls():
         fa.flash_attn_varlen_func(q[None], q[None], q[None], cu_seqlens, cu_seqlens, 18, 18)
     with pytest.raises(ValueError, match="cu_seqlens without max_seqlen"):
         fa.FlashSelfAttention()(torch.stack((q, q, q), 1), cu_seqlens=cu_seqlens)
+
+
+def test_the_cache_of_offsets_neither_leaks_nor_grows():
+    gc.collect()
+    before = len(mask._remembered)
+    qkv = random(30, 3, 2, 16)
+    cu_seqlens = offsets([0, 12, 30])
+    for middle in range(5, 10):
+        cu_seqlens[1] = middle
+        fa.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 25, causal=True)
+    assert len(mask._remembered[cu_seqlens]) == 1
+    del cu_seqlens
+    gc.collect()
+    assert len(mask._remembered) == before
+
+
+def test_a_slope_for_each_sequence():
+    q, cu_seqlens = random(30, 2, 16), offsets([0, 12, 30])
+    for wrong in (3, 1):
+        with pytest.raises(ValueError, match=rf"alibi_slopes \({wrong}, 2\) on .*: must be \(2,\) or \(2, 2\)"):
+            fa.flash_attn_varlen_func(
+                q, q, q, cu_seqlens, cu_seqlens, 18, 18, alibi_slopes=torch.ones(wrong, 2, device=DEVICE)
+            )
+
+
+def test_validation_before_training():
+    qkv, cu_seqlens = random(30, 3, 2, 16), offsets([0, 12, 30])
+    with torch.inference_mode():
+        fa.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 18, causal=True)
+        fa.flash_attn_qkvpacked_func(qkv[None], causal=True, window_size=(3, 0))
+    fa.flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 18, causal=True).sum().backward()
+    fa.flash_attn_qkvpacked_func(qkv[None], causal=True, window_size=(3, 0)).sum().backward()
+    assert bool(qkv.grad.isfinite().all())

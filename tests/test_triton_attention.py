@@ -6,6 +6,7 @@ plain torch in a 16-bit dtype. Memory that nobody has written is NaN.
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from longctx.kernels import launch, reference
 from longctx.kernels.attention import interface, kernel_mask, tiles, triton_backward, triton_forward
+from longctx.kernels.attention import mask as mask_module
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
@@ -374,6 +376,82 @@ def test_offsets_pass_two_to_the_31():
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+# what is kept, and what is empty --------------------------------------------------------------------------------------
+
+
+def remembered() -> int:
+    gc.collect()
+    return len(mask_module._remembered)
+
+
+def test_masks_that_are_gone_are_forgotten():
+    before = remembered()
+    for step in range(3):
+        mask = KeyIntervals.documents(torch.arange(40).div(10 + step, rounding_mode="floor").mul(10 + step)[None])
+        mask = mask.to(DEVICE)
+        q = torch.randn(1, 40, 2, 16, device=DEVICE, requires_grad=True)
+        attention(q, q, q, mask, implementation="triton", deterministic=True)[0].sum().backward()
+    del mask
+    assert remembered() == before
+
+
+def test_bounds_are_the_masks_own():
+    """Writing to the tensors a mask was made of changes nothing; a new mask sees what was written."""
+    start, end = torch.zeros(1, 40, dtype=torch.int32, device=DEVICE), torch.full((1, 40), 8, device=DEVICE)
+    end = end.to(torch.int32)
+    q, k, v = (torch.randn(1, 40, 2, 16, device=DEVICE) for _ in range(3))
+    few = KeyIntervals.intervals(start, end, 40)
+    first, _ = attention(q, k, v, few, implementation="triton")
+    end.fill_(40)
+    assert torch.equal(attention(q, k, v, few, implementation="triton")[0], first)
+    all_keys, _ = attention(q, k, v, KeyIntervals.intervals(start, end, 40), implementation="triton")
+    true, _ = attention(q, k, v, KeyIntervals.full(40, 40), implementation="reference")
+    torch.testing.assert_close(all_keys, true, rtol=0, atol=2e-6)
+
+
+def test_what_validation_makes_training_may_use():
+    mask = KeyIntervals.causal(33)
+    q = torch.randn(1, 33, 2, 16, device=DEVICE)
+    with torch.inference_mode():
+        attention(q, q, q, mask, implementation="triton")
+    q.requires_grad_()
+    attention(q, q, q, mask, implementation="triton")[0].sum().backward()
+    assert bool(q.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("implementation", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_attend(n_queries, n_keys, implementation):
+    q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (n_queries, n_keys, n_keys))
+    sink = torch.tensor([0.5, 2.0], device=DEVICE)
+    out, lse = attention(q, k, v, KeyIntervals.full(n_queries, n_keys), implementation=implementation, sink=sink)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, sink.view(1, 2, 1).expand(2, 2, n_queries))
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_a_sink_reaches_rows_without_keys_when_merging():
+    mask = KeyIntervals.causal(32, 8)  # 24 rows come before the first key
+    q, k = torch.randn(1, 32, 2, 16, device=DEVICE), torch.randn(1, 8, 2, 16, device=DEVICE)
+    scores = torch.randn(2, 3, device=DEVICE)
+    sink = scores[:, 0]  # not contiguous
+    out, lse = torch.zeros(q.shape, device=DEVICE), torch.full((1, 2, 32), -torch.inf, device=DEVICE)
+    triton_forward.forward(q, k, k, mask, Options(0.25), sink, into=(out, lse))
+    true_out, true_lse = reference.attention_forward(q, k, k, mask, Options(0.25), sink)
+    torch.testing.assert_close(out, true_out, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse, true_lse, rtol=0, atol=2e-6)
+
+
+def test_accumulating_over_no_rows_keeps_what_is_there():
+    q, k = torch.randn(1, 0, 2, 16, device=DEVICE), torch.randn(1, 8, 2, 16, device=DEVICE)
+    into = torch.ones(q.shape, device=DEVICE), torch.ones(k.shape, device=DEVICE), torch.ones(k.shape, device=DEVICE)
+    lse = torch.zeros(1, 2, 0, device=DEVICE)
+    mask = KeyIntervals.full(0, 8)
+    result = interface.backward(q, None, q, k, k, q, lse, mask, Options(0.25), "triton", into)
+    assert all(torch.equal(a, torch.ones_like(a)) for a in result)
 
 
 # bad calls ------------------------------------------------------------------------------------------------------------

@@ -15,25 +15,27 @@ Row = dict[str, str | float | None]
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
-    """Median time of a call after three to warm up, over some `seconds` of them, 5 to 50 calls."""
-    for _ in range(3):
-        call()
-    one = _timed(call, device)
-    repeats = max(5, min(50, int(seconds * 1e3 / max(one, 1e-3)))) if device.type == "cuda" else 1
-    return sorted(_timed(call, device) for _ in range(repeats))[repeats // 2]
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call: on a GPU of 5 to 50 calls that take some `seconds`, after three to warm up; else of one."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
+    for _ in range(3):
+        call()
+    one = _gpu_times_ms(call, 1)[0]
+    repeats = max(5, min(50, int(seconds * 1e3 / max(one, 1e-3))))
+    return sorted(_gpu_times_ms(call, repeats))[repeats // 2]
+
+
+def _gpu_times_ms(call: Callable[[], object], repeats: int) -> list[float]:
+    """Of calls queued one after the other, so that the time to launch them does not count."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in events:
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
 
 
 def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:

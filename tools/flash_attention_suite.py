@@ -38,7 +38,8 @@ class Sample:
             item for item in items if "kvcache" not in item.name and not item.callspec.params.get("paged_kv_block_size")
         ]
         kept = self.random.sample(applicable, min(self.size, len(applicable)))
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         print(f"\n{len(items)} cases, {len(applicable)} apply, running {len(kept)}:")
         for name, count in sorted(Counter(item.originalname for item in kept).items()):
             print(f"  {name}: {count}")

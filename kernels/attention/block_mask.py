@@ -46,13 +46,11 @@ class TileLists(NamedTuple):
     """The tiles that a kernel visits for each block of rows (or of keys): those with an edge first, then the full ones.
 
     `counts` (1 or heads, blocks, 2): how many have an edge, and how many there are; `order` (1 or heads, blocks, most
-    that there can be): which. `turns` (1 or heads, row blocks, key blocks): how many key blocks after this one add to
-    the same rows of dQ. All int32.
+    that there can be): which. Both int32.
     """
 
     counts: Tensor
     order: Tensor
-    turns: Tensor
 
 
 def tile_lists(mask: BlockMask, tile_q: int, tile_k: int, of_keys: bool) -> TileLists:
@@ -60,16 +58,26 @@ def tile_lists(mask: BlockMask, tile_q: int, tile_k: int, of_keys: bool) -> Tile
 
     def compute() -> TileLists:
         touched, full = _classify(mask, tile_q, tile_k)
-        turns = touched.flip(-1).cumsum(-1).flip(-1) - touched.to(torch.int64)
         if of_keys:
             touched, full = touched.transpose(1, 2), full.transpose(1, 2)
         rank = torch.where(full, 1, torch.where(touched, 0, 2))
         order = torch.sort(rank, dim=-1, stable=True).indices
         counts = torch.stack(((touched & ~full).sum(-1), touched.sum(-1)), dim=-1)
-        return TileLists(*(x.to(torch.int32).contiguous() for x in (counts, order, turns)))
+        return TileLists(*(x.to(torch.int32).contiguous() for x in (counts, order)))
 
     others = (mask.intervals.start, mask.intervals.end)
     return remember(mask.kept, others, ("tile_lists", mask.block_q, mask.block_k, tile_q, tile_k, of_keys), compute)
+
+
+def addition_turns(mask: BlockMask, tile_q: int, tile_k: int) -> Tensor:
+    """(1 or heads, row blocks, key blocks) int32: how many key blocks after this one add to the same rows of dQ."""
+
+    def compute() -> Tensor:
+        touched = _classify(mask, tile_q, tile_k)[0].to(torch.int32)
+        return (touched.flip(-1).cumsum(-1).flip(-1) - touched).to(torch.int32).contiguous()
+
+    others = (mask.intervals.start, mask.intervals.end)
+    return remember(mask.kept, others, ("turns", mask.block_q, mask.block_k, tile_q, tile_k), compute)
 
 
 def _classify(mask: BlockMask, tile_q: int, tile_k: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.library import custom_op
 from longctx.kernels import launch, reference
 from longctx.kernels.attention import triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.interface import check_inputs
+from longctx.kernels.attention.interface import check_inputs, check_options
 from longctx.kernels.attention.mask import KeyIntervals, remember
 from longctx.kernels.attention.options import Options
 
@@ -46,6 +46,8 @@ def block_sparse_attention(
     without a kept key has out 0 and lse -inf. Raises ValueError where shapes do not fit.
     """
     check_inputs(q, k, v)
+    if block_q < 1 or block_k < 1:
+        raise ValueError(f"blocks of {block_q} x {block_k}: must have 1 or more queries and keys")
     kept = layout.unsqueeze(0) if layout.ndim == 2 else layout
     n_queries, n_keys, heads = q.shape[1], k.shape[1], q.shape[2]
     rows, columns = -(-n_queries // block_q), -(-n_keys // block_k)
@@ -56,13 +58,23 @@ def block_sparse_attention(
         )
     if layout.device != q.device:
         raise ValueError(f"layout on {layout.device}, q on {q.device}: must be on one device")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout}: must be a probability below 1")
     kept = _kept_blocks(layout, kept, rows, columns)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, dropout=dropout)
+    check_options(options, q)
     seed = torch.randint(2**62, (1,), device=q.device) if dropout else None
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.longctx.block_sparse_attention(
-        q, k, v, kept, seed, block_q, block_k, is_causal, scale, dropout, deterministic, choose(implementation, q)
+        q,
+        k,
+        v,
+        kept,
+        seed,
+        block_q,
+        block_k,
+        is_causal,
+        options.scale,
+        dropout,
+        deterministic,
+        choose(implementation, q),
     )
 
 
@@ -86,7 +98,7 @@ def _kept_blocks(layout: Tensor, kept: Tensor, rows: int, columns: int) -> Tenso
 
     if torch.compiler.is_compiling() or layout.is_inference():
         return make()
-    return remember(layout, (), ("kept", layout._version, rows, columns), make)
+    return remember(layout, (), ("kept", rows, columns), make)
 
 
 # the op ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +128,7 @@ def _mask(q: Tensor, k: Tensor, kept: Tensor, block_q: int, block_k: int, is_cau
 def _forward(q, k, v, kept, seed, block_q, block_k, is_causal, scale, dropout, deterministic, implementation):
     mask = _mask(q, k, kept, block_q, block_k, is_causal)
     options = Options(scale, dropout=dropout, seed=seed, deterministic=deterministic)
-    if implementation == "triton":
+    if implementation == "triton" and q.numel() and k.numel():
         return triton_forward.forward(q, k, v, mask, options)
     return reference.attention_forward(q, k, v, mask, options)
 
@@ -133,7 +145,8 @@ def _backward(
 ):  # fmt: skip
     mask = _mask(q, k, kept, block_q, block_k, is_causal)
     options = Options(scale, dropout=dropout, seed=seed, deterministic=deterministic)
-    backward = triton_backward.backward if implementation == "triton" else reference.attention_backward
+    by_triton = implementation == "triton" and q.numel() and k.numel()
+    backward = triton_backward.backward if by_triton else reference.attention_backward
     return backward(dout, dlse, q, k, v, out, lse, mask, options)
 
 
@@ -187,13 +200,15 @@ def flash_blocksparse_attn_func(
     with `return_attn_probs` also an empty tensor where flash-attention has the probabilities, and softmax_lse (heads,
     total).
     """
-    layout = blockmask if convert_mask else _layout_of_converted(blockmask)
+    layout = blockmask
+    if not convert_mask:
+        layout = remember(blockmask, (), "layout", lambda: _layout_of_converted(blockmask))
     offsets = cu_seqlens.tolist()
     lengths = {last - first for first, last in pairwise(offsets)}
-    if offsets[0] != 0 or offsets[-1] > qkv.shape[0] or min(lengths) < 0 or max(lengths) > max_s:
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > qkv.shape[0] or min(lengths) < 0 or max(lengths) > max_s:
         raise ValueError(
-            f"cu_seqlens {offsets[:4]}...{offsets[-1]} with max_s {max_s} over {qkv.shape[0]} tokens: must start at 0, "
-            "never decrease, end within the tokens, and no sequence may be longer than max_s"
+            f"cu_seqlens {offsets[:8]}... with max_s {max_s} over {qkv.shape[0]} tokens: must have 2 or more "
+            "entries, start at 0, never decrease, end within the tokens, and no sequence may be longer than max_s"
         )
 
     def attend(part: Tensor) -> tuple[Tensor, Tensor]:  # part (batch, sequence, 3, heads, head_dim)
@@ -207,7 +222,8 @@ def flash_blocksparse_attn_func(
         parts = [attend(qkv[first:last].unsqueeze(0)) for first, last in pairwise(offsets) if first < last]
         rest = torch.zeros_like(qkv[offsets[-1] :, 0])
         out = torch.cat([*(part[0] for part, _ in parts), rest])
-        lse = torch.cat([*(part[0] for _, part in parts), rest[..., 0].T.to(parts[0][1].dtype) - torch.inf], dim=1)
+        rest_lse = rest[..., 0].T.to(reference.accumulation_dtype(qkv.dtype)) - torch.inf
+        lse = torch.cat([*(part[0] for _, part in parts), rest_lse], dim=1)
     return (out, qkv.new_empty(0), lse) if return_attn_probs else out
 
 
@@ -257,7 +273,9 @@ class FlashBlocksparseAttention(nn.Module):
         attention_dropout: float = 0.0,
         max_seq_length: int = 2048,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        del dtype  # flash-attention takes one too; the layout is bool
         super().__init__()
         self.softmax_temp, self.dropout_p = softmax_temp, attention_dropout
         length = -(-max_seq_length // LAYOUT_COLUMNS) * LAYOUT_COLUMNS
@@ -266,16 +284,23 @@ class FlashBlocksparseAttention(nn.Module):
     def forward(
         self,
         qkv: Tensor,
+        attn_mask: None = None,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
         cu_seqlens: Tensor | None = None,
         max_s: int | None = None,
+        need_weights: bool = False,
+        convert_mask: bool = True,
     ) -> tuple[Tensor, None]:
         """qkv (batch, sequence, 3, heads, head_dim), or with `cu_seqlens` and `max_s` (total, 3, heads, head_dim).
 
-        `key_padding_mask` (batch, sequence) bool: true for the tokens there are; the others get 0. Returns out without
-        the 3, and None in place of the weights.
+        `key_padding_mask` (batch, sequence) bool: true for the tokens there are; the others get 0. As flash-attention's
+        it knows no `attn_mask` and gives no weights; `convert_mask` makes no difference. Returns out without the 3, and
+        None in place of the weights.
         """
+        if attn_mask is not None or need_weights:
+            raise ValueError("attn_mask and need_weights: block-sparse attention has neither; give the layout instead")
+        del convert_mask
         dropout = self.dropout_p if self.training else 0.0
         if cu_seqlens is not None:
             if max_s is None:

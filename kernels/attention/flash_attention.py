@@ -3,20 +3,20 @@
     from longctx.kernels.attention.flash_attention import flash_attn_func     # instead of: from flash_attn import ...
 
 Beside them the older names `flash_attn_unpadded_*` and the modules `FlashSelfAttention` and `FlashCrossAttention`.
-What is different: float32 is taken too, any head dim up to 256, `softmax_lse` has a gradient, and is -inf where a row
-sees no key. With dropout, `S_dmask` is the softmax itself, negative where an entry was dropped.
+What is different: float32 is taken too, any head dim up to 256; `softmax_lse` has a gradient and is -inf where a row
+sees no key; softmax_scale must be above 0; the right limit of a window holds also where the keys are fewer. With
+dropout, `S_dmask` is the softmax itself, negative where an entry was dropped, and not rounded up to tiles.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from longctx.kernels.attention.interface import attention
-from longctx.kernels.attention.mask import KeyIntervals, remember
+from longctx.kernels.attention.mask import KeyIntervals, remember, sized_mask
 from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import attention_scores, dropout_weight, finite_lse
 
@@ -130,6 +130,12 @@ def flash_attn_varlen_func(
     left, right = _limits(window_size, causal)
     mask = _sequences_mask(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, left, right)
     if alibi_slopes is not None and alibi_slopes.ndim == 2:
+        sequences = cu_seqlens_q.numel() - 1
+        if alibi_slopes.shape != (sequences, q.shape[1]) or alibi_slopes.device != q.device:
+            raise ValueError(
+                f"alibi_slopes {tuple(alibi_slopes.shape)} on {alibi_slopes.device}: must be ({q.shape[1]},) or "
+                f"({sequences}, {q.shape[1]}) on {q.device}"
+            )
         alibi_slopes = _slope_of_rows(alibi_slopes, cu_seqlens_q, q.shape[0])
     seed = _draw_seed(dropout_p, q)
     q, k, v = (x.unsqueeze(0) for x in (q, k, v))
@@ -391,12 +397,12 @@ def _limits(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
     return left, None if causal else right
 
 
-@lru_cache(maxsize=32)
 def _mask(
     n_queries: int, n_keys: int, causal: bool, left: int | None, right: int | None, device: torch.device
 ) -> KeyIntervals:
-    mask = KeyIntervals.causal(n_queries, n_keys) if causal else KeyIntervals.full(n_queries, n_keys)
-    return mask if left is None and right is None else mask.band(left, right, device)
+    if left is None and right is None:
+        return KeyIntervals(n_queries, n_keys, is_causal=causal)
+    return sized_mask(n_queries, n_keys, causal, left, right, device)
 
 
 def _sequences_mask(
@@ -416,7 +422,7 @@ def _sequences_mask(
 
     if torch.compiler.is_compiling() or cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference():
         return make()  # a traced tensor has no identity, and one of inference mode counts no writes to it
-    key = (cu_seqlens_q._version, cu_seqlens_k._version, n_queries, n_keys, causal, left, right)
+    key = ("sequences", n_queries, n_keys, causal, left, right)
     return remember(cu_seqlens_q, (cu_seqlens_k,), key, make)
 
 

@@ -57,7 +57,7 @@ def attention(
         seed if dropout else None,
         deterministic,
     )
-    _check_options(options, q)
+    check_options(options, q)
     call = Call.of(mask, options, choose(implementation, q, options))
     return _attention(q, k, v, sink, *call)
 
@@ -161,7 +161,8 @@ def _check_mask(mask: KeyIntervals, sink: Tensor | None, q: Tensor, k: Tensor) -
         raise ValueError("attention: " + "; ".join(problems))
 
 
-def _check_options(options: Options, q: Tensor) -> None:
+def check_options(options: Options, q: Tensor) -> None:
+    """Raises ValueError, with all that is wrong, unless queries like `q` can be attended from with `options`."""
     problems = []
     batch, n_queries, heads, _ = q.shape
     if not options.scale > 0:
@@ -200,14 +201,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """One block of attention without autograd: what the ops of this file and of context parallelism are made of.
 
-    `into`: out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which this
-    block is merged in place, and which are returned. `implementation`: see `choose`.
+    `into`: contiguous out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which
+    this block is merged in place, and which are returned. `implementation`: see `choose`.
     """
     implementation = choose(implementation, q, options)
-    if implementation == "triton":
+    is_empty = not q.numel() or not k.numel()
+    if implementation == "triton" and not is_empty:
         return triton_forward.forward(q, k, v, mask, options, sink, into)
-    if implementation == "sdpa":
-        out, lse = sdpa.forward(q, k, v, mask, options.scale)
+    if implementation == "sdpa" or is_empty:
+        out, lse = _without_keys(q) if is_empty else sdpa.forward(q, k, v, mask, options.scale)
         if sink is not None:
             out, lse = reference.add_sink(out, lse, sink)
     else:
@@ -218,6 +220,13 @@ def forward(
     into[0].copy_(merged_out)
     into[1].copy_(merged_lse)
     return into
+
+
+def _without_keys(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Out and lse of rows that see nothing."""
+    lse_dtype = reference.accumulation_dtype(q.dtype)
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=lse_dtype, device=q.device)
+    return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 def backward(
@@ -238,6 +247,8 @@ def backward(
     `into`: dq, dk and dv in the dtype of sums, to which this block's are added in place, and which are returned.
     """
     implementation = choose(implementation, q, options)
+    if not q.numel() or not k.numel():
+        return into or (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     if implementation == "triton":
         return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
     if implementation == "sdpa":

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import launch
-from longctx.kernels.attention.block_mask import BlockMask, tile_lists
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.block_mask import BlockMask, addition_turns, tile_lists
+from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.tiles import key_tiles, row_tiles
 
@@ -61,8 +61,9 @@ def kernel_mask(
     """What the forward pass reads of `mask`, with tiles of these sizes; `of_keys`: what the backward pass does."""
     if isinstance(mask, BlockMask):
         lists = tile_lists(mask, tile_q, tile_k, of_keys)
+        turns = addition_turns(mask, tile_q, tile_k) if of_keys and options.deterministic else None
         return KernelMask(
-            *contiguous_bounds(mask.intervals), None, None, lists.counts, lists.turns, lists.order,
+            *_bounds(mask.intervals), None, None, lists.counts, turns, lists.order,
             mask.kept.view(torch.uint8), mask.block_q, mask.block_k,
         )  # fmt: skip
     needs_positions = options.alibi_slopes is not None or options.seed is not None
@@ -71,12 +72,10 @@ def kernel_mask(
     of_rows = key_tiles(mask, tile_q, tile_k) if options.deterministic or not of_keys else None
     visited = row_tiles(mask, tile_q, tile_k) if of_keys else of_rows
     assert visited is not None
-    return KernelMask(*contiguous_bounds(mask), *positions, visited, of_rows)
+    return KernelMask(*_bounds(mask), *positions, visited, of_rows)
 
 
-@once_a_mask
-def contiguous_bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-    """Start and end of the key intervals, each (batch or 1, n_queries) with rows beside each other."""
-    assert mask.start is not None
-    start, end = torch.broadcast_tensors(*mask.bounds(mask.start.device))
-    return start.contiguous(), end.contiguous()
+def _bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
+    """Start and end of the key intervals; masks are made with rows beside each other, so nothing is copied."""
+    assert mask.start is not None and mask.end is not None  # noqa: PT018
+    return mask.start.contiguous(), mask.end.contiguous()

@@ -49,7 +49,7 @@ class KeyIntervals:
 
     @staticmethod
     def intervals(start: Tensor, end: Tensor, n_keys: int) -> KeyIntervals:
-        """Any bounds: integers, (n_queries,) or (batch or 1, n_queries), never decreasing along a sequence.
+        """Any bounds: integers, (n_queries,) or (batch or 1, n_queries), never decreasing along a sequence. Copied.
 
         Raises ValueError if they decrease or leave the keys. The check waits for the device, so make a mask once a step
         and share it over the layers.
@@ -62,6 +62,7 @@ class KeyIntervals:
             )
         for name, bound in (("start", start), ("end", end)):
             _check_ascending(f"{name} of the key intervals", bound, n_keys)
+        start, end = (bound.clone(memory_format=torch.contiguous_format) for bound in (start, end))
         return KeyIntervals(start.shape[1], n_keys, start=start, end=end)
 
     @staticmethod
@@ -117,9 +118,10 @@ class KeyIntervals:
 
     def written_out(self, device: torch.device | str) -> KeyIntervals:
         """The same mask with bounds: one object for all full or causal masks of a size, for `once_a_mask` to know."""
-        return (
-            self if self.start is not None else _written_out(self.n_queries, self.n_keys, self.is_causal, str(device))
-        )
+        if self.start is not None:
+            return self
+        made = sized_mask(self.n_queries, self.n_keys, self.is_causal, None, None, device)
+        return replace(made, query_position=self.query_position, key_position=self.key_position)
 
     def positions(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Of the queries, (batch or 1, n_queries), and of the keys, (n_keys,): int32, written out."""
@@ -151,7 +153,8 @@ class KeyIntervals:
         first = start if left is None else torch.maximum(start, position - left)
         if right is not None:
             end = torch.maximum(start, torch.minimum(end, position + (right + 1)))
-        return replace(self, is_causal=False, start=first.expand_as(end), end=end)
+        first, end = (bound.contiguous() for bound in torch.broadcast_tensors(first, end))
+        return replace(self, is_causal=False, start=first, end=end)
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` (ascending) over the same keys: one rank's share."""
@@ -181,12 +184,6 @@ class KeyIntervals:
         )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
-def _written_out(n_queries: int, n_keys: int, is_causal: bool, device: str) -> KeyIntervals:
-    start, end = KeyIntervals(n_queries, n_keys, is_causal).bounds(device)
-    return KeyIntervals(n_queries, n_keys, start=start, end=end)
-
-
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     """Raises ValueError unless `bound` (rows, n) stays in 0..limit and never decreases along a row."""
     if torch.compiler.is_compiling() or bound.numel() == 0:
@@ -196,8 +193,8 @@ def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     if least < 0 or most > limit:
         raise ValueError(f"{what}: values from {least} to {most}, must lie in 0..{limit}")
     if decreasing:
-        at = int(torch.nonzero(bound[:, 1:] < bound[:, :-1])[0, 1])
-        raise ValueError(f"{what}: {int(bound[:, at].max())} at {at} is followed by less, must never decrease")
+        row, at = torch.nonzero(bound[:, 1:] < bound[:, :-1])[0].tolist()
+        raise ValueError(f"{what}: {int(bound[row, at])} at {at} is followed by less, must never decrease")
 
 
 def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n_keys: int) -> None:
@@ -219,17 +216,47 @@ def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n
 # what is computed once a mask -----------------------------------------------------------------------------------------
 
 _remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_MOST_OF_A_TENSOR = 64  # results kept for one tensor; the oldest goes first
 
 
 def remember(anchor: Tensor, others: tuple[Tensor | None, ...], key: Hashable, compute: Callable[[], T]) -> T:
-    """`compute()`, kept as long as the tensor `anchor` lives, for this `key` and the very same `others`."""
+    """`compute()`, kept as long as the tensor `anchor` lives, for this `key` and the very same `others`.
+
+    Computed again once somebody has written to one of them. The result must not hold `anchor`, which would never die.
+    """
     if anchor not in _remembered:
         _remembered[anchor] = {}
     of_anchor: dict = _remembered[anchor]
     full_key = (*map(id, others), key)
-    if full_key not in of_anchor:
-        of_anchor[full_key] = others, compute()  # with the others, so that their ids stay theirs
-    return of_anchor[full_key][1]
+    writes = [0 if x is None or x.is_inference() else x._version for x in (anchor, *others)]
+    if full_key not in of_anchor or of_anchor[full_key][0] != writes:
+        of_anchor.pop(full_key, None)
+        if len(of_anchor) >= _MOST_OF_A_TENSOR:
+            del of_anchor[next(iter(of_anchor))]
+        keep = [None if x is anchor else x for x in others]  # so that their ids stay theirs
+        with torch.inference_mode(False):  # what validation makes, training may use
+            of_anchor[full_key] = writes, keep, compute()
+    return of_anchor[full_key][2]
+
+
+def sized_mask(
+    n_queries: int, n_keys: int, is_causal: bool, left: int | None, right: int | None, device: torch.device | str
+) -> KeyIntervals:
+    """The full or causal mask of a size with bounds, and a band: the same tensors each time, for `once_a_mask`."""
+    made = _sized_mask(n_queries, n_keys, is_causal, left, right, str(device))
+    if type(made.start) is not Tensor:  # made while torch traces or pretends: of no use to others
+        _sized_mask.cache_clear()
+    return made
+
+
+@lru_cache(maxsize=64)
+def _sized_mask(
+    n_queries: int, n_keys: int, is_causal: bool, left: int | None, right: int | None, device: str
+) -> KeyIntervals:
+    with torch.inference_mode(False):
+        start, end = KeyIntervals(n_queries, n_keys, is_causal).bounds(device)
+        mask = KeyIntervals(n_queries, n_keys, start=start, end=end)
+        return mask if left is None and right is None else mask.band(left, right, device)
 
 
 def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:

@@ -34,4 +34,4 @@ class Options:
     @property
     def threshold(self) -> int:
         """An entry is dropped where its 32 random bits are below this."""
-        return min(round(self.dropout * 2**32), 2**32 - 1)
+        return max(2, min(round(self.dropout * 2**32), 2**32 - 1))  # a 1 would become a constant of the compilation

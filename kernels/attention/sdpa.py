@@ -176,7 +176,7 @@ def _edge_mask(run: Run, n_rows: int, n_keys: int, dtype: torch.dtype) -> Tensor
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
     batch, n_queries, heads, _ = q.shape
     k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    out = torch.zeros_like(q)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, n_queries), -torch.inf, dtype=accumulation_dtype(q.dtype))
     for sequences, rows, keys, arguments in _cpu_calls(mask, batch, q.dtype):
         inputs = _heads_first(q[sequences, rows], k[sequences, keys], v[sequences, keys])
@@ -188,7 +188,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: flo
 def _cpu_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, heads, _ = q.shape
     kv_heads, repeated_k, repeated_v = k.shape[2], repeat_heads(k, heads), repeat_heads(v, heads)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(repeated_k), torch.zeros_like(repeated_v)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, repeated_k, repeated_v))
     for sequences, rows, keys, arguments in _cpu_calls(mask, batch, q.dtype):
         inputs = _heads_first(
             dout[sequences, rows], q[sequences, rows], repeated_k[sequences, keys], repeated_v[sequences, keys],
@@ -305,7 +305,7 @@ def _pick(x: Tensor, index: Tensor | None) -> Tensor:
 def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
     batch, n_queries, heads, _ = q.shape
     rows, keys, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    out = torch.zeros_like(rows)
+    out = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
     lse = torch.full((heads, batch * n_queries), -torch.inf, dtype=torch.float32, device=q.device)
     for s in segments(mask, batch, q.device):
         part, part_lse, *_ = aten._flash_attention_forward(

@@ -40,7 +40,7 @@ def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
 
 def _bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
     assert mask.start is not None
-    start, end = torch.broadcast_tensors(*mask.bounds(mask.start.device))
+    start, end = mask.bounds(mask.start.device)
     return start.contiguous(), end.contiguous()
 
 

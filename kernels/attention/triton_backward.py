@@ -256,10 +256,8 @@ def backward(
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     else:
         dq, dk, dv = into
-    if q.numel() == 0 or k.numel() == 0:
-        return dq.to(q.dtype), dk.zero_(), dv.zero_()
     dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
-    blocks = launch.attention_backward(q)
+    blocks = launch.attention_backward(q, isinstance(mask, BlockMask))
     m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys, of_keys=True)
     locks = None
     if options.deterministic:

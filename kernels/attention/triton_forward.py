@@ -85,7 +85,7 @@ def _forward_kernel(
     first, full_first, full_last, last = tile_bounds(
         tiles + wide(batch) * tiles_batch + wide(head) * tiles_head, row_block, order
     )
-    if MERGE:
+    if MERGE and sink is None:
         if first >= last:
             return  # nothing to add
 
@@ -180,16 +180,14 @@ def forward(
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
     else:
         out, lse = into
-    if q.numel() == 0:
-        return out, lse
     q, k, v = (launch.readable(x) for x in (q, k, v))
-    blocks = launch.attention_forward(q)
+    blocks = launch.attention_forward(q, isinstance(mask, BlockMask))
     m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys)
     slopes = options.slopes(batch, n_queries, heads)
     with launch.on_device(q):
         _forward_kernel[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
-            q, k, v, out, lse, sink, slopes, options.seed, m.start, m.end, m.tiles, m.order, m.layout,
-            m.query_position, m.key_position,
+            q, k, v, out, lse, None if sink is None else sink.contiguous(), slopes, options.seed, m.start, m.end,
+            m.tiles, m.order, m.layout, m.query_position, m.key_position,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             *launch.strides(slopes, 3), launch.shared_stride(m.start), launch.shared_stride(m.query_position),
             m.tiles_batch, m.tiles_head, *m.order_strides, launch.shared_stride(m.layout),
@@ -198,6 +196,6 @@ def forward(
             MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
             BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
             num_warps=blocks.warps,
-            num_stages=blocks.stages if m.order is None else max(1, blocks.stages - 1),  # the list takes a stage
+            num_stages=blocks.stages,
         )  # fmt: skip
     return out, lse

@@ -77,7 +77,7 @@ def visible(row, key, start, end, layout, n_keys, LAYOUT_Q: tl.constexpr, LAYOUT
     """Whether rows see keys, all shaped to broadcast against each other; `layout` as in BlockMask, of one head."""
     seen = (key >= start) & (key < end)
     if layout is not None:
-        block = (row // LAYOUT_Q) * tl.cdiv(n_keys, LAYOUT_K) + key // LAYOUT_K
+        block = (row // LAYOUT_Q).to(tl.int64) * tl.cdiv(n_keys, LAYOUT_K) + key // LAYOUT_K
         seen &= tl.load(layout + block, mask=seen, other=0) != 0
     return seen
 

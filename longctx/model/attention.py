@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Positions, UserError
-from longctx.kernels.attention.interface import attention, choose
+from longctx.kernels.attention.interface import attention, check_inputs, choose
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import apply_rotary
@@ -27,8 +27,9 @@ class Attend(nn.Module):
 
 def chosen_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation the model's attention takes; raises UserError if the one asked for cannot serve it."""
-    q = torch.empty(1, 1, config.heads, config.head_dim, device=device, dtype=dtype)
+    q, k = (torch.empty(1, 1, n, config.head_dim, device=device, dtype=dtype) for n in (config.heads, config.kv_heads))
     try:
+        check_inputs(q, k, k)
         return choose(config.attention, q, Options(config.head_dim**-0.5))
     except ValueError as error:
         raise UserError(f"model.attention={config.attention}: {error}") from None

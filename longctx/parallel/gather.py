@@ -44,11 +44,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, share: Share)
 
 def _backward(dout, dlse, q, k, v, out, lse, share: Share) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = gather_keys_values(k, v, share)
+    compute = accumulation_dtype(q.dtype)
+    into = (
+        torch.zeros(q.shape, dtype=compute, device=q.device),
+        torch.zeros(keys.shape, dtype=compute, device=q.device),
+        torch.zeros(keys.shape, dtype=compute, device=q.device),
+    )
     dq, dk, dv = interface.backward(
-        dout, dlse, q, keys, values, out, lse, share.rows, share.options, share.implementation
+        dout, dlse, q, keys, values, out, lse, share.rows, share.options, share.implementation, into
     )
     my_dk, my_dv = scatter_gradients(dk, dv, share)
-    return dq, my_dk.to(k.dtype), my_dv.to(v.dtype)
+    return dq.to(q.dtype), my_dk.to(k.dtype), my_dv.to(v.dtype)
 
 
 _gather_attention = context_op("gather_attention", _forward, _backward)

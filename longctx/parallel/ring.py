@@ -1,8 +1,8 @@
 """Ring attention: keys and values go round the ranks, one shard a hop, while each rank keeps its queries.
 
 (Liu et al. 2023, Ring Attention with Blockwise Transformers.) Partial results are merged in float32 by their
-log-sum-exp, inside the kernel. In the backward pass the gradient of a shard travels with it in float32 and is home
-after the last hop.
+log-sum-exp, by the Triton kernels themselves. In the backward pass the gradient of a shard travels with it in float32
+and is home after the last hop.
 """
 
 from __future__ import annotations
