@@ -15,7 +15,7 @@ Row = dict[str, str | float | None]
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
-    """Median time of a call: on a GPU of 5 to 50 calls that take some `seconds`, after three to warm up; else of one."""
+    """Median time of a call: on a GPU of 5 to 50 calls in some `seconds`, after three to warm up; elsewhere of one."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
