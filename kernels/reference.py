@@ -81,14 +81,13 @@ def dropout_weight(mask: KeyIntervals | BlockMask, options: Options, batch: int,
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals | BlockMask, options: Options, sink: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals | BlockMask, options: Options
 ) -> tuple[Tensor, Tensor]:
     """softmax(scores) v, and the log-sum-exp of each row of scores.
 
-    q (batch, n_queries, heads, head_dim); k, v (batch, n_keys, kv_heads, head_dim), heads a multiple of kv_heads;
-    sink (heads,): the score of one more key, whose value is 0. Returns out like q and lse (batch, heads, n_queries) in
-    float32 (float64 for float64), natural log. A row that sees no key has out 0 and lse -inf. The whole score matrix
-    is in memory. (Dao et al. 2022, FlashAttention, Alg. 0)
+    q (batch, n_queries, heads, head_dim); k, v (batch, n_keys, kv_heads, head_dim), heads a multiple of kv_heads.
+    Returns out like q and lse (batch, heads, n_queries) in float32 (float64 for float64), natural log. A row that sees
+    no key has out 0 and lse -inf. The whole score matrix is in memory. (Dao et al. 2022, FlashAttention, Alg. 0)
     """
     scores, _ = attention_scores(q, k, mask, options)
     lse = torch.logsumexp(scores, dim=-1)
@@ -96,8 +95,6 @@ def attention_forward(
     if options.seed is not None:
         probabilities = probabilities * dropout_weight(mask, options, q.shape[0], q.shape[2]).to(probabilities.dtype)
     out = torch.einsum("bhij,bjhd->bihd", probabilities, repeat_heads(v, q.shape[2]).to(probabilities.dtype))
-    if sink is not None:
-        out, lse = add_sink(out, lse, sink)
     return out.to(q.dtype).contiguous(), lse
 
 

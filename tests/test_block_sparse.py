@@ -155,7 +155,7 @@ def test_module():
         (torch.ones(2, 2), {}, r"layout \(2, 2\): 40 queries and 40 keys in blocks of 16 x 16 need \(3, 3\)"),
         (torch.ones(3, 3, 3), {}, r"or \(2, 3, 3\) for a layout a head"),
         (torch.ones(3, 3), {"dropout": 1.5}, "dropout 1.5: must be a probability below 1"),
-        (torch.ones(3, 3), {"implementation": "sdpa"}, "'sdpa' is none of auto, triton, reference"),
+        (torch.ones(3, 3), {"implementation": "sdpa"}, "'sdpa' cannot serve this call: torch's kernels skip no blocks"),
     ],
 )
 def test_bad_calls(layout, changes, message):

@@ -440,7 +440,7 @@ def test_a_sink_reaches_rows_without_keys_when_merging():
     sink = scores[:, 0]  # not contiguous
     out, lse = torch.zeros(q.shape, device=DEVICE), torch.full((1, 2, 32), -torch.inf, device=DEVICE)
     triton_forward.forward(q, k, k, mask, Options(0.25), sink, into=(out, lse))
-    true_out, true_lse = reference.attention_forward(q, k, k, mask, Options(0.25), sink)
+    true_out, true_lse = interface.forward(q, k, k, mask, Options(0.25), "reference", sink)
     torch.testing.assert_close(out, true_out, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse, true_lse, rtol=0, atol=2e-6)
 
@@ -517,7 +517,7 @@ def test_the_choice_is_explained():
     said = interface.explain(q, KeyIntervals.causal(8), Options(1.0, softcap=2.0))
     assert "sdpa: cannot: torch's kernels are not used with softcap" in said
     assert "reference: chosen: the first that can, for a causal mask in torch.float32 with head_dim 16" in said
-    assert interface.choose("auto", q, Options(1.0)) == "sdpa"
+    assert interface.choose("auto", q, KeyIntervals.causal(8), Options(1.0)) == "sdpa"
 
 
 def test_compiled_whole():

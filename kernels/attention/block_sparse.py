@@ -12,14 +12,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.library import custom_op
 
-from longctx.kernels import launch, reference
-from longctx.kernels.attention import triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.interface import check_inputs, check_options
+from longctx.kernels.attention.interface import attention, check_inputs
 from longctx.kernels.attention.mask import KeyIntervals, remember
-from longctx.kernels.attention.options import Options
+from longctx.kernels.reference import accumulation_dtype
 
 LAYOUT_ROWS, LAYOUT_COLUMNS = 16, 256  # queries and keys of a block in flash-attention's layout
 
@@ -59,35 +56,11 @@ def block_sparse_attention(
     if layout.device != q.device:
         raise ValueError(f"layout on {layout.device}, q on {q.device}: must be on one device")
     kept = _kept_blocks(layout, kept, rows, columns)
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, dropout=dropout)
-    check_options(options, q)
-    seed = torch.randint(2**62, (1,), device=q.device) if dropout else None
-    return torch.ops.longctx.block_sparse_attention(
-        q,
-        k,
-        v,
-        kept,
-        seed,
-        block_q,
-        block_k,
-        is_causal,
-        options.scale,
-        dropout,
-        deterministic,
-        choose(implementation, q),
-    )
-
-
-def choose(implementation: str, q: Tensor) -> str:
-    """`triton`; where it cannot run (and on a CPU, unless asked for), `reference`, which holds the whole matrix."""
-    if implementation not in ("auto", "triton", "reference"):
-        raise ValueError(f"block-sparse implementation {implementation!r} is none of auto, triton, reference")
-    reason = launch.unsupported(q)
-    if implementation == "triton" and reason:
-        raise ValueError(f"block-sparse implementation 'triton' cannot serve this call: {reason}")
-    if implementation == "auto":
-        return "reference" if reason or q.device.type == "cpu" else "triton"
-    return implementation
+    mask = KeyIntervals(n_queries, n_keys, is_causal=is_causal).written_out(q.device)
+    return attention(
+        q, k, v, BlockMask(kept, block_q, block_k, mask), scale, implementation,
+        dropout=dropout, deterministic=deterministic,
+    )  # fmt: skip
 
 
 def _kept_blocks(layout: Tensor, kept: Tensor, rows: int, columns: int) -> Tensor:
@@ -99,83 +72,6 @@ def _kept_blocks(layout: Tensor, kept: Tensor, rows: int, columns: int) -> Tenso
     if torch.compiler.is_compiling() or layout.is_inference():
         return make()
     return remember(layout, (), ("kept", rows, columns), make)
-
-
-# the op ---------------------------------------------------------------------------------------------------------------
-
-_SCHEMA = (
-    "Tensor kept, Tensor? seed, int block_q, int block_k, bool is_causal, float scale, float dropout, "
-    "bool deterministic, str implementation"
-)
-
-
-def _mask(q: Tensor, k: Tensor, kept: Tensor, block_q: int, block_k: int, is_causal: bool) -> BlockMask:
-    def make() -> KeyIntervals:
-        n_queries, n_keys = q.shape[1], k.shape[1]
-        mask = KeyIntervals.causal(n_queries, n_keys) if is_causal else KeyIntervals.full(n_queries, n_keys)
-        start, end = mask.bounds(q.device)
-        return KeyIntervals(n_queries, n_keys, start=start, end=end)
-
-    key = ("intervals", q.shape[1], k.shape[1], is_causal)
-    return BlockMask(kept, block_q, block_k, remember(kept, (), key, make))
-
-
-@custom_op(
-    "longctx::block_sparse_attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_SCHEMA}) -> (Tensor, Tensor)",
-)
-def _forward(q, k, v, kept, seed, block_q, block_k, is_causal, scale, dropout, deterministic, implementation):
-    mask = _mask(q, k, kept, block_q, block_k, is_causal)
-    options = Options(scale, dropout=dropout, seed=seed, deterministic=deterministic)
-    if implementation == "triton" and q.numel() and k.numel():
-        return triton_forward.forward(q, k, v, mask, options)
-    return reference.attention_forward(q, k, v, mask, options)
-
-
-@custom_op(
-    "longctx::block_sparse_attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)
-def _backward(
-    dout, dlse, q, k, v, out, lse,
-    kept, seed, block_q, block_k, is_causal, scale, dropout, deterministic, implementation,
-):  # fmt: skip
-    mask = _mask(q, k, kept, block_q, block_k, is_causal)
-    options = Options(scale, dropout=dropout, seed=seed, deterministic=deterministic)
-    by_triton = implementation == "triton" and q.numel() and k.numel()
-    backward = triton_backward.backward if by_triton else reference.attention_backward
-    return backward(dout, dlse, q, k, v, out, lse, mask, options)
-
-
-@_forward.register_fake
-def _(q, *_others):
-    batch, n_queries, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, n_queries), dtype=reference.accumulation_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
-
-
-@_backward.register_fake
-def _(dout, dlse, q, k, v, *_others):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, kept, seed, *ctx.settings = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, kept, seed, *output)
-
-
-def _autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, kept, seed, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    gradients = _backward(dout, dlse, q, k, v, out, lse, kept, seed, *ctx.settings)
-    return *gradients, None, None, *(None for _ in ctx.settings)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 # flash-attention's interface ------------------------------------------------------------------------------------------
@@ -222,7 +118,7 @@ def flash_blocksparse_attn_func(
         parts = [attend(qkv[first:last].unsqueeze(0)) for first, last in pairwise(offsets) if first < last]
         rest = torch.zeros_like(qkv[offsets[-1] :, 0])
         out = torch.cat([*(part[0] for part, _ in parts), rest])
-        rest_lse = rest[..., 0].T.to(reference.accumulation_dtype(qkv.dtype)) - torch.inf
+        rest_lse = rest[..., 0].T.to(accumulation_dtype(qkv.dtype)) - torch.inf
         lse = torch.cat([*(part[0] for _, part in parts), rest_lse], dim=1)
     return (out, qkv.new_empty(0), lse) if return_attn_probs else out
 

@@ -11,6 +11,7 @@ from torch.library import custom_op
 
 from longctx.kernels import launch, reference
 from longctx.kernels.attention import sdpa, triton_backward, triton_forward
+from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
@@ -22,7 +23,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     scale: float | None = None,
     implementation: str = "auto",
     *,
@@ -58,21 +59,21 @@ def attention(
         deterministic,
     )
     check_options(options, q)
-    call = Call.of(mask, options, choose(implementation, q, options))
+    call = Call.of(mask, options, choose(implementation, q, mask, options))
     return _attention(q, k, v, sink, *call)
 
 
 # which implementation -------------------------------------------------------------------------------------------------
 
 
-def choose(implementation: str, q: Tensor, options: Options) -> str:
+def choose(implementation: str, q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:
     """The implementation that serves a call: the one asked for, or for `auto` the fastest that can.
 
     Raises ValueError if the one asked for cannot serve inputs like `q`, and says why.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    reasons = unsupported(q, options)
+    reasons = unsupported(q, mask, options)
     if implementation != "auto":
         if reason := reasons[implementation]:
             raise ValueError(
@@ -95,20 +96,20 @@ def by_speed(q: Tensor) -> tuple[str, ...]:
     return "sdpa", "triton", "reference"  # the Triton kernels have not been timed on a GPU yet
 
 
-def unsupported(q: Tensor, options: Options) -> dict[str, str | None]:
+def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> dict[str, str | None]:
     """For each implementation why it cannot serve a call like this, or None if it can."""
     return {
         "triton": launch.unsupported(q),
-        "sdpa": sdpa.unsupported(q, options),
+        "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else sdpa.unsupported(q, options),
         "reference": None,
     }
 
 
-def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> str:
+def explain(q: Tensor, mask: KeyIntervals | BlockMask, options: Options | None = None) -> str:
     """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
     options = Options(q.shape[-1] ** -0.5) if options is None else options
-    chosen, reasons = choose("auto", q, options), unsupported(q, options)
-    kind = "key intervals" if mask.start is not None else "a causal mask" if mask.is_causal else "a full mask"
+    chosen, reasons = choose("auto", q, mask, options), unsupported(q, mask, options)
+    kind = _kind(mask)
 
     def verdict(name: str) -> str:
         if reasons[name]:
@@ -118,6 +119,12 @@ def explain(q: Tensor, mask: KeyIntervals, options: Options | None = None) -> st
         return "can, and comes later"
 
     return "\n".join(f"{name}: {verdict(name)}" for name in by_speed(q))
+
+
+def _kind(mask: KeyIntervals | BlockMask) -> str:
+    if isinstance(mask, BlockMask):
+        return "kept blocks"
+    return "key intervals" if mask.start is not None else "a causal mask" if mask.is_causal else "a full mask"
 
 
 # what a call must be --------------------------------------------------------------------------------------------------
@@ -144,17 +151,18 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-def _check_mask(mask: KeyIntervals, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
+def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
     problems = []
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(
             f"the mask is for {mask.n_queries} queries and {mask.n_keys} keys, "
             f"the call has {q.shape[1]} and {k.shape[1]}"
         )
-    if mask.start is not None and mask.start.shape[0] not in (1, q.shape[0]):
-        problems.append(f"the mask has {mask.start.shape[0]} rows of bounds for a batch of {q.shape[0]}")
-    if mask.start is not None and mask.start.device != q.device:
-        problems.append(f"the mask is on {mask.start.device}, q on {q.device}: move it with mask.to(q.device)")
+    bounds = mask.intervals.start if isinstance(mask, BlockMask) else mask.start
+    if bounds is not None and bounds.shape[0] not in (1, q.shape[0]):
+        problems.append(f"the mask has {bounds.shape[0]} rows of bounds for a batch of {q.shape[0]}")
+    if bounds is not None and bounds.device != q.device:
+        problems.append(f"the mask is on {bounds.device}, q on {q.device}: move it with mask.to(q.device)")
     if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
         problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
     if problems:
@@ -193,7 +201,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     options: Options,
     implementation: str,
     sink: Tensor | None = None,
@@ -204,16 +212,18 @@ def forward(
     `into`: contiguous out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which
     this block is merged in place, and which are returned. `implementation`: see `choose`.
     """
-    implementation = choose(implementation, q, options)
+    implementation = choose(implementation, q, mask, options)
     is_empty = not q.numel() or not k.numel()
     if implementation == "triton" and not is_empty:
         return triton_forward.forward(q, k, v, mask, options, sink, into)
-    if implementation == "sdpa" or is_empty:
-        out, lse = _without_keys(q) if is_empty else sdpa.forward(q, k, v, mask, options.scale)
-        if sink is not None:
-            out, lse = reference.add_sink(out, lse, sink)
+    if is_empty:
+        out, lse = _without_keys(q)
+    elif implementation == "sdpa" and isinstance(mask, KeyIntervals):
+        out, lse = sdpa.forward(q, k, v, mask, options.scale)
     else:
-        out, lse = reference.attention_forward(q, k, v, mask, options, sink)
+        out, lse = reference.attention_forward(q, k, v, mask, options)
+    if sink is not None:
+        out, lse = reference.add_sink(out, lse, sink)
     if into is None:
         return out, lse
     merged_out, merged_lse = reference.merge(*into, out.to(lse.dtype), lse)
@@ -237,7 +247,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: KeyIntervals,
+    mask: KeyIntervals | BlockMask,
     options: Options,
     implementation: str,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -246,12 +256,12 @@ def backward(
 
     `into`: dq, dk and dv in the dtype of sums, to which this block's are added in place, and which are returned.
     """
-    implementation = choose(implementation, q, options)
+    implementation = choose(implementation, q, mask, options)
     if not q.numel() or not k.numel():
         return into or (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     if implementation == "triton":
         return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if implementation == "sdpa":
+    if implementation == "sdpa" and isinstance(mask, KeyIntervals):
         gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
     else:
         gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
@@ -272,6 +282,9 @@ class Call(NamedTuple):
     end: Tensor | None
     query_position: Tensor | None
     key_position: Tensor | None
+    kept: Tensor | None  # of a mask of blocks, with the sizes of a block
+    block_q: int
+    block_k: int
     is_causal: bool
     alibi_slopes: Tensor | None
     seed: Tensor | None
@@ -283,25 +296,32 @@ class Call(NamedTuple):
     group_name: str  # of the processes that share the sequence; empty: it is whole
 
     @staticmethod
-    def of(mask: KeyIntervals, options: Options, implementation: str, group_name: str = "") -> Call:
+    def of(mask: KeyIntervals | BlockMask, options: Options, implementation: str, group_name: str = "") -> Call:
+        blocks = (mask.kept, mask.block_q, mask.block_k) if isinstance(mask, BlockMask) else (None, 0, 0)
+        m = mask.intervals if isinstance(mask, BlockMask) else mask
         return Call(
-            mask.start, mask.end, mask.query_position, mask.key_position, mask.is_causal, options.alibi_slopes,
+            m.start, m.end, m.query_position, m.key_position, *blocks, m.is_causal, options.alibi_slopes,
             options.seed, options.scale, options.softcap, options.dropout, options.deterministic, implementation,
             group_name,
         )  # fmt: skip
 
-    def mask(self, n_queries: int, n_keys: int) -> KeyIntervals:
+    def intervals(self, n_queries: int, n_keys: int) -> KeyIntervals:
         return KeyIntervals(
             n_queries, n_keys, self.is_causal, self.start, self.end, self.query_position, self.key_position
         )
+
+    def mask(self, n_queries: int, n_keys: int) -> KeyIntervals | BlockMask:
+        intervals = self.intervals(n_queries, n_keys)
+        return intervals if self.kept is None else BlockMask(self.kept, self.block_q, self.block_k, intervals)
 
     def options(self) -> Options:
         return Options(self.scale, self.softcap, self.alibi_slopes, self.dropout, self.seed, self.deterministic)
 
 
 _CALL_SCHEMA = (
-    "Tensor? start, Tensor? end, Tensor? query_position, Tensor? key_position, bool is_causal, Tensor? alibi_slopes, "
-    "Tensor? seed, float scale, float softcap, float dropout, bool deterministic, str implementation, str group_name"
+    "Tensor? start, Tensor? end, Tensor? query_position, Tensor? key_position, Tensor? kept, int block_q, int block_k, "
+    "bool is_causal, Tensor? alibi_slopes, Tensor? seed, float scale, float softcap, float dropout, "
+    "bool deterministic, str implementation, str group_name"
 )
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]

@@ -30,7 +30,7 @@ def chosen_implementation(config: ModelConfig, device: torch.device, dtype: torc
     q, k = (torch.empty(1, 1, n, config.head_dim, device=device, dtype=dtype) for n in (config.heads, config.kv_heads))
     try:
         check_inputs(q, k, k)
-        return choose(config.attention, q, Options(config.head_dim**-0.5))
+        return choose(config.attention, q, KeyIntervals.causal(1), Options(config.head_dim**-0.5))
     except ValueError as error:
         raise UserError(f"model.attention={config.attention}: {error}") from None
 

@@ -27,7 +27,7 @@ class Share:
         self.group = _resolve_process_group(GroupName(call.group_name))
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         length = q.shape[1] * self.size
-        mask = call.mask(length, length).written_out(q.device)
+        mask = call.intervals(length, length).written_out(q.device)
         self.rows = _rows_of(mask, self.rank, self.size, q.device)
 
     def keys_of(self, owner: int) -> KeyIntervals:
