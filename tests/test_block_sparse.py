@@ -170,6 +170,17 @@ def test_bad_sequences():
         flash_blocksparse_attn_func(qkv, torch.tensor([0, 40]), torch.ones(16, 1), 0.0, 30)
 
 
+def test_compiled_whole():
+    q = torch.randn(1, 40, 2, 16, device=DEVICE, requires_grad=True)
+    layout = flash_layout(3, 3)
+
+    def loss(q):
+        return block_sparse_attention(q, q, q, layout, 16, 16, implementation="triton")[0].square().sum()
+
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(q), q)
+    torch.testing.assert_close(compiled, torch.autograd.grad(loss(q), q)[0], rtol=0, atol=2e-6)
+
+
 def test_empty_batches():
     qkv = torch.randn(5, 3, 2, 16, device=DEVICE)
     nobody = torch.tensor([0, 0], dtype=torch.int32)

@@ -222,6 +222,16 @@ def test_compiled_whole():
         assert_close(a, b)
 
 
+def test_a_window_compiled_whole():
+    q = random(1, 40, 2, 16)
+
+    def loss(q):
+        return fa.flash_attn_func(q, q, q, causal=True, window_size=(5, -1), softcap=2.0).square().sum()
+
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(q), q)
+    assert_close(compiled, torch.autograd.grad(loss(q), q)[0])
+
+
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [

@@ -243,20 +243,24 @@ def sized_mask(
     n_queries: int, n_keys: int, is_causal: bool, left: int | None, right: int | None, device: torch.device | str
 ) -> KeyIntervals:
     """The full or causal mask of a size with bounds, and a band: the same tensors each time, for `once_a_mask`."""
+    if torch.compiler.is_compiling():  # which knows no cache
+        return _make_sized_mask(n_queries, n_keys, is_causal, left, right, str(device))
     made = _sized_mask(n_queries, n_keys, is_causal, left, right, str(device))
-    if type(made.start) is not Tensor:  # made while torch traces or pretends: of no use to others
+    if type(made.start) is not Tensor:  # made while torch pretends: of no use to others
         _sized_mask.cache_clear()
     return made
 
 
-@lru_cache(maxsize=64)
-def _sized_mask(
+def _make_sized_mask(
     n_queries: int, n_keys: int, is_causal: bool, left: int | None, right: int | None, device: str
 ) -> KeyIntervals:
     with torch.inference_mode(False):
         start, end = KeyIntervals(n_queries, n_keys, is_causal).bounds(device)
         mask = KeyIntervals(n_queries, n_keys, start=start, end=end)
         return mask if left is None and right is None else mask.band(left, right, device)
+
+
+_sized_mask = lru_cache(maxsize=64)(_make_sized_mask)
 
 
 def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
