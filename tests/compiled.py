@@ -6,12 +6,11 @@ compiled for the architecture asked for. Not in a process where TRITON_INTERPRET
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -36,7 +35,6 @@ class Compiled(NamedTuple):
     registers: int
     spill_bytes: int
     shared_bytes: int
-    warps: int
     assembly: str
 
 
@@ -49,15 +47,13 @@ def compile_launches(call: Callable[[], object], architecture: str) -> list[Comp
     def run(kernel, *args, grid, warmup, **kwargs):
         compiled.append(_compile(kernel, args, kwargs, target))
 
-    with mock.patch.object(JITFunction, "run", run), _pretend(architecture if is_nvidia else "hip"):
+    pretended = architecture if is_nvidia else "hip"
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(launch, "architecture", return_value=pretended),
+    ):
         call()
     return compiled
-
-
-@contextlib.contextmanager
-def _pretend(architecture: str) -> Iterator[None]:
-    with mock.patch.object(launch, "architecture", return_value=architecture):
-        yield
 
 
 def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> Compiled:
@@ -83,7 +79,7 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
     result = triton.compile(source, target=target, options=options)
     assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spills = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
-    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, result.metadata.num_warps, assembly)
+    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, assembly)
 
 
 def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.interface import attention, check_inputs
-from longctx.kernels.attention.mask import KeyIntervals, remember
+from longctx.kernels.attention.mask import KeyIntervals, remember_of_caller
 from longctx.kernels.reference import accumulation_dtype
 
 LAYOUT_ROWS, LAYOUT_COLUMNS = 16, 256  # queries and keys of a block in flash-attention's layout
@@ -69,9 +69,7 @@ def _kept_blocks(layout: Tensor, kept: Tensor, rows: int, columns: int) -> Tenso
     def make() -> Tensor:
         return (kept[:, :rows, :columns] != 0).contiguous()
 
-    if torch.compiler.is_compiling() or layout.is_inference():
-        return make()
-    return remember(layout, (), ("kept", rows, columns), make)
+    return remember_of_caller(layout, (), ("kept", rows, columns), make)
 
 
 # flash-attention's interface ------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def flash_blocksparse_attn_func(
     """
     layout = blockmask
     if not convert_mask:
-        layout = remember(blockmask, (), "layout", lambda: _layout_of_converted(blockmask))
+        layout = remember_of_caller(blockmask, (), "layout", lambda: _layout_of_converted(blockmask))
     offsets = cu_seqlens.tolist()
     lengths = {last - first for first, last in pairwise(offsets)}
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > qkv.shape[0] or min(lengths) < 0 or max(lengths) > max_s:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.kernels.attention.interface import attention
-from longctx.kernels.attention.mask import KeyIntervals, remember, sized_mask
+from longctx.kernels.attention.mask import KeyIntervals, remember_of_caller, sequence_of_rows, sized_mask
 from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import attention_scores, dropout_weight, finite_lse
 
@@ -48,15 +48,10 @@ def flash_attn_func(
     """
     left, right = _limits(window_size, causal)
     mask = _mask(q.shape[1], k.shape[1], causal, left, right, q.device)
-    seed = _draw_seed(dropout_p, q)
-    out, lse = attention(
-        q, k, v, mask, softmax_scale, softcap=max(softcap, 0.0), alibi_slopes=alibi_slopes, dropout=dropout_p,
-        seed=seed, deterministic=deterministic,
-    )  # fmt: skip
+    out, lse, options = _attend(q, k, v, mask, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
         return out
-    options = Options(softmax_scale or q.shape[-1] ** -0.5, max(softcap, 0.0), alibi_slopes, dropout_p, seed)
-    return out, lse, q.new_empty(0) if seed is None else _signed_probabilities(q, k, lse, mask, options)
+    return out, lse, q.new_empty(0) if options.seed is None else _signed_probabilities(q, k, lse, mask, options)
 
 
 def flash_attn_kvpacked_func(
@@ -137,17 +132,12 @@ def flash_attn_varlen_func(
                 f"({sequences}, {q.shape[1]}) on {q.device}"
             )
         alibi_slopes = _slope_of_rows(alibi_slopes, cu_seqlens_q, q.shape[0])
-    seed = _draw_seed(dropout_p, q)
     q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    out, lse = attention(
-        q, k, v, mask, softmax_scale, softcap=max(softcap, 0.0), alibi_slopes=alibi_slopes, dropout=dropout_p,
-        seed=seed, deterministic=deterministic,
-    )  # fmt: skip
+    out, lse, options = _attend(q, k, v, mask, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic)
     if not return_attn_probs:
         return out.squeeze(0)
-    if seed is None:
+    if options.seed is None:
         return out.squeeze(0), lse.squeeze(0), q.new_empty(0)
-    options = Options(softmax_scale or q.shape[-1] ** -0.5, max(softcap, 0.0), alibi_slopes, dropout_p, seed)
     probabilities = q.new_zeros(cu_seqlens_q.numel() - 1, q.shape[2], max_seqlen_q, max_seqlen_k)
     for sequence, (rows, keys) in enumerate(zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True)):
         part = _signed_probabilities(q, k, lse, mask, options, rows, keys)
@@ -388,6 +378,30 @@ class FlashCrossAttention(_FlashModule):
         return flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **settings)
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyIntervals,
+    dropout_p: float,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Options]:
+    """Out, lse, and the options they were made with, of (batch, sequence, heads, head_dim)."""
+    options = Options(
+        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        max(softcap, 0.0),
+        alibi_slopes,
+        dropout_p,
+        torch.randint(2**62, (1,), device=q.device) if dropout_p else None,
+        deterministic,
+    )
+    out, lse = attention(q, k, v, mask, **vars(options))
+    return out, lse, options
+
+
 # masks and probabilities ----------------------------------------------------------------------------------------------
 
 
@@ -420,21 +434,14 @@ def _sequences_mask(
         mask = KeyIntervals.sequences(cu_seqlens_q, cu_seqlens_k, n_queries, n_keys, causal)
         return mask if left is None and right is None else mask.band(left, right, cu_seqlens_q.device)
 
-    if torch.compiler.is_compiling() or cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference():
-        return make()  # a traced tensor has no identity, and one of inference mode counts no writes to it
     key = ("sequences", n_queries, n_keys, causal, left, right)
-    return remember(cu_seqlens_q, (cu_seqlens_k,), key, make)
+    return remember_of_caller(cu_seqlens_q, (cu_seqlens_k,), key, make)
 
 
 def _slope_of_rows(slopes: Tensor, cu_seqlens_q: Tensor, n_queries: int) -> Tensor:
     """Slopes (sequences, heads) as (1, n_queries, heads)."""
-    row = torch.arange(n_queries, dtype=torch.int32, device=slopes.device)
-    sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), row, right=True).clamp(max=slopes.shape[0] - 1)
-    return slopes[sequence].unsqueeze(0)
-
-
-def _draw_seed(dropout_p: float, q: Tensor) -> Tensor | None:
-    return torch.randint(2**62, (1,), device=q.device) if dropout_p else None
+    _, sequence = sequence_of_rows(cu_seqlens_q, n_queries)
+    return slopes[sequence.clamp(max=slopes.shape[0] - 1)].unsqueeze(0)
 
 
 def _ranges(cu_seqlens: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from longctx.kernels import launch
 from longctx.kernels.attention.block_mask import BlockMask, addition_turns, tile_lists
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.attention.tiles import key_tiles, row_tiles
+from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, row_tiles
 
 
 class KernelMask(NamedTuple):
@@ -63,7 +63,7 @@ def kernel_mask(
         lists = tile_lists(mask, tile_q, tile_k, of_keys)
         turns = addition_turns(mask, tile_q, tile_k) if of_keys and options.deterministic else None
         return KernelMask(
-            *_bounds(mask.intervals), None, None, lists.counts, turns, lists.order,
+            *contiguous_bounds(mask.intervals), None, None, lists.counts, turns, lists.order,
             mask.kept.view(torch.uint8), mask.block_q, mask.block_k,
         )  # fmt: skip
     needs_positions = options.alibi_slopes is not None or options.seed is not None
@@ -72,10 +72,4 @@ def kernel_mask(
     of_rows = key_tiles(mask, tile_q, tile_k) if options.deterministic or not of_keys else None
     visited = row_tiles(mask, tile_q, tile_k) if of_keys else of_rows
     assert visited is not None
-    return KernelMask(*_bounds(mask), *positions, visited, of_rows)
-
-
-def _bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-    """Start and end of the key intervals; masks are made with rows beside each other, so nothing is copied."""
-    assert mask.start is not None and mask.end is not None  # noqa: PT018
-    return mask.start.contiguous(), mask.end.contiguous()
+    return KernelMask(*contiguous_bounds(mask), *positions, visited, of_rows)

@@ -86,8 +86,7 @@ class KeyIntervals:
         Raises ValueError for other offsets, for which it waits for the device (not while torch.compile traces).
         """
         _check_offsets(cu_seqlens_q, cu_seqlens_k, n_queries, n_keys)
-        row = torch.arange(n_queries, dtype=torch.int32, device=cu_seqlens_q.device)
-        sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), row, right=True)
+        row, sequence = sequence_of_rows(cu_seqlens_q, n_queries)
         is_row = sequence < cu_seqlens_q.numel() - 1
         last = sequence.clamp(max=cu_seqlens_q.numel() - 2)
         start = torch.where(is_row, cu_seqlens_k[last], cu_seqlens_k[-1])
@@ -184,6 +183,12 @@ class KeyIntervals:
         )  # fmt: skip
 
 
+def sequence_of_rows(cu_seqlens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """The rows 0..n_rows - 1 (int32), and the sequence that each is in; past the last offset, as many as there are."""
+    row = torch.arange(n_rows, dtype=torch.int32, device=cu_seqlens.device)
+    return row, torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     """Raises ValueError unless `bound` (rows, n) stays in 0..limit and never decreases along a row."""
     if torch.compiler.is_compiling() or bound.numel() == 0:
@@ -237,6 +242,17 @@ def remember(anchor: Tensor, others: tuple[Tensor | None, ...], key: Hashable, c
         with torch.inference_mode(False):  # what validation makes, training may use
             of_anchor[full_key] = writes, keep, compute()
     return of_anchor[full_key][2]
+
+
+def remember_of_caller(anchor: Tensor, others: tuple[Tensor, ...], key: Hashable, compute: Callable[[], T]) -> T:
+    """As `remember`, of tensors that others may write to.
+
+    Computed each time while torch traces (a traced tensor has no identity) and of tensors of inference mode (which
+    count no writes).
+    """
+    if torch.compiler.is_compiling() or any(x.is_inference() for x in (anchor, *others)):
+        return compute()
+    return remember(anchor, others, key, compute)
 
 
 def sized_mask(

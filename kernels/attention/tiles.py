@@ -16,7 +16,7 @@ from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 @once_a_mask
 def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of rows, the tiles of keys: int32, (batch or 1, row blocks, 4), the four bounds of above."""
-    start, end = _bounds(mask)
+    start, end = contiguous_bounds(mask)
     first_row = torch.arange(0, mask.n_queries, block_q, device=start.device)
     last_row = (first_row + block_q - 1).clamp(max=mask.n_queries - 1)
     first = start[:, first_row] // block_k
@@ -27,7 +27,7 @@ def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
 @once_a_mask
 def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of keys, the tiles of rows: int32, (batch or 1, key blocks, 4). The transpose of `key_tiles`."""
-    start, end = _bounds(mask)
+    start, end = contiguous_bounds(mask)
     first_key = torch.arange(0, mask.n_keys, block_k, dtype=torch.int32, device=start.device).repeat(start.shape[0], 1)
     next_key = first_key + block_k
     first_row = torch.searchsorted(end, first_key, right=True)  # ends after the block's first key
@@ -38,10 +38,11 @@ def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     return _ordered(first, full_first, full_last, last)
 
 
-def _bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
+def contiguous_bounds(mask: KeyIntervals) -> tuple[Tensor, Tensor]:
+    """Start and end of a mask that has them; masks are made with rows beside each other, so nothing is copied."""
     assert mask.start is not None
-    start, end = mask.bounds(mask.start.device)
-    return start.contiguous(), end.contiguous()
+    assert mask.end is not None
+    return mask.start.contiguous(), mask.end.contiguous()
 
 
 def _blocks(count: Tensor, size: int) -> Tensor:
