@@ -46,6 +46,11 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def dropout_threshold(probability: float) -> int:
+    """An entry is dropped where its 32 random bits are below this."""
+    return max(2, min(round(probability * 2**32), 2**32 - 1))  # a 1 would become a constant of the compilation
+
+
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     """The strides of a tensor that may be absent."""
     return (0,) * dims if x is None else x.stride()
@@ -73,6 +78,60 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "hip"
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+# the choice between a fused op and its reference ----------------------------------------------------------------------
+
+
+def choose(implementation: str, x: Tensor) -> str:
+    """`triton` or `reference` for an op on tensors like `x`; raises ValueError if the one asked for cannot serve it."""
+    if implementation == "auto":
+        # On GPUs the kernels of these ops have not been timed yet; what runs meanwhile has been.
+        return "reference"
+    if implementation not in ("triton", "reference"):
+        raise ValueError(f"implementation={implementation!r}: must be auto, triton or reference")
+    if implementation == "triton" and (why := unsupported(x)):
+        raise ValueError(f"implementation=triton: {why}")
+    return implementation
+
+
+# ops on rows ----------------------------------------------------------------------------------------------------------
+
+
+class RowBlocks(NamedTuple):
+    """Rows and columns of a tile, warps of a program."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; two where kernels are interpreted or compiled for another machine."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _row_blocks(width: int, widest: int, tile: int, elements_per_thread: int) -> RowBlocks:
+    """Tiles of some `tile` elements with whole rows, or with parts of rows of more than `widest` columns."""
+    columns = min(padded(width), widest)
+    rows = max(1, tile // columns)
+    return RowBlocks(rows, columns, max(4, min(32, rows * columns // (32 * elements_per_thread))))
+
+
+def norm_forward(x: Tensor) -> RowBlocks:
+    """For rows x (..., width): 32 elements a thread."""
+    return _row_blocks(x.shape[-1], 16384, 4096, 32)
+
+
+def norm_backward(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
+    """For rows x (..., width) whose weights are in `groups`: 16 elements a thread, and how many programs share them.
+
+    Gradient, input, output and the weight's sum are in registers together.
+    """
+    blocks = _row_blocks(x.shape[-1], 16384, 4096, 16)
+    resident = multiprocessors(x.device) * max(1, 16 // blocks.warps)
+    return blocks, groups * max(1, resident // groups)
 
 
 # attention -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
+from longctx.kernels.launch import dropout_threshold
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,19 +53,25 @@ def attention_scores(
 
 
 def dropout_weight(mask: KeyIntervals | BlockMask, options: Options, batch: int, heads: int) -> Tensor:
-    """(batch, heads, n_queries, n_keys) float64: 0 for what dropout drops, 1 / (1 - dropout) for what it keeps.
-
-    Philox-4x32 with ten rounds (Salmon et al. 2011): the counter is (key position, row position, batch * heads + head,
-    0), the key the seed, and the first of its four words is compared to dropout * 2^32.
-    """
+    """(batch, heads, n_queries, n_keys) float64: 0 for what dropout drops, 1 / (1 - dropout) for what it keeps."""
     assert options.seed is not None
     query_position, key_position = mask.positions(options.seed.device)
     stream = torch.arange(batch * heads, device=options.seed.device).view(batch, heads, 1, 1)
-    word = torch.tensor(2**32 - 1, device=options.seed.device)
-    c0 = key_position.to(torch.int64).view(1, 1, 1, -1) & word
-    c1 = query_position.to(torch.int64)[:, None, :, None] & word
+    keeps = kept(options.seed, options.threshold, stream, query_position[:, None, :, None], key_position)
+    return keeps.to(torch.float64) / (1 - options.dropout)
+
+
+def kept(seed: Tensor, threshold: int, stream: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Which entries dropout keeps, of a shape to which the integers that name them broadcast.
+
+    Philox-4x32 with ten rounds (Salmon et al. 2011): the counter is (column, row, stream, 0), in attention (key
+    position, row position, batch * heads + head, 0), the key the seed, and the first of its four words is compared to
+    `threshold`.
+    """
+    word = torch.tensor(2**32 - 1, device=seed.device)
+    c0, c1 = column.to(torch.int64) & word, row.to(torch.int64) & word
     c2, c3 = stream, torch.zeros_like(stream)
-    key0, key1 = options.seed & word, (options.seed >> 32) & word
+    key0, key1 = seed & word, (seed >> 32) & word
 
     def high_word(x: Tensor, factor: int) -> Tensor:  # of a product of two 32-bit words, without passing 2^63
         return ((x >> 16) * factor + ((x & 0xFFFF) * factor >> 16)) >> 16
@@ -77,7 +84,7 @@ def dropout_weight(mask: KeyIntervals | BlockMask, options: Options, batch: int,
             c0 * 0xD2511F53 & word,
         )
         key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
-    return (c0 >= options.threshold).to(torch.float64) / (1 - options.dropout)
+    return c0 >= threshold
 
 
 def attention_forward(
@@ -167,14 +174,43 @@ def attention_backward(
 # norms ---------------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim of x (..., width). (Zhang and Sennrich 2019)"""
-    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dim of x. (Zhang and Sennrich 2019)
+
+    x (..., width), weight (width,), or (groups, width) where x is (..., groups, width).
+    """
+    if weight is None or (weight.ndim == 1 and not weight_offset):
+        return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
+    compute = accumulation_dtype(x.dtype)
+    return (F.rms_norm(x.to(compute), (x.shape[-1],), None, eps) * (weight.to(compute) + weight_offset)).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim of x (..., width). (Ba et al. 2016)"""
-    return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * (weight_offset + weight) + bias over the last dim of x. (Ba et al. 2016)
+
+    Shapes as in `rms_norm`.
+    """
+    if weight is None or (weight.ndim == 1 and not weight_offset):
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    compute = accumulation_dtype(x.dtype)
+    y = F.layer_norm(x.to(compute), (x.shape[-1],), None, None, eps) * (weight.to(compute) + weight_offset)
+    return (y if bias is None else y + bias.to(compute)).to(x.dtype)
+
+
+def dropout_add(
+    x: Tensor, residual: Tensor | None, dropout: float, seed: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """dropout(x) + residual in `dtype`; the elements of x (..., width) are named by row and column, see `kept`."""
+    compute = accumulation_dtype(x.dtype)
+    if seed is not None:
+        rows = row_ids if row_ids is not None else torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
+        column = torch.arange(x.shape[-1], device=x.device)
+        keeps = kept(seed, dropout_threshold(dropout), torch.zeros_like(column), rows.unsqueeze(-1), column)
+        x = torch.where(keeps, x.to(compute) / (1 - dropout), 0)
+    if residual is not None:
+        x = x.to(compute) + residual.to(compute)
+    return x.to(dtype)
 
 
 # rotary --------------------------------------------------------------------------------------------------------------

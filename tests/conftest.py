@@ -16,6 +16,14 @@ if not torch.cuda.is_available():  # before anything imports a kernel
 from helpers import make_corpus
 
 
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of token shards that nobody changes."""

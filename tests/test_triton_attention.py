@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import DEVICE, DTYPES, relative_error
 
 from longctx.kernels import launch, reference
 from longctx.kernels.attention import interface, kernel_mask, tiles, triton_backward, triton_forward
@@ -21,17 +22,8 @@ from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def plain_attention(q, k, v, mask, options, sink):
@@ -55,14 +47,6 @@ def plain_attention(q, k, v, mask, options, sink):
     if options.seed is not None:
         weights = weights * reference.dropout_weight(mask, options, q.shape[0], q.shape[2]).to(q.dtype)
     return torch.einsum("bhij,bjhd->bihd", weights, v), lse
-
-
-def relative_error(x, true) -> float:
-    """Of the finite entries; infinities must be in the same places, and nothing may be NaN."""
-    finite = true.isfinite()
-    x, true = x.detach().double(), true.detach()
-    assert torch.equal(x[~finite], true[~finite])
-    return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
 
 
 def results(function, inputs, sink, gradients):

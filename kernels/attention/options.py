@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from longctx.kernels import launch
+
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -34,4 +36,4 @@ class Options:
     @property
     def threshold(self) -> int:
         """An entry is dropped where its 32 random bits are below this."""
-        return max(2, min(round(self.dropout * 2**32), 2**32 - 1))  # a 1 would become a constant of the compilation
+        return launch.dropout_threshold(self.dropout)

@@ -21,19 +21,16 @@ from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.triton_tile import (
-    LOG2_E,
     biased,
-    kept,
     load_tile,
     meet,
-    tanh,
     tile_bounds,
     tile_inside,
     tile_offsets,
     visible,
     wait_for,
-    wide,
 )
+from longctx.kernels.triton_math import LOG2_E, kept, tanh, wide
 
 
 @triton.jit

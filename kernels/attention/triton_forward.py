@@ -20,18 +20,15 @@ from longctx.kernels.attention.kernel_mask import kernel_mask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.triton_tile import (
-    LN_2,
-    LOG2_E,
     biased,
     load_tile,
     softmax_step,
-    tanh,
     tile_bounds,
     tile_inside,
     tile_offsets,
     visible,
-    wide,
 )
+from longctx.kernels.triton_math import LN_2, LOG2_E, tanh, wide
 
 
 @triton.jit

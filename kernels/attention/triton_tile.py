@@ -8,14 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def wide(x):
-    """An integer as int64, so that products with strides pass 2^31."""
-    return tl.full((), 0, tl.int64) + x
+from longctx.kernels.triton_math import kept, wide
 
 
 @triton.jit
@@ -49,27 +42,9 @@ def load_tile(
 
 
 @triton.jit
-def tanh(x):
-    """To float32's precision near 0 too, where the quotient of exponentials loses it."""
-    square = x * x
-    near = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    far = (1 - decay) / (1 + decay)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def biased(score, slope, q_position, k_position):
     """ALiBi: scores in natural units lose slope * |distance|."""
     return score - slope * tl.abs(q_position - k_position).to(tl.float32)
-
-
-@triton.jit
-def kept(seed, threshold, stream, q_position, k_position):
-    """Which entries dropout keeps: Philox of (key position, row position, batch and head) against a uint32."""
-    zero = (q_position + k_position) * 0
-    words = tl.philox(seed, k_position + zero, q_position + zero, stream + zero, zero)
-    return words[0] >= threshold.to(tl.uint32)
 
 
 @triton.jit

@@ -1,0 +1,53 @@
+"""Numbers against float64: the error may be 1.5 x that of the same op in plain torch at the same precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+def relative_error(x: Tensor, true: Tensor) -> float:
+    """Of the finite entries; infinities must be in the same places, and nothing may be NaN."""
+    finite = true.isfinite()
+    x, true = x.detach().double(), true.detach()
+    assert torch.equal(x[~finite], true[~finite])
+    return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
+
+
+def results(function: Callable, inputs: Sequence[Tensor | None], seed: int = 1) -> list[Tensor]:
+    """What `function(*inputs)` returns, then its gradients to the floating inputs, for random gradients of it."""
+    inputs = [x if x is None or not x.is_floating_point() else x.detach().requires_grad_() for x in inputs]
+    returned = function(*inputs)
+    returned = [y for y in (returned if isinstance(returned, tuple) else (returned,)) if y.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in returned]
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    return [*returned, *torch.autograd.grad(returned, leaves, gradients)]
+
+
+def assert_precise(
+    mine: Callable, plain: Callable, inputs: Sequence[Tensor | None], same_precision: Callable | None = None
+) -> None:
+    """`mine` against `plain` in float64, forward and backward.
+
+    The allowed error is 1.5 x that of `same_precision` (by default `plain`) on the inputs as they are, and never less
+    than 1.5 units in the last place of the result's norm.
+    """
+    exact = [x if x is None or not x.is_floating_point() else x.double() for x in inputs]
+    compared = zip(results(mine, inputs), results(same_precision or plain, inputs), results(plain, exact), strict=True)
+    for index, (ours, theirs, true) in enumerate(compared):
+        assert ours.dtype == theirs.dtype, (index, ours.dtype, theirs.dtype)
+        allowed = 1.5 * max(torch.finfo(ours.dtype).eps, relative_error(theirs, true))  # NaN of theirs: eps
+        error = relative_error(ours, true)
+        assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Standard normal, the same numbers on every device."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
