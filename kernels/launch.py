@@ -134,6 +134,24 @@ def norm_backward(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
     return blocks, groups * max(1, resident // groups)
 
 
+class LossBlocks(NamedTuple):
+    """Columns that a program reads at a time, its warps and pipeline stages; programs that run at once."""
+
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def cross_entropy(logits: Tensor) -> LossBlocks:
+    """For logits (tokens, classes) whose rows are read twice: as many at once as fit some 32 MiB of L2 cache."""
+    columns = min(padded(logits.shape[1]), 8192)
+    processors = multiprocessors(logits.device)
+    row_bytes = logits.shape[1] * logits.element_size()
+    a_processor = max(1, min(4, (32 << 20) // (row_bytes * processors)))
+    return LossBlocks(columns, max(4, columns // 512), 3, processors * a_processor)
+
+
 # attention -----------------------------------------------------------------------------------------------------------
 
 # Chosen by compiling for each class of GPU: what fits its shared memory and spills least. By the class, then by the

@@ -13,6 +13,7 @@ from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.launch import dropout_threshold
+from longctx.kernels.loss_options import PLAIN, LossOptions
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -230,70 +231,83 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # losses --------------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each token, nats: logits (..., vocabulary), targets (...) with -100 for none -> (...), fp32 or fp64."""
-    flat = logits.flatten(0, -2).to(accumulation_dtype(logits.dtype))
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
+def cross_entropy(logits: Tensor, targets: Tensor, options: LossOptions = PLAIN) -> Tensor:
+    """Loss of each token in nats: logits (..., classes), targets (...) -> (...), fp32 or fp64; see `LossOptions`."""
+    flat, flat_targets = logits.flatten(0, -2), targets.flatten()
+    found = cross_entropy_statistics(flat, flat_targets, options, 0)
+    return losses_of_statistics(found, flat_targets, options, logits.shape[-1])[0].view_as(targets)
 
 
-def project_to_vocabulary(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
-    """hidden (..., width) @ weight (vocabulary, width)^T, squashed to +-softcap by tanh where one is given."""
-    logits = F.linear(hidden, weight.to(hidden.dtype))
-    return logits if softcap is None else softcap * torch.tanh(logits.to(accumulation_dtype(logits.dtype)) / softcap)
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap) in float32 or float64; the logits themselves where softcap is 0."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """`cross_entropy(project_to_vocabulary(hidden, weight), targets)` that never holds all logits.
+def cross_entropy_statistics(logits: Tensor, targets: Tensor, options: LossOptions, first_class: int) -> Tensor:
+    """What a loss needs of logits (tokens, classes) of the classes from `first_class` on, as (4, tokens).
 
-    hidden (batch, sequence, width), weight (vocabulary, width), targets (batch, sequence) with -100 for none. Losses
-    (batch, sequence), nats, fp32 or fp64, 0 without a target. A chunk of tokens at a time; its logits are made again in
-    the backward pass, and the weight's gradient is summed over chunks in float32.
+    The maximum of x, the sum of exp(x - maximum), x at the target (0 where its class is not here), and the sum of x.
     """
-    losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), softcap)
-    return losses.view_as(targets).clone()  # pyright: ignore[reportOptionalMemberAccess]  no view: module hooks refuse one
+    x = capped(logits, options.softcap)
+    peak = x.amax(-1).detach()
+    total = (x - peak.unsqueeze(-1)).exp().sum(-1)
+    column = targets - first_class
+    is_here = (column >= 0) & (column < x.shape[1])
+    at_target = torch.where(is_here, x.gather(1, torch.where(is_here, column, 0).unsqueeze(1)).squeeze(1), 0)
+    return torch.stack((peak, total, at_target, x.sum(-1) if options.label_smoothing else torch.zeros_like(peak)))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Over hidden (tokens, width), weight (vocabulary, width) and targets (tokens,)."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-        losses = hidden.new_zeros(targets.shape, dtype=accumulation_dtype(hidden.dtype))
-        lse = torch.empty_like(losses)
-        for part in _token_chunks(hidden, weight):
-            logits = project_to_vocabulary(hidden[part], weight, softcap).to(losses.dtype)
-            torch.logsumexp(logits, dim=-1, out=lse[part])
-            has_target = targets[part] >= 0
-            at_target = logits.gather(1, targets[part].clamp(min=0).unsqueeze(1)).squeeze(1)
-            losses[part] = torch.where(has_target, lse[part] - at_target, 0)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.softcap = softcap
-        return losses
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        (dlosses,) = gradients
-        hidden, weight, targets, lse = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=lse.dtype)
-        for part in _token_chunks(hidden, weight):
-            logits = project_to_vocabulary(hidden[part], weight, ctx.softcap).to(lse.dtype)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            dlogits = logits.sub_(lse[part].unsqueeze(1)).exp_()
-            dlogits.scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), dlogits.new_full((len(logits), 1), -1))
-            dlogits *= torch.where(targets[part] >= 0, dlosses[part], 0).unsqueeze(1)
-            if slope is not None:
-                dlogits *= slope
-            dlogits = dlogits.to(hidden.dtype)
-            torch.mm(dlogits, weight.to(hidden.dtype), out=dhidden[part])
-            dweight += dlogits.T @ hidden[part]
-        return dhidden, dweight.to(weight.dtype), None, None
+def losses_of_statistics(
+    statistics: Tensor, targets: Tensor, options: LossOptions, n_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each token, from the statistics of all `n_classes` classes."""
+    peak, total, at_target, plain = statistics
+    lse = peak + total.log()
+    smoothing = options.label_smoothing
+    # differences to the maximum first: large logits cancel exactly
+    losses = total.log() + (1 - smoothing) * (peak - at_target) + options.z_loss * lse**2
+    if smoothing:
+        losses = losses + smoothing * (peak - plain / n_classes)
+    losses = torch.where((targets >= 0) & (targets < n_classes), losses, torch.nan)
+    return torch.where(targets != options.ignore_index, losses, 0), lse
 
 
-def _token_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the tokens whose float32 logits take 16 MiB on a CPU (they stay in its cache) or 1 GiB on a GPU."""
-    size = max(1, (1 << 24 if hidden.device.type == "cpu" else 1 << 30) // (4 * weight.shape[0]))
-    return [slice(first, first + size) for first in range(0, hidden.shape[0], size)]
+def cross_entropy_gradient(
+    logits: Tensor, targets: Tensor, lse: Tensor, weights: Tensor, options: LossOptions, first_class: int,
+    n_classes: int,
+) -> Tensor:  # fmt: skip
+    """Gradient of sum(weights * losses) to the logits (tokens, classes); weights (tokens,) or a single number.
+
+    The classes are those from `first_class` on of `n_classes`, `lse` is that of all of them.
+    """
+    x = capped(logits, options.softcap)
+    gradient = (x - lse.unsqueeze(1)).exp_() * (1 + 2 * options.z_loss * lse).unsqueeze(1)
+    gradient -= options.label_smoothing / n_classes
+    column = targets - first_class
+    is_here = (column >= 0) & (column < x.shape[1])
+    at_target = torch.where(is_here, 1 - options.label_smoothing, 0.0).to(gradient.dtype).unsqueeze(1)
+    gradient.scatter_add_(1, torch.where(is_here, column, 0).unsqueeze(1), -at_target)
+    if options.softcap:
+        gradient *= 1 - (x / options.softcap) ** 2
+    weights = torch.where((targets >= 0) & (targets < n_classes), weights.to(gradient.dtype), torch.nan)
+    is_valid = (targets != options.ignore_index).unsqueeze(1)
+    return torch.where(is_valid, gradient * weights.unsqueeze(1), 0).to(logits.dtype)
+
+
+def project_to_vocabulary(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """hidden (..., width) @ weight (vocabulary, width)^T + bias, squashed to +-softcap by tanh where one is given."""
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return logits if softcap is None else capped(logits, softcap)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions = PLAIN
+) -> Tensor:
+    """`cross_entropy(project_to_vocabulary(hidden, weight, bias), targets)`, all logits at once."""
+    return cross_entropy(project_to_vocabulary(hidden, weight, bias), targets, options)
 
 
 # pointwise -----------------------------------------------------------------------------------------------------------

@@ -31,18 +31,22 @@ def results(function: Callable, inputs: Sequence[Tensor | None], seed: int = 1) 
 
 
 def assert_precise(
-    mine: Callable, plain: Callable, inputs: Sequence[Tensor | None], same_precision: Callable | None = None
+    mine: Callable,
+    plain: Callable,
+    inputs: Sequence[Tensor | None],
+    same_precision: Callable | None = None,
+    ulps: float = 1,
 ) -> None:
     """`mine` against `plain` in float64, forward and backward.
 
     The allowed error is 1.5 x that of `same_precision` (by default `plain`) on the inputs as they are, and never less
-    than 1.5 units in the last place of the result's norm.
+    than 1.5 x `ulps` units in the last place of the result's norm.
     """
     exact = [x if x is None or not x.is_floating_point() else x.double() for x in inputs]
     compared = zip(results(mine, inputs), results(same_precision or plain, inputs), results(plain, exact), strict=True)
     for index, (ours, theirs, true) in enumerate(compared):
         assert ours.dtype == theirs.dtype, (index, ours.dtype, theirs.dtype)
-        allowed = 1.5 * max(torch.finfo(ours.dtype).eps, relative_error(theirs, true))  # NaN of theirs: eps
+        allowed = 1.5 * max(ulps * torch.finfo(ours.dtype).eps, relative_error(theirs, true))  # NaN of theirs: eps
         error = relative_error(ours, true)
         assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
 

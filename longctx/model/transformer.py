@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longctx.config import Activation, ModelConfig, Positions
 from longctx.kernels import reference
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.linear_cross_entropy import linear_cross_entropy
 from longctx.model.attention import Attention
 from longctx.model.norm import make_norm
 from longctx.model.rotary import cos_sin
@@ -62,8 +63,8 @@ class Head(nn.Module):
         Without targets: logits (batch, sequence, vocabulary). A token whose target is -100 has loss 0.
         """
         if targets is None:
-            return reference.project_to_vocabulary(hidden, weight, self.softcap)
-        return reference.linear_cross_entropy(hidden, weight, targets, self.softcap)
+            return reference.project_to_vocabulary(hidden, weight, softcap=self.softcap)
+        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, softcap=self.softcap, reduction="none")
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,218 @@
+"""Cross entropy over rows of logits in Triton: statistics, loss, gradient, or loss and gradient together.
+
+A program walks the columns of a row and keeps a running maximum and sum of exponentials in each of its lanes, which
+meet once at the end. Loss and gradient together read a row twice, the second time out of the L2 cache: only as many
+programs run as have rows that fit there. (Milakov and Gimelshein 2018, online softmax)
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longctx.kernels import launch
+from longctx.kernels.loss_options import LossOptions
+from longctx.kernels.triton_math import LOG2_E, tanh, wide
+
+
+@triton.jit
+def _load_capped(logits, column, n_columns, softcap):
+    """Logits in float32, squashed where there is a softcap; -inf outside."""
+    inside = column < n_columns
+    x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+    if softcap is not None:
+        x = tl.where(inside, softcap * tanh(x / softcap), float("-inf"))
+    return x
+
+
+@triton.jit
+def _row_statistics(logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    """Maximum, sum of exp(x - maximum), and sum of x (0 unless SMOOTHED) of a row."""
+    column = tl.arange(0, COLUMNS)
+    peak = tl.full((COLUMNS,), -3e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
+    total = tl.zeros((COLUMNS,), tl.float32)
+    plain = tl.zeros((COLUMNS,), tl.float32)
+    for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
+        x = _load_capped(logits, first + column, n_columns, softcap)
+        smaller = tl.exp2(-tl.abs(x - peak) * LOG2_E)  # of x and the peak so far; the larger's exponential is 1
+        total = tl.where(x > peak, total * smaller + 1, total + smaller)
+        peak = tl.maximum(peak, x)
+        if SMOOTHED:
+            plain += tl.where(first + column < n_columns, x, 0.0)
+    row_peak = tl.max(peak, 0)
+    return row_peak, tl.sum(total * tl.exp2((peak - row_peak) * LOG2_E), 0), tl.sum(plain, 0)
+
+
+@triton.jit
+def _at_target(logits, target, first_class, n_columns, softcap):
+    """x at the target, 0 where this process does not hold that class."""
+    column = target - first_class
+    is_here = (column >= 0) & (column < n_columns)
+    x = tl.load(logits + tl.where(is_here, column, 0), mask=is_here, other=0.0).to(tl.float32)
+    if softcap is not None:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def _write_gradient(
+    logits, out, lse, target, weight, first_class, n_columns, n_classes, ignore_index, smoothing, z_loss, softcap,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """weight * d loss / d logits of a row; `out` may be `logits`."""
+    column = tl.arange(0, COLUMNS)
+    is_valid = target != ignore_index
+    is_known = (target >= 0) & (target < n_classes)
+    weight = tl.where(is_known, weight, float("nan"))
+    for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
+        x = _load_capped(logits, first + column, n_columns, softcap)
+        gradient = tl.exp2((x - lse) * LOG2_E) * (1 + 2 * z_loss * lse) - smoothing / n_classes
+        gradient = tl.where(first + column == target - first_class, gradient - (1 - smoothing), gradient)
+        if softcap is not None:
+            gradient *= 1 - (x / softcap) * (x / softcap)
+        gradient = tl.where(is_valid, gradient * weight, 0.0)
+        tl.store(out + first + column, gradient.to(out.dtype.element_ty), mask=first + column < n_columns)
+
+
+@triton.jit
+def _loss_kernel(
+    logits, targets, weights, losses, lses, out,
+    n_rows, n_columns, logits_row, out_row, weights_row, ignore_index, smoothing, z_loss, softcap,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row_logits = logits + wide(row) * logits_row
+        target = tl.load(targets + row)
+        at_target = _at_target(row_logits, target, 0, n_columns, softcap)
+        peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
+        lse = peak + tl.log(total)
+        # differences to the maximum first: large logits cancel exactly
+        loss = tl.log(total) + (1 - smoothing) * (peak - at_target) + z_loss * lse * lse
+        if SMOOTHED:
+            loss += smoothing * (peak - plain / n_columns)
+        is_known = (target >= 0) & (target < n_columns)
+        loss = tl.where(is_known, loss, float("nan"))
+        tl.store(losses + row, tl.where(target != ignore_index, loss, 0.0))
+        tl.store(lses + row, lse)
+        if out is not None:
+            weight = tl.load(weights + row * weights_row)
+            _write_gradient(
+                row_logits, out + wide(row) * out_row, lse, target, weight, 0, n_columns, n_columns, ignore_index,
+                smoothing, z_loss, softcap, COLUMNS, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _statistics_kernel(
+    logits, targets, statistics, n_rows, n_columns, logits_row, first_class, softcap,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    row_logits = logits + wide(row) * logits_row
+    at_target = _at_target(row_logits, tl.load(targets + row), first_class, n_columns, softcap)
+    peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
+    tl.store(statistics + row, peak)
+    tl.store(statistics + n_rows + row, total)
+    tl.store(statistics + 2 * n_rows + row, at_target)
+    tl.store(statistics + 3 * n_rows + row, plain)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits, targets, lses, weights, out,
+    n_columns, logits_row, out_row, weights_row, first_class, n_classes, ignore_index, smoothing, z_loss, softcap,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    _write_gradient(
+        logits + wide(row) * logits_row, out + wide(row) * out_row, tl.load(lses + row), tl.load(targets + row),
+        tl.load(weights + row * weights_row), first_class, n_columns, n_classes, ignore_index, smoothing, z_loss,
+        softcap, COLUMNS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(x, factor, n_elements, BLOCK: tl.constexpr):
+    value = tl.load(factor)
+    if value != 1.0:
+        for first in range(wide(tl.program_id(0)) * BLOCK, n_elements, tl.num_programs(0) * BLOCK):
+            offsets = first + tl.arange(0, BLOCK)
+            inside = offsets < n_elements
+            scaled = tl.load(x + offsets, mask=inside).to(tl.float32) * value
+            tl.store(x + offsets, scaled.to(x.dtype.element_ty), mask=inside)
+
+
+# launch ---------------------------------------------------------------------------------------------------------------
+
+
+def loss(
+    logits: Tensor, targets: Tensor, options: LossOptions, weights: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses and log-sum-exps (tokens,) float32 of logits (tokens, classes) and targets (tokens,) int64.
+
+    With `out` (which may be `logits`) the gradient of sum(weights * losses) too; weights float32, (tokens,) or one.
+    """
+    losses, lses = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    blocks = launch.cross_entropy(logits)
+    if len(logits):
+        with launch.on_device(logits):
+            _loss_kernel[(min(len(logits), blocks.programs) if out is not None else len(logits),)](
+                logits, targets, weights, losses, lses, out, len(logits), logits.shape[1], logits.stride(0),
+                0 if out is None else out.stride(0), _row_stride(weights), options.ignore_index,
+                options.label_smoothing, options.z_loss, options.softcap or None,
+                SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns, STAGES=blocks.stages,
+                num_warps=blocks.warps,
+            )  # fmt: skip
+    return losses, lses
+
+
+def statistics(logits: Tensor, targets: Tensor, options: LossOptions, first_class: int) -> Tensor:
+    """See `reference.cross_entropy_statistics`: (4, tokens) float32; the sum of x is 0 without label smoothing."""
+    result = torch.empty((4, len(logits)), dtype=torch.float32, device=logits.device)
+    blocks = launch.cross_entropy(logits)
+    if len(logits):
+        with launch.on_device(logits):
+            _statistics_kernel[(len(logits),)](
+                logits, targets, result, len(logits), logits.shape[1], logits.stride(0), first_class,
+                options.softcap or None, SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns,
+                STAGES=blocks.stages, num_warps=blocks.warps,
+            )  # fmt: skip
+    return result
+
+
+def gradient(
+    logits: Tensor, targets: Tensor, lses: Tensor, weights: Tensor, options: LossOptions, first_class: int,
+    n_classes: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradient of sum(weights * losses) to logits into `out`, which may be `logits`.
+
+    The logits are those of classes `first_class` on of `n_classes`, `lses` of all of them.
+    """
+    blocks = launch.cross_entropy(logits)
+    if len(logits):
+        with launch.on_device(logits):
+            _gradient_kernel[(len(logits),)](
+                logits, targets, lses, weights, out, logits.shape[1], logits.stride(0), out.stride(0),
+                _row_stride(weights), first_class, n_classes, options.ignore_index, options.label_smoothing,
+                options.z_loss, options.softcap or None,
+                COLUMNS=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
+            )  # fmt: skip
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a single number on the device; nothing is read or written where it is 1. x is contiguous."""
+    block = 4096
+    if x.numel():
+        with launch.on_device(x):
+            _scale_kernel[(min(triton.cdiv(x.numel(), block), 8 * launch.multiprocessors(x.device)),)](
+                x, factor, x.numel(), BLOCK=block, num_warps=8
+            )
+
+
+def _row_stride(weights: Tensor | None) -> int:
+    return 0 if weights is None or weights.numel() == 1 else weights.stride(0)
