@@ -36,9 +36,14 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded(width: int) -> int:
     """The next tile width: a power of two, 16 or more."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_two(width))
 
 
 def readable(x: Tensor) -> Tensor:
@@ -132,6 +137,39 @@ def norm_backward(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
     blocks = _row_blocks(x.shape[-1], 16384, 4096, 16)
     resident = multiprocessors(x.device) * max(1, 16 // blocks.warps)
     return blocks, groups * max(1, resident // groups)
+
+
+def softmax(columns: int) -> RowBlocks:
+    """For rows of scores: 16 elements a thread."""
+    return _row_blocks(columns, 16384, 4096, 16)
+
+
+def pointwise(columns: int) -> RowBlocks:
+    """For matrices whose elements are independent: 8 elements a thread, 16 bytes of two."""
+    return _row_blocks(columns, 1024, 1024, 8)
+
+
+def gelu_backward(x: Tensor) -> tuple[RowBlocks, int]:
+    """For x (rows, columns), and how many programs share the rows of a tile's columns."""
+    blocks = RowBlocks(16, 128, 4)
+    across = -(-x.shape[1] // blocks.columns)
+    tiles_of_rows = max(1, -(-x.shape[0] // blocks.rows))
+    return blocks, min(tiles_of_rows, max(1, 16 * multiprocessors(x.device) // across))
+
+
+class RotaryBlocks(NamedTuple):
+    """Tokens and heads of a tile, warps of a program."""
+
+    tokens: int
+    heads: int
+    warps: int
+
+
+def rotary(heads: int, pairs: int) -> RotaryBlocks:
+    """Tiles of some 2048 pairs: 16 a thread."""
+    block_heads = min(power_of_two(heads), max(1, 4096 // power_of_two(pairs)))
+    tokens = max(1, 2048 // (block_heads * power_of_two(pairs)))
+    return RotaryBlocks(tokens, block_heads, 4)
 
 
 class LossBlocks(NamedTuple):

@@ -217,15 +217,19 @@ def dropout_add(
 # rotary --------------------------------------------------------------------------------------------------------------
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + head_dim/2]) by a position's angles: the half-split form of Llama and GPT-NeoX.
-
-    x (batch, sequence, heads, head_dim); cos, sin (batch or 1, sequence, head_dim / 2). (Su et al. 2021, RoFormer)
-    """
-    compute = accumulation_dtype(x.dtype)
-    first, second = x.to(compute).chunk(2, dim=-1)
+def apply_rotary(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """Turns pairs of dims of x (batch, sequence, heads, head_dim); shapes and pairs as in `longctx.kernels.rotary`."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :rotary_dim].to(accumulation_dtype(x.dtype)), x[..., rotary_dim:]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 # losses --------------------------------------------------------------------------------------------------------------
@@ -316,3 +320,27 @@ def linear_cross_entropy(
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up. (Shazeer 2020, GLU Variants Improve Transformer)"""
     return F.silu(gate) * up
+
+
+def gelu_backward(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tanh's GELU of x (..., width): the gradient of x, the GELU, the gradient's sum over rows in fp32 or fp64."""
+    dx = torch.ops.aten.gelu_backward(dout, x, approximate="tanh")
+    return dx, F.gelu(x, approximate="tanh"), dx.flatten(0, -2).sum(0, dtype=accumulation_dtype(x.dtype))
+
+
+# softmax -------------------------------------------------------------------------------------------------------------
+
+
+def softmax(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """softmax(scale * x + mask) over the last dim of x (..., rows, columns); 0 where nothing takes part.
+
+    mask: boolean, True where a column takes part, or floating. (see `longctx.kernels.softmax`)
+    """
+    score = x.to(accumulation_dtype(x.dtype)) * scale
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    if causal:
+        visible = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(x.shape[-1] - x.shape[-2])
+        score = score.masked_fill(~visible, -torch.inf)
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(score.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(x.dtype)

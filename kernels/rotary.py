@@ -1,0 +1,251 @@
+"""Rotary position embedding: each pair of dims is turned by its token's angle. (Su et al. 2021, RoFormer)
+
+Half-split (Llama, GPT-NeoX): the pair of dim i is i + rotary_dim / 2; interleaved (GPT-J): dims 2i and 2i + 1. With
+(a, b) a pair: (a cos - b sin, a sin + b cos). The gradient is turned back by the same kernel.
+
+q (batch, sequence, heads, head_dim), k with its own number of heads, of any strides; cos and sin (batch or 1, sequence,
+rotary_dim / 2) hold each token's own angle, whatever part of a sequence the tokens are; or they are tables
+(n_positions, rotary_dim / 2) into which `positions` (batch, sequence) points. Dims from rotary_dim on stay as they are.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from longctx.kernels import launch, reference
+from longctx.kernels.triton_math import wide
+
+
+@triton.jit
+def _rotate(
+    x, out, cosine, sine, token, is_token, head_block, n_heads, x_token, x_head, out_token, out_head,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Turns a block of tokens (T), heads (H) and all pairs (P); cosine and sine are (T, 1, P)."""
+    head = head_block * HEADS + tl.arange(0, HEADS)
+    is_row = is_token[:, None, None] & (head < n_heads)[None, :, None]
+    x += token[:, None, None] * x_token + head[None, :, None] * x_head
+    out += token[:, None, None] * out_token + head[None, :, None] * out_head
+    pair = tl.arange(0, BLOCK_PAIRS)[None, None, :]
+    inside = is_row & (pair < PAIRS)
+    if INTERLEAVED:
+        first, second = 2 * pair, 2 * pair + 1
+    else:
+        first, second = pair, pair + PAIRS
+    a = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + second, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first, (a * cosine - b * sine).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + second, (b * cosine + a * sine).to(out.dtype.element_ty), mask=inside)
+    if not IN_PLACE:
+        for start in tl.static_range(2 * PAIRS, HEAD_DIM, BLOCK_PAIRS):
+            dim = start + pair
+            rest = is_row & (dim < HEAD_DIM)
+            tl.store(out + dim, tl.load(x + dim, mask=rest), mask=rest)
+
+
+@triton.jit
+def _rotary_kernel(
+    q, k, q_out, k_out, cos, sin, positions,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
+    k_out_batch, k_out_token, k_out_head, angle_batch, angle_token, position_batch,
+    n_tokens, q_heads, k_heads,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    token = wide(tl.program_id(0)) * TOKENS + tl.arange(0, TOKENS)
+    head_block, batch = tl.program_id(1), wide(tl.program_id(2))
+    is_token = token < n_tokens
+    row = token
+    if positions is not None:
+        row = tl.load(positions + batch * position_batch + token, mask=is_token, other=0).to(tl.int64)
+    pair = tl.arange(0, BLOCK_PAIRS)
+    angle = batch * angle_batch + row[:, None] * angle_token + pair[None, :]
+    inside = is_token[:, None] & (pair < PAIRS)[None, :]
+    cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[:, None, :]
+    sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[:, None, :]
+    if INVERSE:
+        sine = -sine
+    if head_block * HEADS < q_heads:
+        _rotate(
+            q + batch * q_batch, q_out + batch * q_out_batch, cosine, sine, token, is_token, head_block, q_heads,
+            q_token, q_head, q_out_token, q_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, HEADS, INTERLEAVED, IN_PLACE,
+        )  # fmt: skip
+    if k is not None:
+        if head_block * HEADS < k_heads:
+            _rotate(
+                k + batch * k_batch, k_out + batch * k_out_batch, cosine, sine, token, is_token, head_block, k_heads,
+                k_token, k_head, k_out_token, k_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, HEADS, INTERLEAVED, IN_PLACE,
+            )  # fmt: skip
+
+
+def _launch(
+    q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor |
+    None, interleaved: bool, inverse: bool,
+) -> None:  # fmt: skip
+    batch, n_tokens, heads, head_dim = q.shape
+    if not q.numel():
+        return
+    cos, sin = cos.contiguous(), sin.contiguous()
+    pairs = cos.shape[-1]
+    blocks = launch.rotary(max(heads, 0 if k is None else k.shape[2]), pairs)
+    grid = triton.cdiv(n_tokens, blocks.tokens), triton.cdiv(max(heads, 0 if k is None else k.shape[2]), blocks.heads)
+    with launch.on_device(q):
+        _rotary_kernel[(*grid, batch)](
+            q, k, q_out, k_out, cos, sin, positions, *q.stride()[:3], *launch.strides(k, 4)[:3], *q_out.stride()[:3],
+            *launch.strides(k_out, 4)[:3], 0 if positions is not None else launch.shared_stride(cos), pairs,
+            launch.shared_stride(positions), n_tokens, heads, 0 if k is None else k.shape[2],
+            HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_PAIRS=launch.power_of_two(pairs), TOKENS=blocks.tokens,
+            HEADS=blocks.heads, INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=q_out is q, num_warps=blocks.warps,
+        )  # fmt: skip
+
+
+# custom ops -----------------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse"
+
+
+def _out_of_place(q, k, *call):
+    q, k = launch.readable(q), None if k is None else launch.readable(k)
+    q_out, k_out = (None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch(q, k, q_out, k_out, *call)
+    return q_out, q.new_empty(0) if k_out is None else k_out
+
+
+def _in_place(q, k, *call):
+    _launch(q, k, q, k, *call)
+
+
+_rotary = custom_op(
+    "longctx::rotary", _out_of_place, mutates_args=(), schema=f"(Tensor q, Tensor? k, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+_rotary_in_place = custom_op(
+    "longctx::rotary_",
+    _in_place,
+    mutates_args=("q", "k"),
+    schema=f"(Tensor(a!) q, Tensor(b!)? k, {_ARGUMENTS}) -> ()",
+)
+
+
+@_rotary.register_fake
+def _(q, k, *_call):
+    return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, k, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.has_k = k is not None
+    if not ctx.has_k:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _autograd(ctx, dq: Tensor, dk: Tensor | None):
+    dk = dk if ctx.has_k else None
+    dq, dk = _rotary(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return dq, dk if ctx.has_k else None, None, None, None, None, None
+
+
+_rotary.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, interleaved):
+        _rotary_in_place(q, k, cos, sin, positions, interleaved, False)
+        ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.interleaved, ctx.has_k = interleaved, k is not None
+        return q, k
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        dq, dk = _rotary(*gradients, *ctx.saved_tensors, ctx.interleaved, True)
+        return dq, dk if ctx.has_k else None, None, None, None, None
+
+
+# public ---------------------------------------------------------------------------------------------------------------
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
+    """x with its first 2 * cos.shape[-1] dims turned, in its dtype; see `apply_rotary_to_both`."""
+    return _apply(x, None, cos, sin, positions, interleaved, inplace, implementation)[0]
+
+
+def apply_rotary_to_both(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """q and k turned in one launch, in their dtype; shapes as at the top of the file.
+
+    q and k float16, bfloat16, float32 or float64; cos and sin floating, best float32, without gradient. `inplace`: q
+    and k themselves are turned and returned. Raises ValueError with all that is wrong.
+    """
+    q, k_turned = _apply(q, k, cos, sin, positions, interleaved, inplace, implementation)
+    assert k_turned is not None
+    return q, k_turned
+
+
+def _apply(q, k, cos, sin, positions, interleaved, inplace, implementation) -> tuple[Tensor, Tensor | None]:
+    _check(q, k, cos, sin, positions, inplace)
+    if launch.choose(implementation, q) == "reference":
+        turned_q = reference.apply_rotary(q, cos, sin, positions, interleaved)
+        turned_k = None if k is None else reference.apply_rotary(k, cos, sin, positions, interleaved)
+        if inplace:
+            return q.copy_(turned_q), None if k is None or turned_k is None else k.copy_(turned_k)
+        return turned_q, turned_k
+    if inplace:
+        return _InPlace.apply(q, k, cos, sin, positions, interleaved)
+    q, turned = _rotary(q, k, cos, sin, positions, interleaved, False)
+    return q, None if k is None else turned
+
+
+def _check(q, k, cos, sin, positions, inplace) -> None:
+    problems = []
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and (x.ndim != 4 or not x.is_floating_point()):
+            problems.append(f"{name} {tuple(x.shape)} {x.dtype}: must be (batch, sequence, heads, head_dim), floating")
+        elif x is not None and inplace and x.stride(-1) != 1:
+            problems.append(f"{name}: to be turned in place, its last dim must have stride 1, not {x.stride(-1)}")
+    if not problems:
+        batch, sequence, _, head_dim = q.shape
+        if k is not None and (k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim or k.dtype != q.dtype):
+            problems.append(f"k {tuple(k.shape)} {k.dtype}: must be {(batch, sequence, '*', head_dim)} {q.dtype}, as q")
+        if cos.shape != sin.shape or cos.dtype != sin.dtype:
+            problems.append(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must be alike")
+        if not 1 <= cos.shape[-1] <= head_dim // 2:
+            problems.append(f"cos {tuple(cos.shape)}: its last dim must be 1 to head_dim / 2 = {head_dim // 2}")
+        if positions is None and (cos.ndim != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != sequence):
+            problems.append(f"cos {tuple(cos.shape)}: must be ({batch} or 1, {sequence}, rotary_dim / 2)")
+        if positions is not None and (
+            cos.ndim != 2 or tuple(positions.shape) not in ((batch, sequence), (1, sequence))
+        ):
+            problems.append(
+                f"cos {tuple(cos.shape)}, positions {tuple(positions.shape)}: must be a table (n_positions, "
+                f"rotary_dim / 2) and ({batch} or 1, {sequence})"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))

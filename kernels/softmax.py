@@ -1,0 +1,237 @@
+"""Softmax over the last dim of scaled and masked scores: scaled_masked_softmax and its causal form.
+
+For attention whose scores exist; `longctx.kernels.attention` never holds them. (Shoeybi et al. 2019, Megatron-LM)
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from longctx.kernels import launch, reference
+from longctx.kernels.triton_math import LOG2_E, wide
+
+
+@triton.jit
+def _load_scores(
+    x, mask, row, column, n_rows, n_columns, x_row, mask_row, mask_column, scale,
+    IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """(R, C) of scaled scores times log2(e), -inf where a column does not take part."""
+    visible = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+    if CAUSAL:
+        visible &= column[None, :] - row[:, None] <= n_columns - n_rows
+    pointers = row[:, None] * mask_row + column[None, :] * mask_column
+    if IS_BOOLEAN:
+        visible &= (tl.load(mask + pointers, mask=visible, other=1 - KEPT) != 0) == (KEPT != 0)
+    score = tl.load(x + row[:, None] * x_row + column[None, :], mask=visible, other=0.0).to(tl.float32) * scale
+    if mask is not None and not IS_BOOLEAN:
+        score += tl.load(mask + pointers, mask=visible, other=0.0).to(tl.float32)
+    return tl.where(visible, score * LOG2_E, float("-inf"))
+
+
+@triton.jit
+def _finite(peak):
+    """-inf, the maximum of a row of which nothing takes part, as 0: the exponentials of that row are then 0."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _forward_kernel(
+    x, mask, out, n_rows, n_columns, x_batch, x_head, x_row, mask_batch, mask_head, mask_row, mask_column, scale,
+    IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+):  # fmt: skip
+    head, batch = wide(tl.program_id(1)), wide(tl.program_id(2))
+    row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    x += batch * x_batch + head * x_head
+    if mask is not None:
+        mask += batch * mask_batch + head * mask_head
+    out += (batch * tl.num_programs(1) + head) * n_rows * n_columns
+    column = tl.arange(0, COLUMNS)
+    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+    if not IS_WIDE:
+        score = _load_scores(
+            x, mask, row, column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT, CAUSAL
+        )
+        weight = tl.exp2(score - _finite(tl.max(score, 1))[:, None])
+        total = tl.sum(weight, 1)
+        weight = weight / tl.where(total == 0.0, 1.0, total)[:, None]
+        offsets = row[:, None] * n_columns + column[None, :]
+        tl.store(out + offsets, weight.to(out.dtype.element_ty), mask=inside)
+    else:
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for first in range(0, n_columns, COLUMNS):
+            score = _load_scores(
+                x, mask, row, first + column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT,
+                CAUSAL,
+            )  # fmt: skip
+            new_peak = tl.maximum(peak, tl.max(score, 1))
+            total *= tl.exp2(peak - _finite(new_peak))
+            total += tl.sum(tl.exp2(score - _finite(new_peak)[:, None]), 1)
+            peak = new_peak
+        total = tl.where(total == 0.0, 1.0, total)
+        for first in range(0, n_columns, COLUMNS):
+            score = _load_scores(
+                x, mask, row, first + column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT,
+                CAUSAL,
+            )  # fmt: skip
+            weight = tl.exp2(score - _finite(peak)[:, None]) / total[:, None]
+            inside = (row < n_rows)[:, None] & (first + column < n_columns)[None, :]
+            offsets = row[:, None] * n_columns + first + column[None, :]
+            tl.store(out + offsets, weight.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dout, out, dx, n_rows, n_columns, dout_row, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_WIDE: tl.constexpr
+):  # fmt: skip
+    row = (wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    if not IS_WIDE:
+        inside = (row < n_rows) & (column < n_columns)
+        weight = tl.load(out + row * n_columns + column, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(dout + row * dout_row + column, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(weight * gradient, 1)[:, None]
+        result = weight * (gradient - mean) * scale
+        tl.store(dx + row * n_columns + column, result.to(dx.dtype.element_ty), mask=inside)
+    else:
+        mean = tl.zeros((ROWS, 1), tl.float32)
+        for first in range(0, n_columns, COLUMNS):
+            inside = (row < n_rows) & (first + column < n_columns)
+            weight = tl.load(out + row * n_columns + first + column, mask=inside, other=0.0).to(tl.float32)
+            gradient = tl.load(dout + row * dout_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            mean += tl.sum(weight * gradient, 1)[:, None]
+        for first in range(0, n_columns, COLUMNS):
+            inside = (row < n_rows) & (first + column < n_columns)
+            weight = tl.load(out + row * n_columns + first + column, mask=inside, other=0.0).to(tl.float32)
+            gradient = tl.load(dout + row * dout_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            result = weight * (gradient - mean) * scale
+            tl.store(dx + row * n_columns + first + column, result.to(dx.dtype.element_ty), mask=inside)
+
+
+# custom ops -----------------------------------------------------------------------------------------------------------
+
+
+def _forward(x, mask, scale, causal, mask_keeps):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return out
+    x4 = launch.readable(x[(None,) * (4 - x.ndim)])
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)].expand(x4.shape)
+    blocks = launch.softmax(x.shape[-1])
+    with launch.on_device(x):
+        _forward_kernel[(triton.cdiv(x4.shape[2], blocks.rows), x4.shape[1], x4.shape[0])](
+            x4, mask, out, *x4.shape[2:], *x4.stride()[:3], *launch.strides(mask, 4), scale,
+            IS_BOOLEAN=mask is not None and mask.dtype == torch.bool, KEPT=int(mask_keeps), CAUSAL=causal,
+            ROWS=blocks.rows, COLUMNS=blocks.columns, IS_WIDE=x.shape[-1] > blocks.columns, num_warps=blocks.warps,
+        )  # fmt: skip
+    return out
+
+
+def _backward(dout, out, scale):
+    dx = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    if not out.numel():
+        return dx
+    dout = launch.readable(dout.reshape(-1, out.shape[-1]))
+    blocks = launch.softmax(out.shape[-1])
+    with launch.on_device(out):
+        _backward_kernel[(triton.cdiv(len(dout), blocks.rows),)](
+            dout, out.contiguous(), dx, *dout.shape, dout.stride(0), scale, ROWS=blocks.rows, COLUMNS=blocks.columns,
+            IS_WIDE=out.shape[-1] > blocks.columns, num_warps=blocks.warps,
+        )  # fmt: skip
+    return dx
+
+
+_softmax = custom_op(
+    "longctx::softmax",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, float scale, bool causal, bool mask_keeps) -> Tensor",
+)
+_softmax_backward = custom_op(
+    "longctx::softmax_backward", _backward, mutates_args=(), schema="(Tensor dout, Tensor out, float scale) -> Tensor"
+)
+
+
+@_softmax.register_fake
+def _(x, *_others):
+    return x.new_empty(x.shape)
+
+
+@_softmax_backward.register_fake
+def _(dout, out, scale):
+    return out.new_empty(out.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.scale = inputs[2]
+    ctx.save_for_backward(output)
+
+
+def _autograd(ctx, dout: Tensor):
+    (out,) = ctx.saved_tensors
+    return _softmax_backward(dout, out, ctx.scale), None, None, None, None
+
+
+_softmax.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# public ---------------------------------------------------------------------------------------------------------------
+
+
+def softmax(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    causal: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
+    """softmax(scale * x + mask) over the last dim, like x; exponentials and sums in float32.
+
+    x (..., rows, columns), up to four dims, in float16, bfloat16, float32 or float64. `mask` broadcasts to x and has no
+    gradient: boolean, True where a column takes part (as in torch's attention), or floating, which is added. `causal`:
+    row i sees columns up to i + columns - rows. A row of which nothing takes part is 0. Raises ValueError for what does
+    not fit.
+    """
+    return _apply(x, mask, scale, causal, True, implementation)
+
+
+def scaled_masked_softmax(x: Tensor, mask: Tensor | None, scale: float, implementation: str = "auto") -> Tensor:
+    """`softmax` with Megatron's mask: True where a column is left out."""
+    return _apply(x, mask, scale, False, False, implementation)
+
+
+def scaled_upper_triang_masked_softmax(x: Tensor, scale: float, implementation: str = "auto") -> Tensor:
+    """`softmax` of x (batch * heads, rows, rows) with what lies above the diagonal left out."""
+    return _apply(x, None, scale, True, True, implementation)
+
+
+def _apply(x, mask, scale, causal, mask_keeps, implementation) -> Tensor:
+    problems = []
+    if not x.is_floating_point() or not 2 <= x.ndim <= 4:
+        problems.append(f"x {tuple(x.shape)} {x.dtype}: must be (..., rows, columns) of 2 to 4 dims, floating")
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            problems.append(f"mask {mask.dtype}: must be boolean, or floating to be added")
+        if mask.requires_grad:
+            problems.append("mask: gets no gradient; give mask.detach()")
+        sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+        if mask.ndim > x.ndim or any(m not in (1, n) for m, n in sizes):
+            problems.append(f"mask {tuple(mask.shape)}: must broadcast to x, {tuple(x.shape)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    if launch.choose(implementation, x) == "triton":
+        return _softmax(x, mask, scale, causal, mask_keeps)
+    if mask is not None and mask.dtype == torch.bool and not mask_keeps:
+        mask = ~mask
+    return reference.softmax(x, mask, scale, causal)

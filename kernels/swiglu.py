@@ -1,0 +1,173 @@
+"""SwiGLU: silu(gate) * up, with silu(x) = x / (1 + exp(-x)). (Shazeer 2020, GLU Variants Improve Transformer)
+
+The backward pass makes silu again from the gate instead of keeping it.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# a kernel is launched with arguments that its signature does not show
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from longctx.kernels import launch, reference
+from longctx.kernels.triton_math import LOG2_E, wide
+
+
+@triton.jit
+def _tile(n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (R, 1) and columns (1, C) of a program's tile, and which exist."""
+    row = (wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    return row, column, (row < n_rows) & (column < n_columns)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def _forward_kernel(
+    gate, up, out, n_rows, n_columns, gate_row, up_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    row, column, inside = _tile(n_rows, n_columns, ROWS, COLUMNS)
+    g = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * n_columns + column, (g * _sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dout, gate, up, dgate, dup, n_rows, n_columns, dout_row, gate_row, up_row, gradient_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _tile(n_rows, n_columns, ROWS, COLUMNS)
+    d = tl.load(dout + row * dout_row + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid(g)
+    silu = g * sigmoid
+    of_gate = d * u * (sigmoid + silu * (1 - sigmoid))
+    offsets = row * gradient_row + column
+    tl.store(dgate + offsets, of_gate.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + offsets, (d * silu).to(dup.dtype.element_ty), mask=inside)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return launch.readable(x.reshape(-1, x.shape[-1]))
+
+
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = _rows(gate), _rows(up)
+    if out.numel():
+        blocks = launch.pointwise(gate.shape[1])
+        grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
+        with launch.on_device(gate):
+            _forward_kernel[grid](
+                gate, up, out, *gate.shape, gate.stride(0), up.stride(0),
+                ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
+            )  # fmt: skip
+    return out
+
+
+def _backward_into(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    """dgate and dup (rows, columns) have one stride."""
+    dout, gate, up = _rows(dout), _rows(gate), _rows(up)
+    if dout.numel():
+        blocks = launch.pointwise(gate.shape[1])
+        grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
+        with launch.on_device(gate):
+            _backward_kernel[grid](
+                dout, gate, up, dgate, dup, *gate.shape, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
+                ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
+            )  # fmt: skip
+
+
+# custom ops -----------------------------------------------------------------------------------------------------------
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+
+
+def _backward(dout, gate, up):
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    _backward_into(dout, gate, up, *(x.view(-1, gate.shape[-1]) for x in (dgate, dup)))
+    return dgate, dup
+
+
+def _packed_forward(x):
+    return _forward(*_halves(x))
+
+
+def _packed_backward(dout, x):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _backward_into(dout, *_halves(x), *_halves(dx.view(-1, x.shape[-1])))
+    return dx
+
+
+_swiglu = custom_op("longctx::swiglu", _forward, mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
+_swiglu_backward = custom_op(
+    "longctx::swiglu_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+)
+_swiglu_packed = custom_op("longctx::swiglu_packed", _packed_forward, mutates_args=(), schema="(Tensor x) -> Tensor")
+_swiglu_packed_backward = custom_op(
+    "longctx::swiglu_packed_backward", _packed_backward, mutates_args=(), schema="(Tensor dout, Tensor x) -> Tensor"
+)
+
+
+@_swiglu.register_fake
+def _(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+@_swiglu_backward.register_fake
+def _(dout, gate, up):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+@_swiglu_packed.register_fake
+def _(x):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@_swiglu_packed_backward.register_fake
+def _(dout, x):
+    return x.new_empty(x.shape)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_swiglu.register_autograd(lambda ctx, dout: _swiglu_backward(dout, *ctx.saved_tensors), setup_context=_save_inputs)
+_swiglu_packed.register_autograd(
+    lambda ctx, dout: _swiglu_packed_backward(dout, *ctx.saved_tensors), setup_context=_save_inputs
+)
+
+
+# public ---------------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
+    """silu(gate) * up, like gate; computed in float32.
+
+    gate and up (..., width), of any strides, in float16, bfloat16, float32 or float64; without `up`, `gate` is both,
+    packed: (..., 2 * width), the gate first. Raises ValueError for shapes that do not fit.
+    """
+    if up is None and (not gate.ndim or gate.shape[-1] % 2):
+        raise ValueError(f"gate {tuple(gate.shape)}: packed with up, its last dim must be even")
+    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype or not gate.ndim):
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: must be alike")
+    if launch.choose(implementation, gate) == "reference":
+        return reference.swiglu(*(_halves(gate) if up is None else (gate, up)))
+    return _swiglu_packed(gate) if up is None else _swiglu(gate, up)

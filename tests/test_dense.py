@@ -1,0 +1,105 @@
+"""FusedDense and FusedMLP against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from precision import DEVICE, DTYPES, assert_precise, random
+
+from longctx.kernels.dense import FusedDense, FusedMLP, fused_dense, fused_mlp
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_dense(with_residual, with_bias, dtype):
+    x, weight = random(2, 7, 24, dtype=dtype), random(40, 24, dtype=dtype)
+    bias = random(40, dtype=dtype) if with_bias else None
+    residual = random(2, 7, 40, dtype=dtype) if with_residual else None
+
+    def plain(x, weight, bias, residual):
+        y = F.linear(x, weight, bias)
+        return y if residual is None else y + residual
+
+    assert_precise(fused_dense, plain, [x, weight, bias, residual], ulps=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_skip_connection_around_a_layer(dtype):
+    """x goes on beside y; its gradient starts the product that makes x's."""
+    inputs = [random(2, 7, 24, dtype=dtype), random(24, 24, dtype=dtype), random(24, dtype=dtype)]
+    assert_precise(
+        lambda *t: fused_dense(*t, return_residual=True), lambda x, w, b: (F.linear(x, w, b), x * 1), inputs, ulps=2
+    )
+
+
+def plain_mlp(x, weight1, weight2, bias1, bias2):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("return_residual", [False, True])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_mlp(with_bias, return_residual, recompute, dtype):
+    inputs = [random(2, 19, 24, dtype=dtype), random(150, 24, dtype=dtype) / 5, random(24, 150, dtype=dtype) / 5]
+    inputs += [random(150, dtype=dtype), random(24, dtype=dtype)] if with_bias else [None, None]
+    options = {"return_residual": return_residual, "recompute": recompute, "implementation": "triton"}
+
+    def plain(x, *parameters):
+        return (plain_mlp(x, *parameters), x * 1) if return_residual else plain_mlp(x, *parameters)
+
+    assert_precise(lambda *t: fused_mlp(*t, **options), plain, inputs, ulps=3)
+
+
+def test_no_rows():
+    x = random(0, 24).requires_grad_()
+    weight1, weight2 = random(50, 24).requires_grad_(), random(24, 50)
+    fused_mlp(x, weight1, weight2, implementation="triton").sum().backward()
+    assert torch.equal(weight1.grad, torch.zeros_like(weight1))
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """The GELU's input and x; with `recompute` x alone. Never the GELU."""
+    x, weight1, weight2 = random(5, 24).requires_grad_(), random(50, 24), random(24, 50)
+    for recompute, expected in ((False, [(5, 24), (5, 50)]), (True, [(5, 24)])):
+        kept: list[tuple[int, ...]] = []
+
+        def note(t: torch.Tensor, kept=kept) -> torch.Tensor:
+            if t is not weight1 and t is not weight2:
+                kept.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            fused_mlp(x, weight1, weight2, recompute=recompute)
+        assert kept == expected
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_layers(implementation):
+    torch.manual_seed(0)
+    x = random(3, 24)
+    dense = FusedDense(24, 40, return_residual=True).to(DEVICE)
+    y, same = dense(x, random(3, 40))
+    torch.testing.assert_close(y, F.linear(x, dense.weight, dense.bias) + random(3, 40))
+    assert torch.equal(same, x)
+    mlp = FusedMLP(24, implementation=implementation).to(DEVICE)
+    assert mlp.fc1.weight.shape == (96, 24)
+    expected = plain_mlp(x, mlp.fc1.weight, mlp.fc2.weight, mlp.fc1.bias, mlp.fc2.bias)
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_refusals():
+    x, weight = torch.ones(3, 24), torch.ones(40, 24)
+    for call, message in (
+        (lambda: fused_dense(x, weight.T), r"weight \(24, 40\) .*: must be \(out_features, 24\) torch.float32"),
+        (lambda: fused_dense(x, weight, weight[0]), r"bias of weight \(24,\) .*: must be \(40,\)"),
+        (lambda: fused_dense(x, weight, residual=x), r"residual \(3, 24\): must be \(3, 40\)"),
+        (lambda: fused_mlp(x, weight, weight), r"weight2 \(40, 24\) .*: must be \(out_features, 40\)"),
+        (lambda: fused_mlp(x, weight.double(), weight.T), r"weight1 \(40, 24\) torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
