@@ -110,6 +110,8 @@ def statistics_of(
     logits: Tensor, targets: Tensor, options: LossOptions, first_class: int, implementation: str
 ) -> Tensor:
     """See `reference.cross_entropy_statistics`."""
+    if not logits.shape[1]:
+        return torch.tensor([-torch.inf, 0, 0, 0], device=logits.device).unsqueeze(1).expand(4, len(logits))
     if implementation == "triton":
         return triton_cross_entropy.statistics(launch.readable(logits), targets, options, first_class)
     return reference.cross_entropy_statistics(logits, targets, options, first_class)
@@ -134,30 +136,30 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _new_losses(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=reference.accumulation_dtype(logits.dtype))
-
-
 def _forward(logits, targets, *call):
     losses, lse = losses_of(_rows(logits), targets.reshape(-1), LossOptions(*call[:-1]), call[-1])
     return losses.view(targets.shape), lse.view(targets.shape)
 
 
-def _backward(dlosses, logits, targets, lse, *call):
+def _statistics(logits, targets, first_class, *call):
+    found = statistics_of(_rows(logits), targets.reshape(-1), LossOptions(*call[:-1]), first_class, call[-1])
+    return found.view(4, *targets.shape)
+
+
+def _gradient(weights, logits, targets, lse, first_class, n_classes, *call):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_backward(dlosses, logits, targets, lse, out, call)
+    _write_gradient(weights, logits, targets, lse, first_class, n_classes, out, call)
     return out
 
 
-def _backward_over_logits(dlosses, logits, targets, lse, *call):
-    _write_backward(dlosses, logits, targets, lse, logits, call)
+def _gradient_over_logits(weights, logits, targets, lse, first_class, n_classes, *call):
+    _write_gradient(weights, logits, targets, lse, first_class, n_classes, logits, call)
 
 
-def _write_backward(dlosses, logits, targets, lse, out, call) -> None:
-    weights = dlosses.to(lse.dtype).reshape(-1)
+def _write_gradient(weights, logits, targets, lse, first_class, n_classes, out, call) -> None:
     gradient_of(
-        _rows(logits), targets.reshape(-1), lse.reshape(-1), weights, LossOptions(*call[:-1]), 0, logits.shape[-1],
-        call[-1], out.view(-1, logits.shape[-1]),
+        _rows(logits), targets.reshape(-1), lse.reshape(-1), weights.to(lse.dtype).reshape(-1), LossOptions(*call[:-1]),
+        first_class, n_classes, call[-1], _rows(out),
     )  # fmt: skip
 
 
@@ -171,8 +173,8 @@ def _forward_over_logits(logits, targets, weight, *call):
 
 
 def _write_with_gradient(logits, targets, weight, out, call) -> Tensor:
-    out = out.view(-1, logits.shape[-1])
-    losses, _ = losses_of(_rows(logits), targets.reshape(-1), LossOptions(*call[:-1]), call[-1], weight, out)
+    call = LossOptions(*call[:-1]), call[-1]
+    losses, _ = losses_of(_rows(logits), targets.reshape(-1), *call, weight, _rows(out))
     return losses.sum() * weight
 
 
@@ -189,17 +191,24 @@ _cross_entropy = custom_op(
     mutates_args=(),
     schema=f"(Tensor logits, Tensor targets, {LOSS_SCHEMA}) -> (Tensor, Tensor)",
 )
-_cross_entropy_backward = custom_op(
-    "longctx::cross_entropy_backward",
-    _backward,
+cross_entropy_statistics = custom_op(
+    "longctx::cross_entropy_statistics",
+    _statistics,
     mutates_args=(),
-    schema=f"(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, {LOSS_SCHEMA}) -> Tensor",
+    schema=f"(Tensor logits, Tensor targets, int first_class, {LOSS_SCHEMA}) -> Tensor",
 )
-_cross_entropy_backward_over_logits = custom_op(
-    "longctx::cross_entropy_backward_",
-    _backward_over_logits,
+_GRADIENT = f"Tensor targets, Tensor lse, int first_class, int n_classes, {LOSS_SCHEMA}"
+cross_entropy_gradient = custom_op(
+    "longctx::cross_entropy_gradient",
+    _gradient,
+    mutates_args=(),
+    schema=f"(Tensor weights, Tensor logits, {_GRADIENT}) -> Tensor",
+)
+cross_entropy_gradient_ = custom_op(
+    "longctx::cross_entropy_gradient_",
+    _gradient_over_logits,
     mutates_args=("logits",),
-    schema=f"(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor lse, {LOSS_SCHEMA}) -> ()",
+    schema=f"(Tensor weights, Tensor(a!) logits, {_GRADIENT}) -> ()",
 )
 _cross_entropy_with_gradient = custom_op(
     "longctx::cross_entropy_with_gradient",
@@ -207,24 +216,29 @@ _cross_entropy_with_gradient = custom_op(
     mutates_args=(),
     schema=f"(Tensor logits, Tensor targets, Tensor weight, {LOSS_SCHEMA}) -> (Tensor, Tensor)",
 )
-_cross_entropy_over_logits = custom_op(
+_cross_entropy_with_gradient_ = custom_op(
     "longctx::cross_entropy_with_gradient_",
     _forward_over_logits,
     mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, Tensor targets, Tensor weight, {LOSS_SCHEMA}) -> Tensor",
 )
-scale_ = custom_op(
-    "longctx::scale_", _scale, mutates_args=("x",), schema="(Tensor(a!) x, Tensor factor) -> ()"
-)  # multiplies contiguous x by one number on the device; on a GPU nothing is read or written where it is 1
+# multiplies contiguous x by one number on the device; on a GPU nothing is read or written where that is 1
+scale_ = custom_op("longctx::scale_", _scale, mutates_args=("x",), schema="(Tensor(a!) x, Tensor factor) -> ()")
 
 
 @_cross_entropy.register_fake
 def _(logits, targets, *_call):
-    return _new_losses(logits), _new_losses(logits)
+    losses = targets.new_empty(targets.shape, dtype=reference.accumulation_dtype(logits.dtype))
+    return losses, torch.empty_like(losses)
 
 
-@_cross_entropy_backward.register_fake
-def _(dlosses, logits, *_others):
+@cross_entropy_statistics.register_fake
+def _(logits, targets, *_call):
+    return targets.new_empty((4, *targets.shape), dtype=reference.accumulation_dtype(logits.dtype))
+
+
+@cross_entropy_gradient.register_fake
+def _(weights, logits, *_others):
     return logits.new_empty(logits.shape)
 
 
@@ -233,7 +247,7 @@ def _(logits, targets, weight, *_call):
     return weight.new_empty(()), logits.new_empty(logits.shape)
 
 
-@_cross_entropy_over_logits.register_fake
+@_cross_entropy_with_gradient_.register_fake
 def _(logits, targets, weight, *_call):
     return weight.new_empty(())
 
@@ -245,19 +259,19 @@ def _setup_losses(ctx, inputs, output) -> None:
 
 
 def _losses_autograd(ctx, dlosses: Tensor, _dlse: None):
-    return _cross_entropy_backward(dlosses, *ctx.saved_tensors, *ctx.call), None, *(None for _ in ctx.call)
+    logits, targets, lse = ctx.saved_tensors
+    return cross_entropy_gradient(dlosses, logits, targets, lse, 0, logits.shape[-1], *ctx.call), *[None] * 6
 
 
 def _setup_loss(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
-    ctx.others = len(inputs) - 1
 
 
 def _loss_autograd(ctx, dloss: Tensor, _dgradient: None):
     (gradient,) = ctx.saved_tensors
     scale_(gradient, dloss)
-    return gradient, *(None for _ in range(ctx.others))
+    return gradient, *[None] * 7
 
 
 _cross_entropy.register_autograd(_losses_autograd, setup_context=_setup_losses)
@@ -277,7 +291,7 @@ class _InPlaceLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         logits, targets, lse = ctx.saved_tensors
-        _cross_entropy_backward_over_logits(gradients[0], logits, targets, lse, *ctx.call)
+        cross_entropy_gradient_(gradients[0], logits, targets, lse, 0, logits.shape[-1], *ctx.call)
         return logits, None, None
 
 
@@ -286,7 +300,7 @@ class _InPlaceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weight: Tensor, call: tuple) -> Tensor:
-        loss = _cross_entropy_over_logits(logits, targets, weight, *call)
+        loss = _cross_entropy_with_gradient_(logits, targets, weight, *call)
         ctx.save_for_backward(logits)
         return loss
 

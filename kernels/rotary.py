@@ -26,7 +26,7 @@ from longctx.kernels.triton_math import wide
 @triton.jit
 def _rotate(
     x, out, cosine, sine, token, is_token, head_block, n_heads, x_token, x_head, out_token, out_head,
-    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Turns a block of tokens (T), heads (H) and all pairs (P); cosine and sine are (T, 1, P)."""
@@ -35,15 +35,20 @@ def _rotate(
     x += token[:, None, None] * x_token + head[None, :, None] * x_head
     out += token[:, None, None] * out_token + head[None, :, None] * out_head
     pair = tl.arange(0, BLOCK_PAIRS)[None, None, :]
-    inside = is_row & (pair < PAIRS)
     if INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
+        dim = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
+        inside = is_row & (dim < 2 * PAIRS)
+        both = tl.load(x + dim, mask=inside, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, (TOKENS, HEADS, BLOCK_PAIRS, 2)))
+        both = tl.join(a * cosine - b * sine, b * cosine + a * sine)
+        both = tl.reshape(both, (TOKENS, HEADS, 2 * BLOCK_PAIRS)).to(out.dtype.element_ty)
+        tl.store(out + dim, both, mask=inside)
     else:
-        first, second = pair, pair + PAIRS
-    a = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + second, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + first, (a * cosine - b * sine).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + second, (b * cosine + a * sine).to(out.dtype.element_ty), mask=inside)
+        inside = is_row & (pair < PAIRS)
+        a = tl.load(x + pair, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x + PAIRS + pair, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + pair, (a * cosine - b * sine).to(out.dtype.element_ty), mask=inside)
+        tl.store(out + PAIRS + pair, (b * cosine + a * sine).to(out.dtype.element_ty), mask=inside)
     if not IN_PLACE:
         for start in tl.static_range(2 * PAIRS, HEAD_DIM, BLOCK_PAIRS):
             dim = start + pair
@@ -76,13 +81,15 @@ def _rotary_kernel(
     if head_block * HEADS < q_heads:
         _rotate(
             q + batch * q_batch, q_out + batch * q_out_batch, cosine, sine, token, is_token, head_block, q_heads,
-            q_token, q_head, q_out_token, q_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, HEADS, INTERLEAVED, IN_PLACE,
+            q_token, q_head, q_out_token, q_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, TOKENS, HEADS, INTERLEAVED,
+            IN_PLACE,
         )  # fmt: skip
     if k is not None:
         if head_block * HEADS < k_heads:
             _rotate(
                 k + batch * k_batch, k_out + batch * k_out_batch, cosine, sine, token, is_token, head_block, k_heads,
-                k_token, k_head, k_out_token, k_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, HEADS, INTERLEAVED, IN_PLACE,
+                k_token, k_head, k_out_token, k_out_head, HEAD_DIM, PAIRS, BLOCK_PAIRS, TOKENS, HEADS, INTERLEAVED,
+                IN_PLACE,
             )  # fmt: skip
 
 

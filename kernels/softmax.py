@@ -25,14 +25,18 @@ def _load_scores(
 ):  # fmt: skip
     """(R, C) of scaled scores times log2(e), -inf where a column does not take part."""
     visible = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+    loaded = visible
     if CAUSAL:
-        visible &= column[None, :] - row[:, None] <= n_columns - n_rows
-    pointers = row[:, None] * mask_row + column[None, :] * mask_column
-    if IS_BOOLEAN:
-        visible &= (tl.load(mask + pointers, mask=visible, other=1 - KEPT) != 0) == (KEPT != 0)
-    score = tl.load(x + row[:, None] * x_row + column[None, :], mask=visible, other=0.0).to(tl.float32) * scale
-    if mask is not None and not IS_BOOLEAN:
-        score += tl.load(mask + pointers, mask=visible, other=0.0).to(tl.float32)
+        last = row[:, None] + n_columns - n_rows
+        loaded &= column[None, :] // 8 * 8 <= last  # eight at a time, so that loads stay wide
+        visible &= column[None, :] <= last
+    score = tl.load(x + row[:, None] * x_row + column[None, :], mask=loaded, other=0.0).to(tl.float32) * scale
+    if mask is not None:
+        entry = tl.load(mask + row[:, None] * mask_row + column[None, :] * mask_column, mask=loaded, other=0)
+        if IS_BOOLEAN:
+            visible &= (entry != 0) == (KEPT != 0)
+        else:
+            score += entry.to(tl.float32)
     return tl.where(visible, score * LOG2_E, float("-inf"))
 
 

@@ -193,8 +193,8 @@ def gradient(
 
     The logits are those of classes `first_class` on of `n_classes`, `lses` of all of them.
     """
-    blocks = launch.cross_entropy(logits)
-    if len(logits):
+    if logits.numel():
+        blocks = launch.cross_entropy(logits)
         with launch.on_device(logits):
             _gradient_kernel[(len(logits),)](
                 logits, targets, lses, weights, out, logits.shape[1], logits.stride(0), out.stride(0),

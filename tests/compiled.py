@@ -6,9 +6,11 @@ compiled for the architecture asked for. Not in a process where TRITON_INTERPRET
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +27,18 @@ from longctx.kernels import launch
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
             torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # of a program
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+def kernels_of(script: str) -> list[dict]:
+    """What a script of this folder prints: a JSON line for each kernel. It runs where nothing is interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, Path(__file__).with_name(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 class Compiled(NamedTuple):

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+from compiled import SHARED_MEMORY, kernels_of
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    script = Path(__file__).with_name("compile_attention.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return kernels_of("compile_attention.py")
 
 
 def test_everything_was_compiled(kernels):

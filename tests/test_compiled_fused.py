@@ -1,0 +1,38 @@
+"""What the compiler makes of the fused ops' kernels: spills, shared memory and the width of accesses, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from compile_fused import CASES
+from compiled import SHARED_MEMORY, kernels_of
+
+# read by copies that run ahead of their loops
+STREAMED = ("_loss_kernel", "_statistics_kernel", "_gradient_kernel")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    return kernels_of("compile_fused.py")
+
+
+def test_everything_was_compiled(kernels):
+    for architecture in ("sm_90", "sm_80", "gfx942"):
+        assert list(dict.fromkeys(k["case"] for k in kernels if k["architecture"] == architecture)) == list(CASES)
+    assert len(kernels) == 3 * 35
+
+
+def test_programs_fit_and_spill_nothing(kernels):
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY[kernel["architecture"]], kernel
+        most = 32 if kernel["kernel"] == "_loss_kernel" else 0  # bytes of a thread, outside the loops
+        assert kernel["spills"] <= most, kernel
+
+
+def test_accesses_are_sixteen_bytes_wide(kernels):
+    """Of all that is as large as the activations; where rows of logits are no multiple of 16 bytes nothing can be."""
+    for kernel in kernels:
+        if kernel["architecture"] == "gfx942" or "50257" in kernel["case"]:
+            continue
+        streams = kernel["kernel"] in STREAMED
+        assert (kernel["async_copies"] if streams else kernel["wide_loads"]) > 0, kernel
+        assert kernel["wide_stores"] > 0 or kernel["kernel"] in STREAMED[:2], kernel
