@@ -61,7 +61,8 @@ def target_problems(targets: Tensor, ignore_index: int, n_classes: int) -> list[
     """What is wrong with targets; the values only where looking at them is free."""
     if targets.dtype != torch.int64:
         return [f"targets {targets.dtype}: must be torch.int64"]
-    if targets.device.type != "cpu" or not targets.numel() or torch.compiler.is_compiling():
+    is_plain = type(targets) is Tensor and not torch.compiler.is_compiling()
+    if not is_plain or targets.device.type != "cpu" or not targets.numel():
         return []
     outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= n_classes))]
     if not outside.numel():
