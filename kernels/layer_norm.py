@@ -112,10 +112,9 @@ class LayerNorm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, implementation=self.implementation)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, self.eps, implementation=self.implementation)
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps, implementation=self.implementation)
 
 

@@ -204,6 +204,8 @@ def dropout_add(
 ) -> Tensor:
     """dropout(x) + residual in `dtype`; the elements of x (..., width) are named by row and column, see `kept`."""
     compute = accumulation_dtype(x.dtype)
+    if seed is None and residual is not None and residual.dtype == x.dtype:
+        return (x + residual).to(dtype)
     if seed is not None:
         rows = row_ids if row_ids is not None else torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
         column = torch.arange(x.shape[-1], device=x.device)
@@ -286,8 +288,11 @@ def cross_entropy_gradient(
     The classes are those from `first_class` on of `n_classes`, `lse` is that of all of them.
     """
     x = capped(logits, options.softcap)
-    gradient = (x - lse.unsqueeze(1)).exp_() * (1 + 2 * options.z_loss * lse).unsqueeze(1)
-    gradient -= options.label_smoothing / n_classes
+    gradient = (x - lse.unsqueeze(1)).exp_()
+    if options.z_loss:
+        gradient *= (1 + 2 * options.z_loss * lse).unsqueeze(1)
+    if options.label_smoothing:
+        gradient -= options.label_smoothing / n_classes
     column = targets - first_class
     is_here = (column >= 0) & (column < x.shape[1])
     at_target = torch.where(is_here, 1 - options.label_smoothing, 0.0).to(gradient.dtype).unsqueeze(1)
@@ -295,8 +300,8 @@ def cross_entropy_gradient(
     if options.softcap:
         gradient *= 1 - (x / options.softcap) ** 2
     weights = torch.where((targets >= 0) & (targets < n_classes), weights.to(gradient.dtype), torch.nan)
-    is_valid = (targets != options.ignore_index).unsqueeze(1)
-    return torch.where(is_valid, gradient * weights.unsqueeze(1), 0).to(logits.dtype)
+    gradient *= weights.unsqueeze(1)
+    return gradient.masked_fill_((targets == options.ignore_index).unsqueeze(1), 0).to(logits.dtype)
 
 
 def project_to_vocabulary(

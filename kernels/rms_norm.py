@@ -51,10 +51,9 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, implementation=self.implementation)
         return add_rms_norm(x, residual, self.weight, self.eps, implementation=self.implementation)
 
 

@@ -61,6 +61,12 @@ class AttentionImplementation(StrEnum):
     reference = "reference"
 
 
+class FusedImplementation(StrEnum):
+    auto = "auto"
+    triton = "triton"
+    reference = "reference"
+
+
 class DataSource(StrEnum):
     builtin = "builtin"
     prepared = "prepared"
@@ -145,6 +151,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits are squashed to +- this by tanh
     init_std: float = 0.02  # of every weight matrix; output projections: divided by sqrt(2 * layers)
     attention: AttentionImplementation = AttentionImplementation.auto
+    fused_ops: FusedImplementation = FusedImplementation.auto  # norms, rotary positions, SwiGLU, cross entropy
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +19,21 @@ from longctx.parallel.sequence import held_tokens, sequence_mask, shard
 BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
 
 
-def token_losses(model: nn.Module, batch: Batch, mesh: Mesh, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (nats), target and position of each token that this rank holds: (batch, sequence / context)."""
-    rank, size = mesh.rank("context"), mesh.size("context")
-    tokens, targets, positions = (
-        shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.positions)
-    )
-    losses = model(tokens, positions, sequence_mask(batch.document_start, device), targets)
-    return losses, targets, positions
+class Held(NamedTuple):
+    """What this rank holds of a batch, on its device: (batch, sequence / context) each, and the mask of the whole."""
+
+    tokens: Tensor
+    positions: Tensor
+    mask: KeyIntervals
+    targets: Tensor
+
+    @staticmethod
+    def of(batch: Batch, mesh: Mesh, device: torch.device) -> Held:
+        rank, size = mesh.rank("context"), mesh.size("context")
+        tokens, positions, targets = (
+            shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.positions, batch.targets)
+        )
+        return Held(tokens, positions, sequence_mask(batch.document_start, device), targets)
 
 
 @torch.no_grad()
@@ -40,10 +48,9 @@ def validate(
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
     sums = torch.zeros(3 + 2 * BUCKETS, dtype=torch.float64, device=device)  # nats, tokens, bytes, then by position
     for first in range(0, sequences, mesh.readers):  # all ranks run alike, so that collectives meet
-        batch = collate([source.sequence(first + mesh.reader)])
-        losses, targets, positions = token_losses(model, batch, mesh, device)
-        valid = (targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
-        losses, positions, targets = losses[valid].double(), positions[valid], targets[valid]
+        held = Held.of(collate([source.sequence(first + mesh.reader)]), mesh, device)
+        valid = (held.targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
+        losses, positions, targets = model(*held)[valid].double(), held.positions[valid], held.targets[valid]
         bucket = (positions + 1).double().log2().floor().long()
         sums[0] += losses.sum()
         sums[1] += len(losses)

@@ -24,9 +24,9 @@ from longctx.data import builtin
 from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError, TokenFolder
-from longctx.evaluate import generate, token_losses, validate
+from longctx.evaluate import Held, generate, validate
 from longctx.metrics import Metrics, peak_tflops
-from longctx.model.attention import chosen_implementation
+from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.model.transformer import attention_pairs, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
@@ -79,7 +79,9 @@ class Trainer:
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
-        self.attention = chosen_implementation(config.model, runtime.device, getattr(torch, config.precision.compute))
+        compute = getattr(torch, config.precision.compute)
+        self.attention = attention_implementation(config.model, runtime.device, compute)
+        self.fused_ops = fused_implementation(config.model, runtime.device, compute)
         self.model = parallelize(config, self.mesh, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
@@ -142,13 +144,13 @@ class Trainer:
         dist.all_reduce(counts[:SUMMED])
         dist.all_reduce(counts[SUMMED:], op=dist.ReduceOp.MAX)
         valid_tokens = counts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
-            losses, _, _ = token_losses(self.model, batch, self.mesh, device)
-            (losses.sum() / valid_tokens.float()).backward()
-            loss_sum += losses.detach().double().sum()
-        dist.all_reduce(loss_sum)
-        loss = loss_sum / valid_tokens / self.mesh.size("tensor")
+            part = self.model(*Held.of(batch, self.mesh, device), (1 / valid_tokens).float())
+            part.backward()
+            loss += part.detach()
+        dist.all_reduce(loss)
+        loss /= self.mesh.size("tensor")
 
         norm = global_norm(list(self.parameters.values()))
         results = torch.cat((torch.stack((loss, norm.double())), counts))
@@ -322,7 +324,7 @@ class Trainer:
             f"{_device_name(self.runtime.device)}, {axes}\n"
             f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
             f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
-            f"attention: {self.attention}\n"
+            f"attention: {self.attention}, other fused ops: {self.fused_ops}\n"
             f"steps {self.step} to {config.optim.steps}, files in {config.run_folder}"
         )
 

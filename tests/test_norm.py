@@ -186,7 +186,7 @@ def test_modules(implementation):
     torch.testing.assert_close(RMSNorm(24, implementation=implementation).to(x)(x), F.rms_norm(x, (24,), eps=1e-6))
     norm = LayerNorm((4, 24), implementation=implementation).to(x)
     torch.testing.assert_close(norm(x), F.layer_norm(x, (24,)))
-    y, total = norm.add(x, x)
+    y, total = norm(x, residual=x)
     torch.testing.assert_close(total, 2 * x)
     torch.testing.assert_close(y, F.layer_norm(2 * x, (24,)))
 

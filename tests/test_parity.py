@@ -16,6 +16,7 @@ from longctx.config import (
     AttentionImplementation,
     ComputeDtype,
     Config,
+    FusedImplementation,
     ModelConfig,
     Norm,
     ParallelConfig,
@@ -75,7 +76,8 @@ DOCUMENTS = (
 
 
 def loss_and_gradients(model, inputs: Inputs, mask, denominator) -> dict[str, torch.Tensor]:
-    loss = model(inputs.tokens, inputs.positions, mask, inputs.targets).sum() / denominator
+    token_weight = (1 / denominator).to(inputs.tokens.device, next(model.parameters()).dtype)
+    loss = model(inputs.tokens, inputs.positions, mask, inputs.targets, token_weight)
     loss.backward()
     return {"loss": loss.detach()}
 
@@ -172,6 +174,27 @@ def test_triton_kernels_under_context_parallelism(strategy, ranks):
     assert ratio < 1.5, (ratio, name)
 
 
+FUSED_LAYOUTS = {
+    "context 2": (ParallelConfig(context=2, strategy=Strategy.ulysses), 2),
+    "tensor 2": (ParallelConfig(tensor=2), 2),
+    "context 2 x tensor 2, recompute": (ParallelConfig(context=2, tensor=2, recompute=Recompute.full), 4),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", FUSED_LAYOUTS)
+@pytest.mark.parametrize("model", [QWEN, GPT2], ids=["qwen3", "gpt2"])
+def test_fused_ops_in_triton(model, layout):
+    """Norms, rotary positions, SwiGLU and losses as kernels; under tensor parallelism on DTensors."""
+    (parallel, ranks), inputs = FUSED_LAYOUTS[layout], make_inputs(DOCUMENTS)
+    triton = dataclasses.replace(model, fused_ops=FusedImplementation.triton)
+    results = run_on_ranks(ranks, on_layout, "cpu", triton, parallel, inputs)[0]
+    ratio, name = compare(
+        results, one_process(triton, inputs, torch.float32), one_process(model, inputs, torch.float64)
+    )
+    assert ratio < 1.5, (ratio, name)
+
+
 LAYOUTS = {
     "shard 2": (ParallelConfig(), 2, 1),
     "replicate 2": (ParallelConfig(replicate=2), 2, 1),
@@ -231,7 +254,9 @@ def compiled(_rank, parallel: ParallelConfig, inputs: Inputs, model: ModelConfig
         calls = []
         original = interface.forward
         interface.forward = lambda *a, **k: calls.append(1) or original(*a, **k)  # noqa: B023
-        loss_and_gradients(parallel_model, local, sequence_mask(inputs.document_start, torch.device("cpu")), 100)
+        loss_and_gradients(
+            parallel_model, local, sequence_mask(inputs.document_start, torch.device("cpu")), torch.tensor(100)
+        )
         interface.forward = original
         results.append(([p.grad.full_tensor() for p in parallel_model.parameters()], len(calls)))
     return results

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longctx.config import ModelConfig, Positions, UserError
-from longctx.kernels.attention.interface import attention, check_inputs, choose
+from longctx.config import ModelConfig, Positions
+from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
-from longctx.kernels.reference import apply_rotary
-from longctx.model.norm import RMSNorm
+from longctx.kernels.rms_norm import RMSNorm
+from longctx.kernels.rotary import apply_rotary_to_both
 
 
 class Attend(nn.Module):
@@ -25,29 +24,21 @@ class Attend(nn.Module):
         return attention(q, k, v, mask, implementation=self.implementation)
 
 
-def chosen_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation the model's attention takes; raises UserError if the one asked for cannot serve it."""
-    q, k = (torch.empty(1, 1, n, config.head_dim, device=device, dtype=dtype) for n in (config.heads, config.kv_heads))
-    try:
-        check_inputs(q, k, k)
-        return choose(config.attention, q, KeyIntervals.causal(1), Options(config.head_dim**-0.5))
-    except ValueError as error:
-        raise UserError(f"model.attention={config.attention}: {error}") from None
-
-
 class Attention(nn.Module):
     """Projections, rotary positions, optional QK-norm, and `attend`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.fused_ops = config.head_dim, str(config.fused_ops)
         self.rotates = config.positions == Positions.rotary
         self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
         self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.output = nn.Linear(config.heads * config.head_dim, config.width, bias=config.projection_bias)
-        self.query_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_dim, config.norm_eps, self.fused_ops) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.attend = Attend(config.attention)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
@@ -55,6 +46,6 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotates:
-            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+            q, k = apply_rotary_to_both(q, k, *rotation, implementation=self.fused_ops)
         out, _ = self.attend(q, k, v, mask)
         return self.output(torch.flatten(out, 2))

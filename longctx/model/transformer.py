@@ -13,6 +13,7 @@ from longctx.config import Activation, ModelConfig, Positions
 from longctx.kernels import reference
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.linear_cross_entropy import linear_cross_entropy
+from longctx.kernels.swiglu import swiglu
 from longctx.model.attention import Attention
 from longctx.model.norm import make_norm
 from longctx.model.rotary import cos_sin
@@ -25,14 +26,14 @@ class MLP(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.projection_bias)
-        self.gate = None
+        self.gate, self.fused_ops = None, str(config.fused_ops)
         if config.activation == Activation.swiglu:
             self.gate = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(reference.swiglu(self.gate(x), self.up(x)))
+        return self.down(swiglu(self.gate(x), self.up(x), implementation=self.fused_ops))
 
 
 class Block(nn.Module):
@@ -46,25 +47,26 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, mask)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), rotation, mask)
+        normed, x = self.mlp_norm(attended, residual=x)
+        return x + self.mlp(normed)
 
 
 class Head(nn.Module):
-    """From hidden states to the loss of each token, or to logits."""
+    """From hidden states to losses, or to logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.softcap = config.logit_softcap
+        self.softcap, self.fused_ops = config.logit_softcap, str(config.fused_ops)
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
-        """hidden (batch, sequence, width), weight (vocabulary, width) -> losses (batch, sequence), nats.
-
-        Without targets: logits (batch, sequence, vocabulary). A token whose target is -100 has loss 0.
-        """
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, token_weight: Tensor | None) -> Tensor:
+        """See `Transformer.forward`; hidden (batch, sequence, width), weight (vocabulary, width)."""
         if targets is None:
             return reference.project_to_vocabulary(hidden, weight, softcap=self.softcap)
-        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, softcap=self.softcap, reduction="none")
+        return linear_cross_entropy(
+            hidden, weight.to(hidden.dtype), targets, softcap=self.softcap, token_weight=token_weight,
+            reduction="none" if token_weight is None else "sum", implementation=self.fused_ops,
+        )  # fmt: skip
 
 
 class Transformer(nn.Module):
@@ -84,11 +86,15 @@ class Transformer(nn.Module):
         if not config.tied_embeddings:
             self.output_weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: KeyIntervals, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: KeyIntervals, targets: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """tokens, positions, targets (batch, sequence) integers -> loss of each token (batch, sequence), nats.
 
-        `mask` is that of the whole sequence, `tokens` and the rest may be one rank's share of it. Without targets:
-        logits (batch, sequence, vocabulary).
+        With `token_weight`, one number: the sum of the losses times it, whose gradients are made in the forward pass.
+        Without targets: logits (batch, sequence, vocabulary). A token whose target is -100 has loss 0. `mask` is that
+        of the whole sequence, `tokens` and the rest may be one rank's share of it.
         """
         x = self.embedding(tokens)
         if self.position_embedding is not None:
@@ -100,7 +106,7 @@ class Transformer(nn.Module):
         for block, window in zip(self.blocks, windows, strict=True):
             x = block(x, rotation, masks[window])
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
-        return self.head(self.final_norm(x), weight, targets)
+        return self.head(self.final_norm(x), weight, targets, token_weight)
 
 
 def layer_windows(config: ModelConfig) -> list[int]:

@@ -2,14 +2,16 @@
 
 (Shoeybi et al. 2019; Korthikanti et al. 2022.) Queries, keys, values and the MLP's inner width are split by columns,
 the projections back by rows; norms and residual stream hold a share of the rank's tokens each. The vocabulary matrix is
-stored split by rows; for the loss each rank fetches it whole and works on its share of the tokens.
+split by rows and stays so: each rank has the logits of its classes, and the losses' sums are added up between them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -19,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from longctx.model.transformer import Block, Transformer
+from longctx.parallel import sharded_ops  # noqa: F401  what the fused ops do with DTensors
 
 
 def apply_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
@@ -33,7 +36,8 @@ def apply_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         parallelize_module(block, mesh, _block_plan(block, tokens))
-    _split_head_by_tokens(model.head, mesh)
+        _shard_residual(block.mlp_norm, mesh, tokens)
+    _split_head_by_classes(model.head, mesh)
 
 
 def _block_plan(block: Block, tokens: Shard) -> dict:
@@ -59,16 +63,30 @@ def _block_plan(block: Block, tokens: Shard) -> dict:
     return plan
 
 
-def _split_head_by_tokens(head: nn.Module, mesh: DeviceMesh) -> None:
-    def take_share(_head: nn.Module, inputs: tuple[DTensor, DTensor, Tensor | None]):
-        hidden, weight, targets = inputs
-        weight = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+def _shard_residual(norm: nn.Module, mesh: DeviceMesh, tokens: Shard) -> None:
+    """The residual that a norm adds, and the sum, are the rank's tokens as a plain tensor outside, a shard inside."""
+
+    def shard(_norm: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return inputs, {"residual": DTensor.from_local(keywords["residual"], mesh, [tokens])}
+
+    def unwrap(_norm: nn.Module, _inputs: tuple, results: tuple[Tensor, DTensor]) -> tuple[Tensor, Tensor]:
+        return results[0], results[1].to_local()
+
+    norm.register_forward_pre_hook(shard, with_kwargs=True)
+    norm.register_forward_hook(unwrap)
+
+
+def _split_head_by_classes(head: nn.Module, mesh: DeviceMesh) -> None:
+    """Hidden states and weight come as shards; the targets are the same on every rank, and so is what comes out."""
+
+    def with_whole_targets(_head: nn.Module, inputs: tuple[DTensor, DTensor, Tensor | None, Tensor | None]):
+        hidden, weight, targets, token_weight = inputs
         if targets is not None:
-            targets = targets.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].contiguous()
-        return hidden.to_local(), weight, targets
+            targets = DTensor.from_local(targets, mesh, [Replicate()])
+        return hidden, weight, targets, token_weight
 
-    def put_together(_head: nn.Module, _inputs, results: Tensor) -> Tensor:
-        return DTensor.from_local(results, mesh, [Shard(1)]).full_tensor()
+    def whole(_head: nn.Module, _inputs, results: DTensor) -> Tensor:
+        return results.full_tensor()
 
-    head.register_forward_pre_hook(take_share)
-    head.register_forward_hook(put_together)
+    head.register_forward_pre_hook(with_whole_targets)
+    head.register_forward_hook(whole)

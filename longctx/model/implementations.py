@@ -1,0 +1,29 @@
+"""Which implementation of its ops a model runs on a device: known at the start, or refused there."""
+
+from __future__ import annotations
+
+import torch
+
+from longctx.config import ModelConfig, UserError
+from longctx.kernels import launch
+from longctx.kernels.attention.interface import check_inputs, choose
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+
+def attention_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What `model.attention` comes to; raises UserError if the one asked for cannot serve the model."""
+    q, k = (torch.empty(1, 1, n, config.head_dim, device=device, dtype=dtype) for n in (config.heads, config.kv_heads))
+    try:
+        check_inputs(q, k, k)
+        return choose(config.attention, q, KeyIntervals.causal(1), Options(config.head_dim**-0.5))
+    except ValueError as error:
+        raise UserError(f"model.attention={config.attention}: {error}") from None
+
+
+def fused_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What `model.fused_ops` comes to; raises UserError if the one asked for cannot run on the device."""
+    try:
+        return launch.choose(config.fused_ops, torch.empty(0, device=device, dtype=dtype))
+    except ValueError as error:
+        raise UserError(f"model.fused_ops={config.fused_ops}: {error}") from None
