@@ -274,6 +274,16 @@ def test_compiled_blocks(recompute, forwards):
             assert float((a - b).norm()) <= 1e-5 * float(a.norm())
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(context=2)], ids=["tensor", "context"])
+def test_compiled_blocks_with_fused_ops(parallel):
+    """One graph a block, the kernels' custom ops and DTensors in it. The embedding's gradient was once lost there."""
+    triton = dataclasses.replace(QWEN, fused_ops=FusedImplementation.triton)
+    for (plain, _), (fast, _) in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), triton):
+        for a, b in zip(plain, fast, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm())
+
+
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize("strategy", STRATEGIES)

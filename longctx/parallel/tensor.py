@@ -29,6 +29,8 @@ def apply_tensor_parallelism(model: Transformer, mesh: DeviceMesh) -> None:
     tokens = Shard(1)
     embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens)
     parallelize_module(model, mesh, {"embedding": embedding, "final_norm": SequenceParallel()})
+    # what a collective has not finished yet loses its gradient on the way into a compiled block (torch 2.13)
+    model.embedding.register_forward_hook(lambda _embedding, _inputs, x: x.clone())
     if model.position_embedding is not None:
         parallelize_module(model, mesh, {"position_embedding": embedding})
     if model.output_weight is not None:
