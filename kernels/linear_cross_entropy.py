@@ -42,14 +42,19 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(hidden @ weight^T + bias, targets)` in nats, float32 (float64 for float64).
 
-    hidden (..., width), weight (classes, width) and bias (classes,) of one dtype; targets (...) int64. Options as in
-    `cross_entropy`. Memory beyond the gradients: 2^29 bytes of logits, and the weight's gradient in float32.
+    hidden (..., width), weight (classes, width) and bias (classes,) of one dtype, which autocast may choose; targets
+    (...) int64. Options as in `cross_entropy`. Memory beyond the gradients: 2^29 bytes of logits, and the weight's
+    gradient in float32.
 
     `sum` and `mean` make both gradients in the forward pass: three matrix products. `sum` multiplies the losses by
     `token_weight`, one number on the device (say 1 over the tokens of a batch of which this is a part): known early, it
     costs nothing. `none` makes the logits again in the backward pass: four products.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(hidden, weight, bias, targets, options, reduction, token_weight)
     call = (*options, launch.choose(implementation, hidden))
     if reduction == "none":

@@ -34,7 +34,7 @@ def _load_capped(logits, column, n_columns, softcap):
 def _row_statistics(logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """Maximum, sum of exp(x - maximum), and sum of x (0 unless SMOOTHED) of a row."""
     column = tl.arange(0, COLUMNS)
-    peak = tl.full((COLUMNS,), -3e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
+    peak = tl.full((COLUMNS,), -2e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
     total = tl.zeros((COLUMNS,), tl.float32)
     plain = tl.zeros((COLUMNS,), tl.float32)
     for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):

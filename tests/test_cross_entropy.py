@@ -206,6 +206,18 @@ def test_a_weight_for_all_tokens():
     assert_precise(early, late, [hidden, weight])
 
 
+def test_autocast():
+    """The product is in the dtype of autocast, as torch's linear layers are; gradients have that of the parameters."""
+    hidden, weight, targets = random(4, 8).requires_grad_(), random(40, 8).requires_grad_(), targets_of(4, 40)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert torch.equal(loss, rounded)
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float32
+
+
 def test_modules():
     hidden, weight, targets = random(4, 8), random(40, 8), targets_of(4, 40)
     expected = F.cross_entropy(hidden @ weight.T, targets, label_smoothing=0.1)

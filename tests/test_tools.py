@@ -72,3 +72,22 @@ def test_bench_attention_names_what_there_is(tmp_path):
     result = run_tool("tools/bench_attention.py", "--contenders", "fa5", "--output", str(tmp_path))
     assert result.returncode == 1
     assert "contenders fa5: must be of triton, triton-deterministic, sdpa, cudnn, fa2, flex, fa4" in result.stderr
+
+
+@pytest.mark.interpreter
+def test_bench_ops(tmp_path):
+    """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""
+    result = run_tool(
+        "tools/bench_ops.py", "--divide", "2048", "--contenders", "triton,eager,liger", "--output", str(tmp_path),
+        TRITON_INTERPRET="1", HOME=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert len({row["case"] for row in rows}) >= 11
+    for row in rows:
+        if row["contender"] == "liger":
+            assert "liger_kernel" in row["error"]
+            continue
+        assert row["step_ms"] > 0, row
+        assert row.get("error_to_float64", 0) < 1e-6, row
+        assert ("forward_ms" in row) == ("entropy" not in row["case"]), row

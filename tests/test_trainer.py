@@ -26,6 +26,7 @@ from longctx.config import (
     ComputeDtype,
     ConfigError,
     DataSource,
+    FusedImplementation,
     ModelConfig,
     Optimizer,
     ParallelConfig,
@@ -42,12 +43,30 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.mark.interpreter
-def test_an_attention_that_cannot_serve_is_refused_at_the_start(tmp_path, corpus):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": AttentionImplementation.triton}, r"model.attention=triton: .*cannot serve this call"),
+        ({"fused_ops": FusedImplementation.triton}, r"model.fused_ops=triton: .*interpreter computes bfloat16 wrong"),
+    ],
+)
+def test_an_implementation_that_cannot_serve_is_refused_at_the_start(tmp_path, corpus, change, message):
     config = small_config(tmp_path, corpus)
-    config.model = dataclasses.replace(config.model, attention=AttentionImplementation.triton)
+    config.model = dataclasses.replace(config.model, **change)
     config.precision.compute = ComputeDtype.bfloat16
-    with pytest.raises(UserError, match=r"model.attention=triton: .*cannot serve this call"), trainer_of(config):
+    with pytest.raises(UserError, match=message), trainer_of(config):
         pass
+
+
+@pytest.mark.interpreter
+def test_training_on_fused_ops(tmp_path, corpus):
+    """The same losses as with the reference, step by step."""
+    losses = []
+    for implementation in (FusedImplementation.reference, FusedImplementation.triton):
+        config = small_config(tmp_path, corpus, name=str(implementation), model__fused_ops=implementation)
+        losses.append(losses_of(config, 4))
+    assert losses[0][0] - losses[0][3] > 0.05
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_whole_run(tmp_path, corpus, capsys):

@@ -10,18 +10,14 @@ backward. Peers: torch's SDPA on cuDNN and FlashAttention-2, FlexAttention, Flas
 
 from __future__ import annotations
 
-import argparse
-import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import benchmarking
 import torch
 import torch.nn.functional as F
-from benchmarking import Row
+from benchmarking import Row, UnservedError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -83,10 +79,6 @@ CASES = [
 ]
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class UnservedError(Exception):
-    """A contender does not serve a case, for this reason."""
 
 
 # contenders: (case, device) -> out of q, k, v (batch, sequence, heads, head_dim) --------------------------------------
@@ -238,7 +230,7 @@ def small(case: Case) -> Case:
 
 
 def measure(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Row:
-    row: Row = {"case": case.name, "contender": name}
+    row: Row = {}
     try:
         few = small(case)
         row["error_to_float64"] = largest_error(CONTENDERS[name](few, device), few, device, dtype)
@@ -265,55 +257,14 @@ def measure(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> 
         if name in OURS and not isinstance(error, ValueError):  # a ValueError says what a kernel does not take
             raise
         row["error"] = f"{type(error).__name__}: {str(error)[:160]}"
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="those whose name has this in it")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="separated by commas")
-    parser.add_argument("--divide", type=int, default=1, help="sequence lengths by this, to try the tool")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/bench_attention"), help="folder of the JSON and the plot"
-    )
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    names = arguments.contenders.split(",")
-    if unknown := set(names) - set(CONTENDERS):
-        sys.exit(f"contenders {', '.join(unknown)}: must be of {', '.join(CONTENDERS)}")
-    cases = [
-        replace(case, length=case.length // arguments.divide, size=case.size // arguments.divide)
-        for case in CASES
-        if arguments.cases in case.name
-    ]
-    if not cases:
-        sys.exit(f"no case has {arguments.cases!r} in its name; there are {', '.join(case.name for case in CASES)}")
-    about = benchmarking.setting(device) | benchmarking.ceilings(device)
-    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    rows = []
-    for case in cases:
-        for name in names:
-            rows.append(measure(name, case, device, dtype))
-            print(rows[-1], flush=True)
-    columns = [
-        "case",
-        "contender",
-        "forward_tflops",
-        "backward_tflops",
-        "forward_ms",
-        "backward_ms",
-        "peak_gib",
-        "error_to_float64",
-    ]
-    print(benchmarking.table(rows, columns))
-    values = ["forward_tflops", "backward_tflops"]
-    benchmarking.write(arguments.output, "attention", about, rows, values, "TFLOP/s")
-    print(f"written to {arguments.output}")
+def divided(case: Case, n: int) -> Case:
+    return replace(case, length=case.length // n, size=case.size // n)
 
 
 if __name__ == "__main__":
-    main()
+    columns = ["forward_tflops", "backward_tflops", "forward_ms", "backward_ms", "peak_gib", "error_to_float64"]
+    report = benchmarking.Report("attention", columns, ["forward_tflops", "backward_tflops"], "TFLOP/s")
+    benchmarking.run(__doc__, CASES, CONTENDERS, divided, measure, report)

@@ -1,17 +1,77 @@
-"""What the bench_* tools share: timing by medians, and a table, JSON and a plot of the rows they measure."""
+"""What the bench_* tools share: command line, timing by medians, and a table, JSON and a plot of what is measured."""
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 Row = dict[str, str | float | None]
+
+
+class UnservedError(Exception):
+    """A contender does not serve a case, for this reason."""
+
+
+class Report(NamedTuple):
+    """What of the rows is shown: columns of the table, values of the plot and their unit."""
+
+    name: str
+    columns: list[str]
+    values: list[str]
+    unit: str
+
+
+def run(
+    description: str | None,
+    cases: Sequence[Any],
+    contenders: Iterable[str],
+    divided: Callable[[Any, int], Any],
+    measure: Callable[[str, Any, torch.device, torch.dtype], Row],
+    report: Report,
+) -> None:
+    """A tool's `main`: measures what the command line asks for, prints a table, writes JSON and plot.
+
+    bfloat16 on a GPU, float32 on a CPU; `divided(case, n)` is a case n times smaller.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="those whose name has this in it")
+    parser.add_argument("--contenders", default=",".join(contenders), help="separated by commas")
+    parser.add_argument("--divide", type=int, default=1, help="sizes by this, to try the tool")
+    parser.add_argument(
+        "--output", type=Path, default=Path(f"runs/bench_{report.name}"), help="folder of the JSON and the plot"
+    )
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = arguments.contenders.split(",")
+    if unknown := set(names) - set(contenders):
+        sys.exit(f"contenders {', '.join(unknown)}: must be of {', '.join(contenders)}")
+    chosen = [divided(case, arguments.divide) for case in cases if arguments.cases in case.name]
+    if not chosen:
+        sys.exit(f"no case has {arguments.cases!r} in its name; there are {', '.join(case.name for case in cases)}")
+    about = setting(device) | ceilings(device)
+    print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    rows = []
+    for case in chosen:
+        for name in names:
+            rows.append({"case": case.name, "contender": name} | measure(name, case, device, dtype))
+            print(rows[-1], flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    print(table(rows, ["case", "contender", *report.columns]))
+    write(arguments.output, report.name, about, rows, report.values, report.unit)
+    print(f"written to {arguments.output}")
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
