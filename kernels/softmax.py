@@ -48,16 +48,18 @@ def _finite(peak):
 
 @triton.jit
 def _forward_kernel(
-    x, mask, out, n_rows, n_columns, x_batch, x_head, x_row, mask_batch, mask_head, mask_row, mask_column, scale,
+    x, mask, out, heads, n_rows, n_columns, x_batch, x_head, x_row, mask_batch, mask_head, mask_row, mask_column, scale,
     IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    head, batch = wide(tl.program_id(1)), wide(tl.program_id(2))
-    row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    row_blocks = tl.cdiv(n_rows, ROWS)
+    matrix = tl.program_id(0) // row_blocks  # all in one axis of the grid: the others end at 65535
+    head, batch = wide(matrix % heads), wide(matrix // heads)
+    row = wide(tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)
     x += batch * x_batch + head * x_head
     if mask is not None:
         mask += batch * mask_batch + head * mask_head
-    out += (batch * tl.num_programs(1) + head) * n_rows * n_columns
+    out += wide(matrix) * n_rows * n_columns
     column = tl.arange(0, COLUMNS)
     inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
     if not IS_WIDE:
@@ -133,8 +135,8 @@ def _forward(x, mask, scale, causal, mask_keeps):
         mask = mask[(None,) * (4 - mask.ndim)].expand(x4.shape)
     blocks = launch.softmax(x.shape[-1])
     with launch.on_device(x):
-        _forward_kernel[(triton.cdiv(x4.shape[2], blocks.rows), x4.shape[1], x4.shape[0])](
-            x4, mask, out, *x4.shape[2:], *x4.stride()[:3], *launch.strides(mask, 4), scale,
+        _forward_kernel[(triton.cdiv(x4.shape[2], blocks.rows) * x4.shape[1] * x4.shape[0],)](
+            x4, mask, out, *x4.shape[1:], *x4.stride()[:3], *launch.strides(mask, 4), scale,
             IS_BOOLEAN=mask is not None and mask.dtype == torch.bool, KEPT=int(mask_keeps), CAUSAL=causal,
             ROWS=blocks.rows, COLUMNS=blocks.columns, IS_WIDE=x.shape[-1] > blocks.columns, num_warps=blocks.warps,
         )  # fmt: skip
