@@ -104,11 +104,12 @@ def choose(implementation: str, x: Tensor) -> str:
 
 
 class RowBlocks(NamedTuple):
-    """Rows and columns of a tile, warps of a program."""
+    """Rows and columns of a tile, warps of a program; stages of its loop over tiles, if it has one."""
 
     rows: int
     columns: int
     warps: int
+    stages: int = 1
 
 
 @lru_cache
@@ -117,44 +118,46 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _row_blocks(width: int, widest: int, tile: int, elements_per_thread: int) -> RowBlocks:
-    """Tiles of some `tile` elements with whole rows, or with parts of rows of more than `widest` columns."""
-    columns = min(padded(width), widest)
-    rows = max(1, tile // columns)
-    return RowBlocks(rows, columns, max(4, min(32, rows * columns // (32 * elements_per_thread))))
-
-
 def norm_forward(x: Tensor) -> RowBlocks:
     """For rows x (..., width): 32 elements a thread."""
-    return _row_blocks(x.shape[-1], 16384, 4096, 32)
+    columns = min(padded(x.shape[-1]), 16384)
+    rows = max(1, min(16, 16384 // columns))
+    return RowBlocks(rows, columns, max(4, rows * columns // 2048))
 
 
 def norm_backward(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
-    """For rows x (..., width) whose weights are in `groups`: 16 elements a thread, and how many programs share them.
+    """For rows x (..., width) whose weights are in `groups`: blocks, and how many programs share the rows.
 
-    Gradient, input, output and the weight's sum are in registers together.
+    Gradient, input, output and the weight's sum are in registers together; rows are copied ahead while one is computed.
     """
-    blocks = _row_blocks(x.shape[-1], 16384, 4096, 16)
-    resident = multiprocessors(x.device) * max(1, 16 // blocks.warps)
+    columns = min(padded(x.shape[-1]), 16384)
+    rows = max(1, 4096 // columns)
+    stage = 3 * rows * columns * x.element_size()  # gradients of output and residual, and the input
+    stages = 3 if 3 * stage <= _shared_memory(architecture(x.device)) else 1
+    blocks = RowBlocks(rows, columns, max(8, rows * columns // 1024), stages)
+    resident = multiprocessors(x.device) * (2 if rows * columns <= 4096 else 1)
     return blocks, groups * max(1, resident // groups)
 
 
 def softmax(columns: int) -> RowBlocks:
     """For rows of scores: 16 elements a thread."""
-    return _row_blocks(columns, 16384, 4096, 16)
+    columns = min(padded(columns), 16384)
+    rows = max(1, 4096 // columns)
+    return RowBlocks(rows, columns, max(4, rows * columns // 512))
 
 
 def pointwise(columns: int) -> RowBlocks:
-    """For matrices whose elements are independent: 8 elements a thread, 16 bytes of two."""
-    return _row_blocks(columns, 1024, 1024, 8)
+    """For matrices whose elements are independent: 16 elements a thread."""
+    columns = min(padded(columns), 4096)
+    return RowBlocks(4096 // columns, columns, 8)
 
 
 def gelu_backward(x: Tensor) -> tuple[RowBlocks, int]:
     """For x (rows, columns), and how many programs share the rows of a tile's columns."""
-    blocks = RowBlocks(16, 128, 4)
+    blocks = RowBlocks(2, 1024, 4)
     across = -(-x.shape[1] // blocks.columns)
     tiles_of_rows = max(1, -(-x.shape[0] // blocks.rows))
-    return blocks, min(tiles_of_rows, max(1, 16 * multiprocessors(x.device) // across))
+    return blocks, min(tiles_of_rows, max(1, 32 * multiprocessors(x.device) // across))
 
 
 class RotaryBlocks(NamedTuple):
@@ -166,10 +169,10 @@ class RotaryBlocks(NamedTuple):
 
 
 def rotary(heads: int, pairs: int) -> RotaryBlocks:
-    """Tiles of some 2048 pairs: 16 a thread."""
+    """Tiles of some 4096 pairs: 16 a thread."""
     block_heads = min(power_of_two(heads), max(1, 4096 // power_of_two(pairs)))
-    tokens = max(1, 2048 // (block_heads * power_of_two(pairs)))
-    return RotaryBlocks(tokens, block_heads, 4)
+    tokens = max(1, 4096 // (block_heads * power_of_two(pairs)))
+    return RotaryBlocks(tokens, block_heads, 8)
 
 
 class LossBlocks(NamedTuple):
@@ -179,6 +182,7 @@ class LossBlocks(NamedTuple):
     warps: int
     stages: int
     programs: int
+    hints: int = 0
 
 
 def cross_entropy(logits: Tensor) -> LossBlocks:
@@ -192,8 +196,9 @@ def cross_entropy(logits: Tensor) -> LossBlocks:
 
 # attention -----------------------------------------------------------------------------------------------------------
 
-# Chosen by compiling for each class of GPU: what fits its shared memory and spills least. By the class, then by the
-# padded head dim; 16-bit inputs first, then float32, whose tiles take twice the room and which has no tensor cores.
+# Timed on an H200 for the largest class; for the others chosen by compiling: what fits the shared memory and spills
+# least. By the class, then by the padded head dim; 16-bit inputs first, then float32, whose tiles take twice the room
+# and which has no tensor cores.
 _Table = dict[str, dict[int, AttentionBlocks]]
 _SMALLEST = {d: AttentionBlocks(16, 16, 1, 1) for d in (16, 32, 64, 128, 256)}
 _FORWARD: _Table = {
@@ -222,9 +227,9 @@ _FORWARD: _Table = {
     "227 KiB": {
         16: AttentionBlocks(128, 128, 8, 3),
         32: AttentionBlocks(128, 128, 8, 3),
-        64: AttentionBlocks(128, 128, 8, 3),
+        64: AttentionBlocks(128, 64, 8, 3),
         128: AttentionBlocks(128, 128, 8, 3),
-        256: AttentionBlocks(128, 32, 8, 3),
+        256: AttentionBlocks(128, 64, 8, 2),
     },
 }
 _FORWARD_FLOAT32: _Table = {
@@ -263,7 +268,7 @@ _BACKWARD: _Table = {
     "227 KiB": {
         16: AttentionBlocks(64, 128, 8, 3),
         32: AttentionBlocks(64, 128, 8, 3),
-        64: AttentionBlocks(64, 128, 8, 3),
+        64: AttentionBlocks(128, 128, 8, 2),
         128: AttentionBlocks(64, 128, 8, 3),
         256: AttentionBlocks(32, 64, 8, 3),
     },
@@ -296,6 +301,12 @@ def _attention_blocks(table: _Table, q: Tensor, is_block_sparse: bool) -> Attent
     if is_block_sparse and memory.endswith("KiB"):
         memory = "64 KiB"
     return table.get(memory, table["99 KiB"])[padded(q.shape[-1])]
+
+
+def _shared_memory(architecture: str) -> int:
+    """Bytes that a program may have; 0 in the interpreter."""
+    memory = _memory_class(architecture)
+    return int(memory.removesuffix(" KiB")) * 1024 if memory.endswith("KiB") else 0
 
 
 def _memory_class(architecture: str) -> str:

@@ -21,29 +21,37 @@ from longctx.kernels.triton_math import LOG2_E, tanh, wide
 
 
 @triton.jit
-def _load_capped(logits, column, n_columns, softcap):
+def _columns(COLUMNS: tl.constexpr):
+    """(C / 8, 8): the columns of a tile, eight neighbours to a lane, which needs no other lane to reduce them."""
+    return tl.arange(0, COLUMNS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _load_capped(logits, column, n_columns, softcap, POLICY: tl.constexpr):
     """Logits in float32, squashed where there is a softcap; -inf outside."""
     inside = column < n_columns
-    x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.load(logits + column, mask=inside, other=float("-inf"), eviction_policy=POLICY).to(tl.float32)
     if softcap is not None:
         x = tl.where(inside, softcap * tanh(x / softcap), float("-inf"))
     return x
 
 
 @triton.jit
-def _row_statistics(logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+def _row_statistics(
+    logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr
+):  # fmt: skip
     """Maximum, sum of exp(x - maximum), and sum of x (0 unless SMOOTHED) of a row."""
-    column = tl.arange(0, COLUMNS)
-    peak = tl.full((COLUMNS,), -2e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
-    total = tl.zeros((COLUMNS,), tl.float32)
-    plain = tl.zeros((COLUMNS,), tl.float32)
+    column = _columns(COLUMNS)
+    peak = tl.full((COLUMNS // 8,), -2e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
+    total = tl.zeros((COLUMNS // 8,), tl.float32)
+    plain = tl.zeros((COLUMNS // 8,), tl.float32)
     for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
-        x = _load_capped(logits, first + column, n_columns, softcap)
-        smaller = tl.exp2(-tl.abs(x - peak) * LOG2_E)  # of x and the peak so far; the larger's exponential is 1
-        total = tl.where(x > peak, total * smaller + 1, total + smaller)
-        peak = tl.maximum(peak, x)
+        x = _load_capped(logits, first + column, n_columns, softcap, "evict_last" if HINTS >= 2 else "")
+        new_peak = tl.maximum(peak, tl.max(x, 1))
+        total = total * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(tl.exp2((x - new_peak[:, None]) * LOG2_E), 1)
+        peak = new_peak
         if SMOOTHED:
-            plain += tl.where(first + column < n_columns, x, 0.0)
+            plain += tl.sum(tl.where(first + column < n_columns, x, 0.0), 1)
     row_peak = tl.max(peak, 0)
     return row_peak, tl.sum(total * tl.exp2((peak - row_peak) * LOG2_E), 0), tl.sum(plain, 0)
 
@@ -62,34 +70,44 @@ def _at_target(logits, target, first_class, n_columns, softcap):
 @triton.jit
 def _write_gradient(
     logits, out, lse, target, weight, first_class, n_columns, n_classes, ignore_index, smoothing, z_loss, softcap,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     """weight * d loss / d logits of a row; `out` may be `logits`."""
-    column = tl.arange(0, COLUMNS)
-    is_valid = target != ignore_index
-    is_known = (target >= 0) & (target < n_classes)
-    weight = tl.where(is_known, weight, float("nan"))
-    for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
-        x = _load_capped(logits, first + column, n_columns, softcap)
-        gradient = tl.exp2((x - lse) * LOG2_E) * (1 + 2 * z_loss * lse) - smoothing / n_classes
-        gradient = tl.where(first + column == target - first_class, gradient - (1 - smoothing), gradient)
-        if softcap is not None:
-            gradient *= 1 - (x / softcap) * (x / softcap)
-        gradient = tl.where(is_valid, gradient * weight, 0.0)
-        tl.store(out + first + column, gradient.to(out.dtype.element_ty), mask=first + column < n_columns)
+    column = _columns(COLUMNS)
+    n_tiles = tl.cdiv(n_columns, COLUMNS)
+    if target == ignore_index:
+        for tile in range(0, n_tiles):
+            inside = tile * COLUMNS + column < n_columns
+            tl.store(out + tile * COLUMNS + column, tl.zeros_like(column).to(out.dtype.element_ty), mask=inside)
+    else:
+        weight = tl.where((target >= 0) & (target < n_classes), weight, float("nan"))
+        scale = weight * (1 + 2 * z_loss * lse)
+        for tile in tl.range(0, n_tiles, num_stages=STAGES):
+            first = (n_tiles - 1 - tile) * COLUMNS  # backwards: what was read last is still in the cache
+            x = _load_capped(logits, first + column, n_columns, softcap, "evict_first" if HINTS >= 1 else "")
+            gradient = tl.exp2((x - lse) * LOG2_E) * scale
+            if SMOOTHED:
+                gradient -= weight * (smoothing / n_classes)
+            # subtracted before the sum is rounded
+            gradient = tl.where(first + column == target - first_class, gradient - weight * (1 - smoothing), gradient)
+            if softcap is not None:
+                gradient *= 1 - (x / softcap) * (x / softcap)
+            inside = first + column < n_columns
+            tl.store(out + first + column, gradient.to(out.dtype.element_ty), mask=inside,
+                     eviction_policy="evict_first" if HINTS >= 1 else "")  # fmt: skip
 
 
 @triton.jit
 def _loss_kernel(
     logits, targets, weights, losses, lses, out,
     n_rows, n_columns, logits_row, out_row, weights_row, ignore_index, smoothing, z_loss, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row_logits = logits + wide(row) * logits_row
         target = tl.load(targets + row)
         at_target = _at_target(row_logits, target, 0, n_columns, softcap)
-        peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
+        peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES, HINTS)
         lse = peak + tl.log(total)
         # differences to the maximum first: large logits cancel exactly
         loss = tl.log(total) + (1 - smoothing) * (peak - at_target) + z_loss * lse * lse
@@ -103,19 +121,19 @@ def _loss_kernel(
             weight = tl.load(weights + row * weights_row)
             _write_gradient(
                 row_logits, out + wide(row) * out_row, lse, target, weight, 0, n_columns, n_columns, ignore_index,
-                smoothing, z_loss, softcap, COLUMNS, STAGES,
+                smoothing, z_loss, softcap, SMOOTHED, COLUMNS, STAGES, HINTS,
             )  # fmt: skip
 
 
 @triton.jit
 def _statistics_kernel(
     logits, targets, statistics, n_rows, n_columns, logits_row, first_class, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_logits = logits + wide(row) * logits_row
     at_target = _at_target(row_logits, tl.load(targets + row), first_class, n_columns, softcap)
-    peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
+    peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES, HINTS)
     tl.store(statistics + row, peak)
     tl.store(statistics + n_rows + row, total)
     tl.store(statistics + 2 * n_rows + row, at_target)
@@ -126,13 +144,13 @@ def _statistics_kernel(
 def _gradient_kernel(
     logits, targets, lses, weights, out,
     n_columns, logits_row, out_row, weights_row, first_class, n_classes, ignore_index, smoothing, z_loss, softcap,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     _write_gradient(
         logits + wide(row) * logits_row, out + wide(row) * out_row, tl.load(lses + row), tl.load(targets + row),
         tl.load(weights + row * weights_row), first_class, n_columns, n_classes, ignore_index, smoothing, z_loss,
-        softcap, COLUMNS, STAGES,
+        softcap, SMOOTHED, COLUMNS, STAGES, HINTS,
     )  # fmt: skip
 
 
@@ -165,7 +183,7 @@ def loss(
                 logits, targets, weights, losses, lses, out, len(logits), logits.shape[1], logits.stride(0),
                 0 if out is None else out.stride(0), _row_stride(weights), options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or None,
-                SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns, STAGES=blocks.stages,
+                SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns, STAGES=blocks.stages, HINTS=blocks.hints,
                 num_warps=blocks.warps,
             )  # fmt: skip
     return losses, lses
@@ -180,7 +198,7 @@ def statistics(logits: Tensor, targets: Tensor, options: LossOptions, first_clas
             _statistics_kernel[(len(logits),)](
                 logits, targets, result, len(logits), logits.shape[1], logits.stride(0), first_class,
                 options.softcap or None, SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns,
-                STAGES=blocks.stages, num_warps=blocks.warps,
+                STAGES=blocks.stages, HINTS=blocks.hints, num_warps=blocks.warps,
             )  # fmt: skip
     return result
 
@@ -199,8 +217,8 @@ def gradient(
             _gradient_kernel[(len(logits),)](
                 logits, targets, lses, weights, out, logits.shape[1], logits.stride(0), out.stride(0),
                 _row_stride(weights), first_class, n_classes, options.ignore_index, options.label_smoothing,
-                options.z_loss, options.softcap or None,
-                COLUMNS=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
+                options.z_loss, options.softcap or None, SMOOTHED=options.label_smoothing > 0,
+                COLUMNS=blocks.columns, STAGES=blocks.stages, HINTS=blocks.hints, num_warps=blocks.warps,
             )  # fmt: skip
 
 

@@ -194,6 +194,7 @@ def _backward_kernel(
     dy, dtotal, total, weight, statistics, seed, row_ids, dx, dresidual, dweight, dbias,
     n_rows, dy_row, dtotal_row, total_row, weight_offset, threshold, keep_scale,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     share = wide(tl.program_id(0))
     group = share % GROUPS + tl.zeros((1,), tl.int64)
@@ -205,7 +206,8 @@ def _backward_kernel(
     weight_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     rows_of_group = n_rows // GROUPS
-    for tile in range(share // GROUPS, tl.cdiv(rows_of_group, ROWS), tl.num_programs(0) // GROUPS):
+    tiles, step = tl.cdiv(rows_of_group, ROWS), tl.num_programs(0) // GROUPS
+    for tile in tl.range((share // GROUPS).to(tl.int32), tiles, step, num_stages=STAGES):
         row_of_group = wide(tile) * ROWS + tl.arange(0, ROWS)
         is_row = row_of_group < rows_of_group
         row = row_of_group * GROUPS + share % GROUPS
@@ -367,7 +369,7 @@ def backward(
                 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0), weight_offset,
                 dropout.threshold, 1 / (1 - dropout.probability),
                 WIDTH=width, GROUPS=groups, SUBTRACT_MEAN=statistics.shape[-1] == 2, ROWS=blocks.rows,
-                COLUMNS=blocks.columns, num_warps=blocks.warps,
+                COLUMNS=blocks.columns, num_warps=blocks.warps, STAGES=blocks.stages,
             )  # fmt: skip
     return dx, dresidual, _sum_of_shares(dweight, weight), _sum_of_shares(dbias, weight)
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.kernels import reference
 from longctx.kernels.attention.interface import Call, attention
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
@@ -160,21 +159,3 @@ def test_bad_calls(change, message):
     arguments = {"q": q, "k": kv, "v": kv, "mask": KeyIntervals.causal(8), "implementation": "auto"} | change
     with pytest.raises(ValueError, match=message):
         attention(**arguments)
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_linear_cross_entropy(softcap):
-    hidden = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(33, 16, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(33, (2, 9))
-    targets[0, 3] = targets[1, 8] = -100
-    losses = reference.linear_cross_entropy(hidden, weight, targets, softcap)
-    plain = reference.cross_entropy(reference.project_to_vocabulary(hidden, weight, softcap), targets)
-    dlosses = torch.randn_like(losses)
-    torch.testing.assert_close(losses, plain, rtol=1e-12, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(losses, (hidden, weight), dlosses),
-        torch.autograd.grad(plain, (hidden, weight), dlosses),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

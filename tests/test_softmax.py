@@ -82,7 +82,7 @@ def test_rows_of_which_nothing_takes_part(implementation):
 @given(
     batch=st.integers(0, 2),
     rows=st.integers(1, 7),
-    columns=st.integers(2, 90),
+    columns=st.integers(8, 90),
     dims=st.integers(2, 4),
     step=st.integers(1, 2),
 )

@@ -88,7 +88,12 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float =
 
 
 def _gpu_times_ms(call: Callable[[], object], repeats: int) -> list[float]:
-    """Of calls queued one after the other, so that the time to launch them does not count."""
+    """Of calls that wait in the GPU's queue until all are there, so that the time to launch them does not count."""
+    started = time.perf_counter()
+    call()
+    launching = time.perf_counter() - started
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9 * min(1.0, 1.5 * repeats * launching)))  # cycles
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in events:
         before.record()

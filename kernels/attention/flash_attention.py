@@ -398,7 +398,10 @@ def _attend(
         torch.randint(2**62, (1,), device=q.device) if dropout_p else None,
         deterministic,
     )
-    out, lse = attention(q, k, v, mask, **vars(options))
+    out, lse = attention(
+        q, k, v, mask, scale=options.scale, softcap=options.softcap, alibi_slopes=options.alibi_slopes,
+        dropout=options.dropout, seed=options.seed, deterministic=options.deterministic,
+    )  # fmt: skip
     return out, lse, options
 
 
