@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
@@ -112,7 +114,7 @@ def statistics_of(
 ) -> Tensor:
     """See `reference.cross_entropy_statistics`."""
     if not logits.shape[1]:
-        return torch.tensor([-torch.inf, 0, 0, 0], device=logits.device).unsqueeze(1).expand(4, len(logits))
+        return torch.tensor([-torch.inf, 0, 0, 0], device=logits.device).unsqueeze(1).repeat(1, len(logits))
     if implementation == "triton":
         return triton_cross_entropy.statistics(launch.readable(logits), targets, options, first_class)
     return reference.cross_entropy_statistics(logits, targets, options, first_class)
@@ -134,7 +136,7 @@ def gradient_of(
 
 
 def _rows(logits: Tensor) -> Tensor:
-    return logits.reshape(-1, logits.shape[-1])
+    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])  # of no classes too, as a rank may hold
 
 
 def _forward(logits, targets, *call):
@@ -266,11 +268,23 @@ def _losses_autograd(ctx, dlosses: Tensor, _dlse: None):
 
 def _setup_loss(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.gradients = (
+        output[1],
+    )  # handed out once: what is saved for the backward pass would be kept, and copied, by it
+
+
+def handed_out_once(ctx) -> tuple[Tensor, ...]:
+    """The gradients that a forward pass has made, which the backward pass scales in place."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a loss whose gradient is made with it has no second derivative; use reduction='none'")
+    if ctx.gradients is None:
+        raise RuntimeError("a second backward pass through this loss: its gradient is gone; compute the loss again")
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients
 
 
 def _loss_autograd(ctx, dloss: Tensor, _dgradient: None):
-    (gradient,) = ctx.saved_tensors
+    (gradient,) = handed_out_once(ctx)
     scale_(gradient, dloss)
     return gradient, *[None] * 7
 
@@ -293,7 +307,7 @@ class _InPlaceLosses(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         logits, targets, lse = ctx.saved_tensors
         cross_entropy_gradient_(gradients[0], logits, targets, lse, 0, logits.shape[-1], *ctx.call)
-        return logits, None, None
+        return logits.detach(), None, None
 
 
 class _InPlaceLoss(torch.autograd.Function):
@@ -302,11 +316,11 @@ class _InPlaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weight: Tensor, call: tuple) -> Tensor:
         loss = _cross_entropy_with_gradient_(logits, targets, weight, *call)
-        ctx.save_for_backward(logits)
+        ctx.gradients = (logits.detach(),)
         return loss
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        (gradient,) = ctx.saved_tensors
+        (gradient,) = handed_out_once(ctx)
         scale_(gradient, gradients[0])
         return gradient, None, None, None

@@ -172,6 +172,7 @@ def fused_dense(
     x (..., in_features), weight (out_features, in_features), bias (out_features,), residual (..., out_features), all of
     one dtype; the bias's gradient is summed in float32. Raises ValueError for what does not fit.
     """
+    x, weight, bias, residual = launch.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
     problems = _check_weight("weight", weight, bias, x.shape[-1], x)
     if not problems and residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
         problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
@@ -196,6 +197,9 @@ def fused_mlp(
     x (..., in_features), weight1 (hidden_features, in_features), weight2 (out_features, hidden_features), all of one
     dtype. Kept for the backward pass: x and the GELU's input, or with `recompute` x alone, for one more matrix product.
     """
+    x, weight1, weight2, bias1, bias2 = launch.autocast(  # pyright: ignore[reportAssignmentType]
+        x, weight1, weight2, bias1, bias2
+    )
     problems = _check_weight("weight1", weight1, bias1, x.shape[-1], x)
     problems += _check_weight("weight2", weight2, bias2, len(weight1), x)
     if problems:

@@ -51,6 +51,15 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of torch.autocast, where that is on: as it does for matrix products."""
+    device = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
 def dropout_threshold(probability: float) -> int:
     """An entry is dropped where its 32 random bits are below this."""
     return max(2, min(round(probability * 2**32), 2**32 - 1))  # a 1 would become a constant of the compilation
@@ -91,8 +100,7 @@ def architecture(device: torch.device) -> str:
 def choose(implementation: str, x: Tensor) -> str:
     """`triton` or `reference` for an op on tensors like `x`; raises ValueError if the one asked for cannot serve it."""
     if implementation == "auto":
-        # On GPUs the kernels of these ops have not been timed yet; what runs meanwhile has been.
-        return "reference"
+        return "triton" if x.device.type == "cuda" and not unsupported(x) else "reference"
     if implementation not in ("triton", "reference"):
         raise ValueError(f"implementation={implementation!r}: must be auto, triton or reference")
     if implementation == "triton" and (why := unsupported(x)):
@@ -130,7 +138,7 @@ def norm_backward(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
 
     Gradient, input, output and the weight's sum are in registers together; rows are copied ahead while one is computed.
     """
-    columns = min(padded(x.shape[-1]), 16384)
+    columns = min(padded(x.shape[-1]), 8192)
     rows = max(1, 4096 // columns)
     stage = 3 * rows * columns * x.element_size()  # gradients of output and residual, and the input
     stages = 3 if 3 * stage <= _shared_memory(architecture(x.device)) else 1

@@ -17,6 +17,7 @@ from longctx.kernels import launch, reference
 from longctx.kernels.cross_entropy import (
     REDUCTIONS,
     gradient_of,
+    handed_out_once,
     losses_of,
     scale_,
     statistics_of,
@@ -43,25 +44,23 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight^T + bias, targets)` in nats, float32 (float64 for float64).
 
     hidden (..., width), weight (classes, width) and bias (classes,) of one dtype, which autocast may choose; targets
-    (...) int64. Options as in `cross_entropy`. Memory beyond the gradients: 2^29 bytes of logits, and the weight's
-    gradient in float32.
+    (...) int64. Options as in `cross_entropy`. Memory beyond the gradients, with the Triton kernels: a chunk's logits
+    (see `tokens_of_a_chunk`), and the weight's gradient in float32, in whose memory the finished one stays.
 
     `sum` and `mean` make both gradients in the forward pass: three matrix products. `sum` multiplies the losses by
     `token_weight`, one number on the device (say 1 over the tokens of a batch of which this is a part): known early, it
     costs nothing. `none` makes the logits again in the backward pass: four products.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = launch.autocast(hidden, weight, bias)  # pyright: ignore[reportAssignmentType]
     _check(hidden, weight, bias, targets, options, reduction, token_weight)
     call = (*options, launch.choose(implementation, hidden))
     if reduction == "none":
         return _linear_cross_entropy(hidden, weight, bias, targets, *call)
+    dtype = reference.accumulation_dtype(hidden.dtype)
     if token_weight is None:
-        dtype = reference.accumulation_dtype(hidden.dtype)
         token_weight = weight_of_a_token(targets, ignore_index, reduction, dtype)
+    token_weight = token_weight.reshape(()).to(dtype)
     needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if not needs_gradient or hidden.dtype == torch.float16:  # whose gradients a loss scale must reach before they round
         return _linear_cross_entropy(hidden, weight, bias, targets, *call).sum() * token_weight
@@ -108,6 +107,7 @@ class Vocabulary(NamedTuple):
 
     first: int
     size: int  # of the whole
+    largest: int  # of the shares of all processes: they cut tokens into the same chunks
     merge: Callable[[Tensor], Tensor]  # statistics (4, tokens) of these classes to those of all
 
 
@@ -136,7 +136,7 @@ def in_chunks(
             torch.zeros(weight.shape, dtype=sums, device=hidden.device),
             None if bias is None else torch.zeros(bias.shape, dtype=sums, device=hidden.device),
         )
-    chunk = tokens_of_a_chunk(hidden, weight)
+    chunk = tokens_of_a_chunk(hidden, len(weight) if vocabulary is None else vocabulary.largest)
     buffer = torch.empty((min(chunk, len(hidden)), len(weight)), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, len(hidden), chunk):
         part = slice(first, first + chunk)
@@ -183,10 +183,17 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         total.addmm_(dlogits.T.to(total.dtype), hidden.to(total.dtype))
 
 
-def tokens_of_a_chunk(hidden: Tensor, weight: Tensor) -> int:
-    """So that their logits take 2^29 bytes on a GPU, or 2^24 on a CPU, where they stay in its cache."""
-    size = (1 << 24 if hidden.device.type == "cpu" else 1 << 29) // (hidden.element_size() * len(weight))
-    return max(1, size // 256 * 256 or size)
+def tokens_of_a_chunk(hidden: Tensor, classes: int) -> int:
+    """How many of the tokens of hidden (tokens, width) have logits at a time, a multiple of 256 and chunks alike.
+
+    On a CPU their logits take 2^24 bytes, and stay in its cache. On a GPU they take 2^29, or more where the gradient of
+    the hidden states leaves room below 1.25 GiB: each chunk reads and writes the weight's gradient once.
+    """
+    room = (1 << 24) if hidden.device.type == "cpu" else max(1 << 29, 5 * (1 << 28) - hidden.nbytes)
+    most = max(1, room // (hidden.element_size() * classes))
+    most = most // 256 * 256 or most
+    chunks = -(-max(1, len(hidden)) // most)
+    return min(most, -(-len(hidden) // chunks // 256) * 256 or 256)
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -290,14 +297,13 @@ def _losses_autograd(ctx, dlosses: Tensor):
 def _setup_loss(ctx, inputs, output) -> None:
     ctx.has_bias, ctx.others = inputs[2] is not None, len(inputs) - 3
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.gradients = output[1:]  # handed out once: what is saved for the backward pass would be kept, and copied, by it
 
 
 def _loss_autograd(ctx, dloss: Tensor, *_none):
-    gradients = ctx.saved_tensors
-    for gradient in gradients:
+    dhidden, dweight, dbias = handed_out_once(ctx)
+    for gradient in (dhidden, dweight, dbias):
         scale_(gradient, dloss)
-    dhidden, dweight, dbias = gradients
     return dhidden, dweight, dbias if ctx.has_bias else None, *(None for _ in range(ctx.others))
 
 

@@ -36,7 +36,7 @@ def norm(
     int64 on the device, drawn if None, and `row_ids` (x's shape without width), by default 0, 1, 2 ..., decide which.
     Sums are in float32. Raises ValueError with all that is wrong.
     """
-    _check(x, weight, bias, residual, dropout, row_ids)
+    _check(x, weight, bias, residual, dropout, seed, row_ids)
     if dropout and seed is None:
         seed = torch.randint(2**62, (1,), device=x.device)
     if not dropout:
@@ -56,23 +56,15 @@ def norm(
     return y, x if total_dtype is None else total
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dropout: float,
-    row_ids: Tensor | None,
-) -> None:
+def _check(x, weight, bias, residual, dropout, seed, row_ids) -> None:
     problems = []
     if not x.is_floating_point() or not x.ndim:
         problems.append(f"x {tuple(x.shape)} {x.dtype}: must be (..., width) of a floating type")
     elif not 1 <= x.shape[-1] <= WIDEST:
         problems.append(f"x {tuple(x.shape)}: its last dim must be 1 to {WIDEST}")
-    shapes = {tuple(x.shape[-n:]) for n in (1, 2)}
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and tuple(parameter.shape) not in shapes:
-            allowed = " or ".join(str(shape) for shape in sorted(shapes, key=len))
+        if parameter is not None and (parameter.ndim not in (1, 2) or parameter.shape != x.shape[-parameter.ndim :]):
+            allowed = " or ".join(str(tuple(x.shape[-n:])) for n in (1, 2))
             problems.append(f"{name} {tuple(parameter.shape)}: must be {allowed}, the last dims of x")
     if bias is not None and (weight is None or weight.shape != bias.shape):
         problems.append("bias: needs a weight of its shape")
@@ -80,8 +72,12 @@ def _check(
         problems.append(f"residual {tuple(residual.shape)}: must have the shape of x, {tuple(x.shape)}")
     if not 0 <= dropout < 1:
         problems.append(f"dropout={dropout}: must be at least 0 and below 1")
-    if row_ids is not None and row_ids.shape != x.shape[:-1]:
-        problems.append(f"row_ids {tuple(row_ids.shape)}: must be {tuple(x.shape[:-1])}, one number a row")
+    if row_ids is not None and (row_ids.shape != x.shape[:-1] or row_ids.is_floating_point()):
+        problems.append(
+            f"row_ids {tuple(row_ids.shape)} {row_ids.dtype}: must be {tuple(x.shape[:-1])}, one integer a row"
+        )
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        problems.append(f"seed {tuple(seed.shape)} {seed.dtype}: must be one torch.int64")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -115,7 +111,7 @@ def _(x, weight, bias, residual, total_dtype, eps, weight_offset, subtract_mean,
 
 
 def _op_backward(
-    dy, dtotal, total, weight, has_bias, statistics, weight_offset, x_dtype, residual_dtype, dropout, seed, row_ids
+    dy, dtotal, total, weight, statistics, x_dtype, residual_dtype, has_bias, weight_offset, dropout, seed, row_ids
 ):  # fmt: skip
     dropped = triton_norm.Dropout(dropout, seed, row_ids)
     gradients = triton_norm.backward(
@@ -128,14 +124,14 @@ _norm_backward = custom_op(
     "longctx::norm_backward",
     _op_backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, bool has_bias, Tensor statistics, "
-    f"float weight_offset, ScalarType x_dtype, ScalarType? residual_dtype, {_DROPOUT}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    # arguments from the first int on (a dtype is one) are part of the key under which DTensor remembers placements
+    schema="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor statistics, ScalarType x_dtype, "
+    f"ScalarType? residual_dtype, bool has_bias, float weight_offset, {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_norm_backward.register_fake
-def _(dy, dtotal, total, weight, has_bias, statistics, weight_offset, x_dtype, residual_dtype, *_dropout):
+def _(dy, dtotal, total, weight, statistics, x_dtype, residual_dtype, has_bias, *_others):
     def like_weight(wanted: bool) -> Tensor:
         return weight.new_empty(weight.shape, dtype=torch.float32) if wanted else dy.new_empty(0)
 
@@ -164,8 +160,8 @@ def _autograd(ctx, dy: Tensor | None, dtotal: Tensor | None, _dstatistics: None)
     if dy is None:
         dy = torch.zeros_like(total, dtype=ctx.x_dtype)
     dx, dresidual, dweight, dbias = _norm_backward(
-        dy, dtotal if ctx.has_total else None, total, weight, ctx.bias_dtype is not None, statistics, ctx.weight_offset,
-        ctx.x_dtype, ctx.residual_dtype, ctx.dropout, seed, row_ids,
+        dy, dtotal if ctx.has_total else None, total, weight, statistics, ctx.x_dtype, ctx.residual_dtype,
+        ctx.bias_dtype is not None, ctx.weight_offset, ctx.dropout, seed, row_ids,
     )  # fmt: skip
     if ctx.residual_dtype is None:
         dresidual = dx if ctx.has_residual else None

@@ -180,8 +180,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float 
 
     x (..., width), weight (width,), or (groups, width) where x is (..., groups, width).
     """
-    if weight is None or (weight.ndim == 1 and not weight_offset):
-        return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
+    if weight is None or (weight.ndim == 1 and weight.dtype == x.dtype and not weight_offset):
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
     compute = accumulation_dtype(x.dtype)
     return (F.rms_norm(x.to(compute), (x.shape[-1],), None, eps) * (weight.to(compute) + weight_offset)).to(x.dtype)
 
@@ -191,9 +191,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     Shapes as in `rms_norm`.
     """
-    if weight is None or (weight.ndim == 1 and not weight_offset):
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if weight is None or (weight.ndim == 1 and weight.dtype == x.dtype and not weight_offset):
+        return F.layer_norm(x, (x.shape[-1],), weight, None if bias is None else bias.to(x.dtype), eps)
     compute = accumulation_dtype(x.dtype)
     y = F.layer_norm(x.to(compute), (x.shape[-1],), None, None, eps) * (weight.to(compute) + weight_offset)
     return (y if bias is None else y + bias.to(compute)).to(x.dtype)
@@ -204,8 +203,8 @@ def dropout_add(
 ) -> Tensor:
     """dropout(x) + residual in `dtype`; the elements of x (..., width) are named by row and column, see `kept`."""
     compute = accumulation_dtype(x.dtype)
-    if seed is None and residual is not None and residual.dtype == x.dtype:
-        return (x + residual).to(dtype)
+    if seed is None and residual is not None and residual.dtype == x.dtype == dtype:
+        return x + residual
     if seed is not None:
         rows = row_ids if row_ids is not None else torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
         column = torch.arange(x.shape[-1], device=x.device)
@@ -272,7 +271,9 @@ def losses_of_statistics(
     lse = peak + total.log()
     smoothing = options.label_smoothing
     # differences to the maximum first: large logits cancel exactly
-    losses = total.log() + (1 - smoothing) * (peak - at_target) + options.z_loss * lse**2
+    losses = total.log() + (1 - smoothing) * (peak - at_target)
+    if options.z_loss:
+        losses = losses + options.z_loss * lse**2
     if smoothing:
         losses = losses + smoothing * (peak - plain / n_classes)
     losses = torch.where((targets >= 0) & (targets < n_classes), losses, torch.nan)

@@ -5,7 +5,8 @@ Half-split (Llama, GPT-NeoX): the pair of dim i is i + rotary_dim / 2; interleav
 
 q (batch, sequence, heads, head_dim), k with its own number of heads, of any strides; cos and sin (batch or 1, sequence,
 rotary_dim / 2) hold each token's own angle, whatever part of a sequence the tokens are; or they are tables
-(n_positions, rotary_dim / 2) into which `positions` (batch, sequence) points. Dims from rotary_dim on stay as they are.
+(n_positions, rotary_dim / 2) into which `positions` (batch, sequence) points; what points outside becomes NaN.
+Dims from rotary_dim on stay as they are.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -30,7 +31,7 @@ def _rotate(
     INTERLEAVED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Turns a block of tokens (T), heads (H) and all pairs (P); cosine and sine are (T, 1, P)."""
-    head = head_block * HEADS + tl.arange(0, HEADS)
+    head = wide(head_block) * HEADS + tl.arange(0, HEADS)
     is_row = is_token[:, None, None] & (head < n_heads)[None, :, None]
     x += token[:, None, None] * x_token + head[None, :, None] * x_head
     out += token[:, None, None] * out_token + head[None, :, None] * out_head
@@ -61,21 +62,22 @@ def _rotary_kernel(
     q, k, q_out, k_out, cos, sin, positions,
     q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
     k_out_batch, k_out_token, k_out_head, angle_batch, angle_token, position_batch,
-    n_tokens, q_heads, k_heads,
+    n_tokens, n_positions, q_heads, k_heads,
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    token = wide(tl.program_id(0)) * TOKENS + tl.arange(0, TOKENS)
-    head_block, batch = tl.program_id(1), wide(tl.program_id(2))
+    token_blocks = tl.cdiv(n_tokens, TOKENS)
+    token = wide(tl.program_id(0) % token_blocks) * TOKENS + tl.arange(0, TOKENS)
+    head_block, batch = tl.program_id(1), wide(tl.program_id(0) // token_blocks)
     is_token = token < n_tokens
     row = token
     if positions is not None:
         row = tl.load(positions + batch * position_batch + token, mask=is_token, other=0).to(tl.int64)
     pair = tl.arange(0, BLOCK_PAIRS)
     angle = batch * angle_batch + row[:, None] * angle_token + pair[None, :]
-    inside = is_token[:, None] & (pair < PAIRS)[None, :]
-    cosine = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[:, None, :]
-    sine = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[:, None, :]
+    inside = (is_token & (row >= 0) & (row < n_positions))[:, None] & (pair < PAIRS)[None, :]
+    cosine = tl.load(cos + angle, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
+    sine = tl.load(sin + angle, mask=inside, other=float("nan")).to(tl.float32)[:, None, :]
     if INVERSE:
         sine = -sine
     if head_block * HEADS < q_heads:
@@ -100,15 +102,18 @@ def _launch(
     batch, n_tokens, heads, head_dim = q.shape
     if not q.numel():
         return
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin, positions = cos.contiguous(), sin.contiguous(), None if positions is None else positions.contiguous()
     pairs = cos.shape[-1]
     blocks = launch.rotary(max(heads, 0 if k is None else k.shape[2]), pairs)
-    grid = triton.cdiv(n_tokens, blocks.tokens), triton.cdiv(max(heads, 0 if k is None else k.shape[2]), blocks.heads)
+    grid = (
+        batch * triton.cdiv(n_tokens, blocks.tokens),
+        triton.cdiv(max(heads, 0 if k is None else k.shape[2]), blocks.heads),
+    )
     with launch.on_device(q):
-        _rotary_kernel[(*grid, batch)](
+        _rotary_kernel[grid](
             q, k, q_out, k_out, cos, sin, positions, *q.stride()[:3], *launch.strides(k, 4)[:3], *q_out.stride()[:3],
             *launch.strides(k_out, 4)[:3], 0 if positions is not None else launch.shared_stride(cos), pairs,
-            launch.shared_stride(positions), n_tokens, heads, 0 if k is None else k.shape[2],
+            launch.shared_stride(positions), n_tokens, cos.shape[-2], heads, 0 if k is None else k.shape[2],
             HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_PAIRS=launch.power_of_two(pairs), TOKENS=blocks.tokens,
             HEADS=blocks.heads, INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=q_out is q, num_warps=blocks.warps,
         )  # fmt: skip
@@ -247,6 +252,8 @@ def _check(q, k, cos, sin, positions, inplace) -> None:
             problems.append(f"cos {tuple(cos.shape)}: its last dim must be 1 to head_dim / 2 = {head_dim // 2}")
         if positions is None and (cos.ndim != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != sequence):
             problems.append(f"cos {tuple(cos.shape)}: must be ({batch} or 1, {sequence}, rotary_dim / 2)")
+        if positions is not None and positions.is_floating_point():
+            problems.append(f"positions {positions.dtype}: must be integers")
         if positions is not None and (
             cos.ndim != 2 or tuple(positions.shape) not in ((batch, sequence), (1, sequence))
         ):

@@ -23,7 +23,7 @@ def _load_scores(
     x, mask, row, column, n_rows, n_columns, x_row, mask_row, mask_column, scale,
     IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """(R, C) of scaled scores times log2(e), -inf where a column does not take part."""
+    """(R, C) of scaled scores, -inf where a column does not take part."""
     visible = (row < n_rows)[:, None] & (column < n_columns)[None, :]
     loaded = visible
     if CAUSAL:
@@ -37,7 +37,7 @@ def _load_scores(
             visible &= (entry != 0) == (KEPT != 0)
         else:
             score += entry.to(tl.float32)
-    return tl.where(visible, score * LOG2_E, float("-inf"))
+    return tl.where(visible, score, float("-inf"))
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _forward_kernel(
         score = _load_scores(
             x, mask, row, column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT, CAUSAL
         )
-        weight = tl.exp2(score - _finite(tl.max(score, 1))[:, None])
+        weight = tl.exp2((score - _finite(tl.max(score, 1))[:, None]) * LOG2_E)
         total = tl.sum(weight, 1)
         weight = weight / tl.where(total == 0.0, 1.0, total)[:, None]
         offsets = row[:, None] * n_columns + column[None, :]
@@ -80,8 +80,8 @@ def _forward_kernel(
                 CAUSAL,
             )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(score, 1))
-            total *= tl.exp2(peak - _finite(new_peak))
-            total += tl.sum(tl.exp2(score - _finite(new_peak)[:, None]), 1)
+            total *= tl.exp2((peak - _finite(new_peak)) * LOG2_E)
+            total += tl.sum(tl.exp2((score - _finite(new_peak)[:, None]) * LOG2_E), 1)
             peak = new_peak
         total = tl.where(total == 0.0, 1.0, total)
         for first in range(0, n_columns, COLUMNS):
@@ -89,7 +89,7 @@ def _forward_kernel(
                 x, mask, row, first + column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT,
                 CAUSAL,
             )  # fmt: skip
-            weight = tl.exp2(score - _finite(peak)[:, None]) / total[:, None]
+            weight = tl.exp2((score - _finite(peak)[:, None]) * LOG2_E) / total[:, None]
             inside = (row < n_rows)[:, None] & (first + column < n_columns)[None, :]
             offsets = row[:, None] * n_columns + first + column[None, :]
             tl.store(out + offsets, weight.to(out.dtype.element_ty), mask=inside)
@@ -126,7 +126,7 @@ def _backward_kernel(
 # custom ops -----------------------------------------------------------------------------------------------------------
 
 
-def _forward(x, mask, scale, causal, mask_keeps):
+def _forward(x, mask, causal, mask_keeps, scale):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
@@ -137,7 +137,7 @@ def _forward(x, mask, scale, causal, mask_keeps):
     with launch.on_device(x):
         _forward_kernel[(triton.cdiv(x4.shape[2], blocks.rows) * x4.shape[1] * x4.shape[0],)](
             x4, mask, out, *x4.shape[1:], *x4.stride()[:3], *launch.strides(mask, 4), scale,
-            IS_BOOLEAN=mask is not None and mask.dtype == torch.bool, KEPT=int(mask_keeps), CAUSAL=causal,
+            IS_BOOLEAN=mask is not None and mask.dtype == torch.bool, KEPT=int(mask_keeps), CAUSAL=bool(causal),
             ROWS=blocks.rows, COLUMNS=blocks.columns, IS_WIDE=x.shape[-1] > blocks.columns, num_warps=blocks.warps,
         )  # fmt: skip
     return out
@@ -157,11 +157,12 @@ def _backward(dout, out, scale):
     return dx
 
 
+# arguments from the first int on are part of the key under which DTensor remembers a call's placements
 _softmax = custom_op(
     "longctx::softmax",
     _forward,
     mutates_args=(),
-    schema="(Tensor x, Tensor? mask, float scale, bool causal, bool mask_keeps) -> Tensor",
+    schema="(Tensor x, Tensor? mask, int causal, bool mask_keeps, float scale) -> Tensor",
 )
 _softmax_backward = custom_op(
     "longctx::softmax_backward", _backward, mutates_args=(), schema="(Tensor dout, Tensor out, float scale) -> Tensor"
@@ -179,7 +180,7 @@ def _(dout, out, scale):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.scale = inputs[2]
+    ctx.scale = inputs[4]
     ctx.save_for_backward(output)
 
 
@@ -237,7 +238,7 @@ def _apply(x, mask, scale, causal, mask_keeps, implementation) -> Tensor:
     if problems:
         raise ValueError("; ".join(problems))
     if launch.choose(implementation, x) == "triton":
-        return _softmax(x, mask, scale, causal, mask_keeps)
+        return _softmax(x, mask, int(causal), mask_keeps, scale)
     if mask is not None and mask.dtype == torch.bool and not mask_keeps:
         mask = ~mask
     return reference.softmax(x, mask, scale, causal)

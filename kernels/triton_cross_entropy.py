@@ -42,14 +42,14 @@ def _row_statistics(
 ):  # fmt: skip
     """Maximum, sum of exp(x - maximum), and sum of x (0 unless SMOOTHED) of a row."""
     column = _columns(COLUMNS)
-    peak = tl.full((COLUMNS // 8,), -2e38, tl.float32)  # not -inf, from which -inf cannot be subtracted
+    peak = tl.full((COLUMNS // 8,), float("-inf"), tl.float32)
     total = tl.zeros((COLUMNS // 8,), tl.float32)
     plain = tl.zeros((COLUMNS // 8,), tl.float32)
     for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
         x = _load_capped(logits, first + column, n_columns, softcap, "evict_last" if HINTS >= 2 else "")
-        new_peak = tl.maximum(peak, tl.max(x, 1))
-        total = total * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(tl.exp2((x - new_peak[:, None]) * LOG2_E), 1)
-        peak = new_peak
+        peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
+        base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf cannot be subtracted from -inf
+        total = total * tl.exp2((peak_before - base) * LOG2_E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2_E), 1)
         if SMOOTHED:
             plain += tl.sum(tl.where(first + column < n_columns, x, 0.0), 1)
     row_peak = tl.max(peak, 0)
@@ -175,6 +175,7 @@ def loss(
 
     With `out` (which may be `logits`) the gradient of sum(weights * losses) too; weights float32, (tokens,) or one.
     """
+    targets = targets.contiguous()
     losses, lses = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     blocks = launch.cross_entropy(logits)
     if len(logits):
@@ -191,6 +192,7 @@ def loss(
 
 def statistics(logits: Tensor, targets: Tensor, options: LossOptions, first_class: int) -> Tensor:
     """See `reference.cross_entropy_statistics`: (4, tokens) float32; the sum of x is 0 without label smoothing."""
+    targets = targets.contiguous()
     result = torch.empty((4, len(logits)), dtype=torch.float32, device=logits.device)
     blocks = launch.cross_entropy(logits)
     if len(logits):
@@ -211,6 +213,7 @@ def gradient(
 
     The logits are those of classes `first_class` on of `n_classes`, `lses` of all of them.
     """
+    targets, lses = targets.contiguous(), lses.contiguous()
     if logits.numel():
         blocks = launch.cross_entropy(logits)
         with launch.on_device(logits):

@@ -67,7 +67,7 @@ def _moments(value, inside, count, SUBTRACT_MEAN: tl.constexpr):
     if SUBTRACT_MEAN:
         centred = tl.where(inside, value - mean[:, None], 0.0)
     else:
-        mean = mean * 0.0
+        mean = tl.zeros_like(mean)
         centred = value
     return mean, tl.sum(centred * centred, 1)
 
@@ -323,8 +323,8 @@ def forward(
     blocks = launch.norm_forward(x)
     with launch.on_device(x):
         _forward_kernel[(triton.cdiv(len(rows), blocks.rows),)](
-            rows, residual_rows, _contiguous(weight), _contiguous(bias), dropout.seed, dropout.row_ids, y, total,
-            statistics, len(rows), rows.stride(0),
+            rows, residual_rows, _contiguous(weight), _contiguous(bias), dropout.seed, _contiguous(dropout.row_ids), y,
+            total, statistics, len(rows), rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0), eps, weight_offset, dropout.threshold,
             1 / (1 - dropout.probability),
             WIDTH=width, GROUPS=_groups(weight), SUBTRACT_MEAN=subtract_mean, ROWS=blocks.rows, COLUMNS=blocks.columns,
@@ -364,8 +364,8 @@ def backward(
     if total.numel():
         with launch.on_device(total):
             _backward_kernel[(programs,)](
-                dy_rows, dtotal_rows, total_rows, _contiguous(weight), statistics, dropout.seed, dropout.row_ids, dx,
-                dresidual, dweight, dbias, len(total_rows), dy_rows.stride(0),
+                dy_rows, dtotal_rows, total_rows, _contiguous(weight), statistics, dropout.seed,
+                _contiguous(dropout.row_ids), dx, dresidual, dweight, dbias, len(total_rows), dy_rows.stride(0),
                 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0), weight_offset,
                 dropout.threshold, 1 / (1 - dropout.probability),
                 WIDTH=width, GROUPS=groups, SUBTRACT_MEAN=statistics.shape[-1] == 2, ROWS=blocks.rows,

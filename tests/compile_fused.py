@@ -53,8 +53,8 @@ def swiglu_both_ways() -> None:
 
 def softmax_both_ways(columns: int) -> None:
     x = empty(1, 32, 1024, columns)
-    softmax._forward(x, None, 0.1, True, True)
-    softmax._forward(x, empty(1, 1, 1024, columns, dtype=torch.bool), 0.1, False, True)
+    softmax._forward(x, None, 1, True, 0.1)
+    softmax._forward(x, empty(1, 1, 1024, columns, dtype=torch.bool), 0, True, 0.1)
     softmax._backward(x, x, 0.1)
 
 
@@ -67,6 +67,8 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm 32768 x 4096": lambda: norm(32768, 4096),
     "rms_norm 32768 x 8192": lambda: norm(32768, 8192),
     "rms_norm 131072 x 128": lambda: norm(131072, 128),
+    "rms_norm 16384 x 16384": lambda: norm(16384, 16384),
+    "layer_norm 16384 x 16384": lambda: norm(16384, 16384, True, True),
     "rms_norm 4096 x 65536": lambda: norm(4096, 65536),
     "add_rms_norm 32768 x 4096": lambda: norm(32768, 4096, with_residual=True),
     "layer_norm 32768 x 4096": lambda: norm(32768, 4096, subtract_mean=True),

@@ -19,13 +19,15 @@ def relative_error(x: Tensor, true: Tensor) -> float:
     return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
 
 
-def results(function: Callable, inputs: Sequence[Tensor | None], seed: int = 1) -> list[Tensor]:
-    """What `function(*inputs)` returns, then its gradients to the floating inputs, for random gradients of it."""
+def results(function: Callable, inputs: Sequence[Tensor | None], dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    """What `function(*inputs)` returns, then its gradients to the floating inputs, for random gradients in `dtype`."""
     inputs = [x if x is None or not x.is_floating_point() else x.detach().requires_grad_() for x in inputs]
     returned = function(*inputs)
     returned = [y for y in (returned if isinstance(returned, tuple) else (returned,)) if y.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in returned]
+    gradients = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, dtype).to(y.dtype) for y in returned
+    ]
     leaves = [x for x in inputs if x is not None and x.requires_grad]
     return [*returned, *torch.autograd.grad(returned, leaves, gradients)]
 
@@ -43,7 +45,9 @@ def assert_precise(
     than 1.5 x `ulps` units in the last place of the result's norm.
     """
     exact = [x if x is None or not x.is_floating_point() else x.double() for x in inputs]
-    compared = zip(results(mine, inputs), results(same_precision or plain, inputs), results(plain, exact), strict=True)
+    dtype = next(x.dtype for x in inputs if x is not None and x.is_floating_point())
+    truth = results(plain, exact, dtype)
+    compared = zip(results(mine, inputs, dtype), results(same_precision or plain, inputs, dtype), truth, strict=True)
     for index, (ours, theirs, true) in enumerate(compared):
         assert ours.dtype == theirs.dtype, (index, ours.dtype, theirs.dtype)
         allowed = 1.5 * max(ulps * torch.finfo(ours.dtype).eps, relative_error(theirs, true))  # NaN of theirs: eps

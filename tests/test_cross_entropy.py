@@ -83,6 +83,23 @@ def test_any_shape_and_strides(rows, classes, skip, name, reduction):
     assert_precise(mine, plain, [logits], ulps=3)
 
 
+@pytest.mark.parametrize("layout", ["column", "every other", "expanded"])
+def test_strided_targets(layout):
+    """Targets that are no contiguous row, of losses made with and without a gradient, and of linear ones."""
+    many = targets_of(24, 40).clamp(min=0).view(6, 4)
+    targets = {"column": many[:, 0], "every other": many.flatten()[:12:2], "expanded": many[0, 0].expand(6)}[layout]
+    logits, hidden, weight = random(6, 40), random(6, 8), random(40, 8)
+    for reduction in ("none", "mean"):
+        call = {"reduction": reduction, "implementation": "triton"}
+        assert_precise(lambda x: cross_entropy(x, targets, **call), lambda x: by_torch(x, targets, reduction), [logits])  # noqa: B023
+        assert_precise(
+            lambda h, w: linear_cross_entropy(h, w, targets, **call),  # noqa: B023
+            lambda h, w: by_torch(h @ w.T, targets, reduction),  # noqa: B023
+            [hidden, weight],
+            ulps=3,
+        )
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_all_targets_ignored(reduction, implementation):
@@ -153,8 +170,16 @@ def test_a_second_backward_pass_is_refused():
         linear_cross_entropy(random(4, 8).requires_grad_(), random(40, 8), targets),
     ):
         loss.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="a second backward pass through this loss"):
             loss.backward()
+
+
+def test_a_second_derivative_is_refused():
+    logits, targets = random(4, 40).requires_grad_(), targets_of(4, 40)
+    for inplace in (False, True):
+        loss = cross_entropy(logits * 1, targets, inplace=inplace)
+        with pytest.raises(RuntimeError, match="has no second derivative; use reduction='none'"):
+            torch.autograd.grad(loss, logits, create_graph=True)
 
 
 def test_scaling_in_the_kernel():
@@ -278,8 +303,8 @@ class LiveBytes(TorchDispatchMode):
 def test_memory_of_logits_that_are_never_held():
     """llama3_8b's loss of 131072 tokens: under 3.5 GiB beyond hidden states and weights. Here 1/32 of each size."""
     tokens, width, classes, chunk = (n // 32 for n in (131072, 4096, 128256, 2048))
-    big = torch.empty(0, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(128256, 0, device="meta")
-    assert module.tokens_of_a_chunk(*big) == 32 * chunk
+    big = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta")
+    assert module.tokens_of_a_chunk(big, 128256) == 32 * chunk
     hidden, weight = (torch.ones(n, width, dtype=torch.bfloat16, device=DEVICE) for n in (tokens, classes))
     targets, losses = torch.zeros(tokens, dtype=torch.int64, device=DEVICE), torch.zeros(chunk, device=DEVICE)
     one = torch.ones((), device=DEVICE)

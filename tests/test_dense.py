@@ -92,6 +92,16 @@ def test_layers(implementation):
     torch.testing.assert_close(mlp(x), expected)
 
 
+def test_autocast():
+    """As torch's linear layers: the product in the dtype of autocast, gradients in that of the parameters."""
+    layers = torch.nn.Sequential(FusedDense(24, 24), FusedMLP(24)).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layers(random(3, 24))
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layers.parameters())
+
+
 def test_refusals():
     x, weight = torch.ones(3, 24), torch.ones(40, 24)
     for call, message in (

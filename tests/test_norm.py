@@ -154,6 +154,8 @@ def test_dropout_depends_on_the_rows_numbers(implementation):
     numbers = torch.arange(4, 8, device=x.device)
     part = dropout_add_layer_norm(x[4:], None, weight, None, 0.5, 1e-5, row_ids=numbers, **call)
     assert torch.equal(whole[4:], part)
+    strided = torch.arange(8, 16, device=x.device)[::2] // 2  # the same numbers, not beside each other
+    assert torch.equal(whole[4:], dropout_add_layer_norm(x[4:], None, weight, None, 0.5, 1e-5, row_ids=strided, **call))
     without = dropout_add_layer_norm(x[4:], None, weight, None, 0.5, 1e-5, **call)
     assert not torch.equal(without, part)
 
@@ -209,6 +211,24 @@ def test_modules_of_other_projects():
     assert torch.equal(drop.eval()(x, x)[1], 2 * x.float())
 
 
+def test_a_float32_weight_is_not_rounded():
+    """Nor a float32 sum of 16-bit tensors, in the reference as in the kernels."""
+    x, weight = random(64, 96, dtype=torch.bfloat16), random(96)
+    exact = (plain_norm(x.double(), weight.double(), None, 1e-5, True)).to(torch.bfloat16)
+    assert float((layer_norm(x, weight, implementation="reference") != exact).double().mean()) < 0.01
+    half, residual = random(6, 40, dtype=torch.float16), random(6, 40, dtype=torch.float16, seed=1)
+    _, total = dropout_add_layer_norm(half, residual, None, None, 0.0, 1e-5, True, True, implementation="reference")
+    assert torch.equal(total, half.float() + residual.float())
+
+
+def test_one_graph_for_all_lengths():
+    graphs = []
+    counted = torch.compile(rms_norm, dynamic=True, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    for length in (3, 5, 7, 9):
+        counted(torch.ones(2, length, 8), torch.ones(8))
+    assert len(graphs) == 1
+
+
 def test_refusals():
     x = torch.ones(4, 8)
     for call, message in (
@@ -220,6 +240,7 @@ def test_refusals():
         (lambda: rms_norm(x.double(), None, implementation="triton"), "float16, bfloat16 and float32"),
         (lambda: layer_norm(x, None, torch.ones(8)), "bias: needs a weight"),
         (lambda: dropout_add_layer_norm(x, None, None, None, 1.0, 1e-5), "dropout=1.0: must be at least 0 and below 1"),
+        (lambda: dropout_add_layer_norm(x, x, None, None, 0.5, 1e-5, seed=torch.ones(1)), "must be one torch.int64"),
         (lambda: Fp32LayerNorm((3, 8))(x), r"its last dims must be \(3, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):

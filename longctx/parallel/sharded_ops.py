@@ -40,9 +40,20 @@ def _if(x: object, placement: Placement) -> Placement | None:
 # norms ---------------------------------------------------------------------------------------------------------------
 
 
-def _of_weight(weight: Any, x: Any, dim: int) -> Placement:
+def _shards(x: Any, n_fixed_dims: int) -> list[Placement]:
+    """In which ways x may be sharded, in all but its last dims: evenly or not, or as flattened dims are (strided)."""
+    dims = len(x.shape) - n_fixed_dims
+    strided = [p for p in x.placements if _splits(p) and not p.is_shard() and p.dim < dims]
+    return [*(Shard(dim) for dim in range(dims)), *strided]
+
+
+def _splits(p: Any) -> bool:
+    return not p.is_replicate() and not p.is_partial()
+
+
+def _of_weight(weight: Any, x: Any, p: Any) -> Placement:
     """A weight a head goes with the heads; a weight for all rows is everywhere."""
-    is_split = weight is not None and len(weight.shape) == 2 and dim == len(x.shape) - 2
+    is_split = weight is not None and len(weight.shape) == 2 and p == Shard(len(x.shape) - 2)
     return Shard(0) if is_split else Replicate()
 
 
@@ -50,7 +61,7 @@ def _of_weight(weight: Any, x: Any, dim: int) -> Placement:
 def _norm(
     x, weight, bias, residual, total_dtype, eps, weight_offset, subtract_mean, dropout, seed, row_ids
 ) -> Rules:  # fmt: skip
-    if dropout and row_ids is None and any(p.is_shard() for p in x.placements):
+    if dropout and row_ids is None and any(_splits(p) for p in x.placements):
         raise ValueError("dropout of a sharded x: give row_ids, sharded as x is, so that rows know their numbers")
 
     def rule(p: Placement, of_weight: Placement) -> tuple[list[Placement | None], list[Placement | None]]:
@@ -58,26 +69,25 @@ def _norm(
         inputs = [p, _if(weight, of_weight), _if(bias, of_weight), _if(residual, p)]
         return [p, total, p], [*inputs, *[None] * 5, _if(seed, Replicate()), _if(row_ids, p)]
 
-    shards = [rule(Shard(dim), _of_weight(weight, x, dim)) for dim in range(len(x.shape) - 1)]
-    return [rule(Replicate(), Replicate()), *shards]
+    return [rule(Replicate(), Replicate()), *(rule(p, _of_weight(weight, x, p)) for p in _shards(x, 1))]
 
 
 @register_sharding(ops.norm_backward.default)
 def _norm_backward(
-    dy, dtotal, total, weight, has_bias, statistics, weight_offset, x_dtype, residual_dtype, dropout, seed, row_ids
+    dy, dtotal, total, weight, statistics, x_dtype, residual_dtype, has_bias, weight_offset, dropout, seed, row_ids
 ) -> Rules:  # fmt: skip
     def rule(p: Placement, of_weight: Placement, dweight: Placement) -> tuple[list, list]:
         outputs = [
             p, Replicate() if residual_dtype is None else p, Replicate() if weight is None else dweight,
             dweight if has_bias else Replicate(),
         ]  # fmt: skip
-        inputs = [p, _if(dtotal, p), p, _if(weight, of_weight), None, p]
-        return outputs, [*inputs, *[None] * 4, _if(seed, Replicate()), _if(row_ids, p)]
+        inputs = [p, _if(dtotal, p), p, _if(weight, of_weight), p]
+        return outputs, [*inputs, *[None] * 5, _if(seed, Replicate()), _if(row_ids, p)]
 
     rules = [rule(Replicate(), Replicate(), Replicate())]
-    for dim in range(len(total.shape) - 1):
-        of_weight = _of_weight(weight, total, dim)
-        rules.append(rule(Shard(dim), of_weight, of_weight if of_weight.is_shard() else Partial()))
+    for p in _shards(total, 1):
+        of_weight = _of_weight(weight, total, p)
+        rules.append(rule(p, of_weight, of_weight if of_weight.is_shard() else Partial()))
     return rules
 
 
@@ -102,7 +112,7 @@ def _rotary(q, k, cos, sin, positions, interleaved, inverse) -> Rules:
 
 
 @register_sharding(ops.softmax.default)
-def _softmax(x, mask, scale, causal, mask_keeps) -> Rules:
+def _softmax(x, mask, causal, mask_keeps, scale) -> Rules:
     rules: Rules = [([Replicate()], [Replicate(), _if(mask, Replicate()), None, None, None])]
     for dim in range(len(x.shape) - (2 if causal else 1)):  # which rows a causal one holds, it cannot know
         of_mask: Placement = Replicate()
@@ -118,8 +128,8 @@ def _alike(n_outputs: int, n_inputs: int, n_others: int, n_fixed_dims: int) -> C
     """All tensors are sharded alike, in any but their last `n_fixed_dims` dims."""
 
     def rules(x: Any, *_others: object) -> Rules:
-        shards = [Shard(dim) for dim in range(len(x.shape) - n_fixed_dims)]
-        return [([p] * n_outputs, [*[p] * n_inputs, *[None] * n_others]) for p in (Replicate(), *shards)]
+        placements = Replicate(), *_shards(x, n_fixed_dims)
+        return [([p] * n_outputs, [*[p] * n_inputs, *[None] * n_others]) for p in placements]
 
     return rules
 
@@ -135,7 +145,7 @@ register_sharding(ops.swiglu_packed_backward.default)(_alike(1, 2, 0, 1))
 def _gelu_backward(dout, x) -> Rules:
     last = len(x.shape) - 1
     rules: Rules = [([Replicate()] * 3, [Replicate()] * 2), ([Shard(last), Shard(last), Shard(0)], [Shard(last)] * 2)]
-    return rules + [([Shard(dim), Shard(dim), Partial()], [Shard(dim)] * 2) for dim in range(last)]
+    return rules + [([p, p, Partial()], [p] * 2) for p in _shards(x, 1)]
 
 
 # losses --------------------------------------------------------------------------------------------------------------
@@ -149,18 +159,20 @@ class _Layout(NamedTuple):
     vocabulary: int | None  # the mesh axis over which the classes are split
     first_class: int
     n_classes: int
+    largest_share: int  # of the classes
 
     @staticmethod
     def of(mesh: DeviceMesh, tokens: Sequence[Placement], is_vocabulary: Sequence[bool], n_classes: int) -> _Layout:
         axes = [axis for axis, splits in enumerate(is_vocabulary) if splits]
         if len(axes) > 1:
             raise ValueError(f"classes are split over axes {axes} of the mesh: one at most can be served")
-        placements = [p if p.is_shard() and not splits else Replicate() for p, splits in zip(tokens, is_vocabulary)]  # noqa: B905  of one mesh
-        first = 0
-        if axes:
-            held = -(-n_classes // mesh.size(axes[0]))  # as DTensor cuts: the last ranks may hold fewer, or none
-            first = min(mesh.get_local_rank(axes[0]) * held, n_classes)
-        return _Layout(mesh, placements, axes[0] if axes else None, first, n_classes)
+        pairs = zip(tokens, is_vocabulary, strict=True)
+        placements = [p if _splits(p) and not is_class_axis else Replicate() for p, is_class_axis in pairs]
+        if not axes:
+            return _Layout(mesh, placements, None, 0, n_classes, n_classes)
+        share = -(-n_classes // mesh.size(axes[0]))  # as DTensor cuts: the last ranks may hold fewer, or none
+        first = min(mesh.get_local_rank(axes[0]) * share, n_classes)
+        return _Layout(mesh, placements, axes[0], first, n_classes, share)
 
     def local(self, x: Tensor | None, placements: Sequence[Placement] | None = None) -> Any:
         """This rank's part; a plain tensor is the whole on every rank."""
@@ -180,11 +192,13 @@ class _Layout(NamedTuple):
 
     def sum(self, local: Tensor) -> DTensor:
         """A number added up over the ranks that have different tokens."""
-        parts = [Partial() if p.is_shard() else Replicate() for p in self.tokens]
+        parts = [Partial() if _splits(p) else Replicate() for p in self.tokens]
         return self.whole(local, torch.Size(()), parts).redistribute(self.mesh, [Replicate()] * self.mesh.ndim)
 
 
-def _layout_of_logits(logits: DTensor) -> _Layout:
+def _layout_of_logits(logits: Tensor) -> _Layout:
+    if not isinstance(logits, DTensor):
+        raise ValueError("logits: must be a DTensor, as the targets are")
     last = logits.ndim - 1
     splits = [p.is_shard(last) for p in logits.placements]
     return _Layout.of(logits.device_mesh, logits.placements, splits, logits.shape[-1])
@@ -195,6 +209,12 @@ def _local_logits(logits: DTensor, layout: _Layout) -> tuple[Tensor, list[Placem
     if layout.vocabulary is not None:
         placements[layout.vocabulary] = Shard(logits.ndim - 1)
     return layout.local(logits, placements), placements
+
+
+def _logits_in_place(logits: DTensor) -> Tensor:
+    if any(p.is_partial() for p in logits.placements):
+        raise ValueError(f"inplace: logits {logits.placements} are partial sums; redistribute them, or not in place")
+    return logits.to_local()
 
 
 def merged(statistics: Tensor, group: Any) -> Tensor:
@@ -247,7 +267,7 @@ def _cross_entropy_gradient(op, weights, logits, targets, lse, _first_class, n_c
 def _cross_entropy_gradient_in_place(op, weights, logits, targets, lse, _first_class, n_classes, *call):
     layout = _layout_of_logits(logits)
     of_tokens = (layout.local(x) for x in (targets, lse))
-    op(layout.local(weights), logits.to_local(), *of_tokens, layout.first_class, n_classes, *call)
+    op(layout.local(weights), _logits_in_place(logits), *of_tokens, layout.first_class, n_classes, *call)
 
 
 @_dispatch("cross_entropy_with_gradient")
@@ -267,7 +287,7 @@ def _cross_entropy_with_gradient(op, logits, targets, weight, *call):
 @_dispatch("cross_entropy_with_gradient_")
 def _cross_entropy_with_gradient_in_place(op, logits, targets, weight, *call):
     layout = _layout_of_logits(logits)
-    of_tokens, weight, local = layout.local(targets), layout.everywhere(weight), logits.to_local()
+    of_tokens, weight, local = layout.local(targets), layout.everywhere(weight), _logits_in_place(logits)
     if layout.vocabulary is None:
         return layout.sum(op(local, of_tokens, weight, *call))
     losses, lse = _losses(local, of_tokens, layout, call)
@@ -285,7 +305,9 @@ def _scale(op, x, factor):
 # linear cross entropy ------------------------------------------------------------------------------------------------
 
 
-def _vocabulary_parallel(hidden, weight, bias, targets, token_weights, first_class, n_classes, group_name, *call):
+def _vocabulary_parallel(
+    hidden, weight, bias, targets, token_weights, first_class, n_classes, largest_share, group_name, *call
+):  # fmt: skip
     group = _resolve_process_group(GroupName(group_name))
 
     def merge(statistics: Tensor) -> Tensor:
@@ -296,9 +318,10 @@ def _vocabulary_parallel(hidden, weight, bias, targets, token_weights, first_cla
         statistics[0] = peak
         return statistics
 
+    vocabulary = Vocabulary(first_class, n_classes, largest_share, merge)
     losses, gradients = in_chunks(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1],
-        None if token_weights is None else token_weights.reshape(-1), Vocabulary(first_class, n_classes, merge),
+        None if token_weights is None else token_weights.reshape(-1), vocabulary,
     )  # fmt: skip
     if gradients is None:
         return losses.view(targets.shape), *(hidden.new_empty(0) for _ in range(3))
@@ -310,7 +333,7 @@ _vocabulary_parallel_op = custom_op(
     _vocabulary_parallel,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? token_weights, int first_class, "
-    f"int n_classes, str group_name, {LOSS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"int n_classes, int largest_share, str group_name, {LOSS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -336,7 +359,8 @@ class _Projection(NamedTuple):
         if not isinstance(hidden, DTensor) or not isinstance(weight, DTensor):
             raise ValueError("hidden and weight: must both be DTensors of one mesh, or neither")
         splits = [p.is_shard(0) for p in weight.placements]
-        layout = _Layout.of(weight.device_mesh, hidden.placements, splits, weight.shape[0])
+        tokens = [Replicate() if p.is_shard(hidden.ndim - 1) else p for p in hidden.placements]
+        layout = _Layout.of(weight.device_mesh, tokens, splits, weight.shape[0])
         of_weight = [Shard(0) if split else Replicate() for split in splits]
         tensors = layout.local(hidden), layout.local(weight, of_weight), layout.local(bias, of_weight)
         return _Projection(layout, hidden, (*tensors, layout.local(targets)), weight.shape)
@@ -345,15 +369,16 @@ class _Projection(NamedTuple):
         layout = self.layout
         assert layout.vocabulary is not None
         group = layout.mesh.get_group(layout.vocabulary).group_name
-        return _vocabulary_parallel_op(*self.tensors, token_weights, layout.first_class, layout.n_classes, group, *call)
+        shares = layout.first_class, layout.n_classes, layout.largest_share
+        return _vocabulary_parallel_op(*self.tensors, token_weights, *shares, group, *call)
 
     def gradients(self, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> tuple[DTensor, DTensor, DTensor]:
         """Of hidden states as these came; of weight and bias as partial sums over the ranks with other tokens."""
         layout = self.layout
-        of_hidden, of_weight = list(layout.tokens), [Partial() if p.is_shard() else Replicate() for p in layout.tokens]
+        of_hidden, of_weight = list(layout.tokens), [Partial() if _splits(p) else Replicate() for p in layout.tokens]
         if layout.vocabulary is not None:
             of_hidden[layout.vocabulary], of_weight[layout.vocabulary] = Partial(), Shard(0)
-        back = [p if p.is_shard() else Replicate() for p in self.hidden.placements]
+        back = [p if _splits(p) else Replicate() for p in self.hidden.placements]
         return (
             layout.whole(dhidden, self.hidden.shape, of_hidden).redistribute(layout.mesh, back),
             layout.whole(dweight, self.weight_shape, of_weight),
