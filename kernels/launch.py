@@ -190,15 +190,14 @@ class LossBlocks(NamedTuple):
     warps: int
     stages: int
     programs: int
-    hints: int = 0
 
 
 def cross_entropy(logits: Tensor) -> LossBlocks:
-    """For logits (tokens, classes) whose rows are read twice: as many at once as fit some 32 MiB of L2 cache."""
+    """For logits (tokens, classes) whose rows are read twice: few programs at once, so that the L2 cache helps."""
     columns = min(padded(logits.shape[1]), 8192)
     processors = multiprocessors(logits.device)
     row_bytes = logits.shape[1] * logits.element_size()
-    a_processor = max(1, min(4, (32 << 20) // (row_bytes * processors)))
+    a_processor = max(2, min(4, (32 << 20) // (row_bytes * processors)))
     return LossBlocks(columns, max(4, columns // 512), 3, processors * a_processor)
 
 

@@ -63,11 +63,22 @@ def dropout_weight(mask: KeyIntervals | BlockMask, options: Options, batch: int,
 
 
 def kept(seed: Tensor, threshold: int, stream: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Which entries dropout keeps, of a shape to which the integers that name them broadcast.
+    """Which entries dropout keeps, of a shape to which the integers that name them broadcast; see `philox`."""
+    return philox(seed, stream, row, column)[0] >= threshold
+
+
+def kept_of_rows(seed: Tensor, threshold: int, row: Tensor, column: Tensor) -> Tensor:
+    """As `kept`, in norms: four columns share the words of one counter, (column // 4, row, 0, 0)."""
+    words = torch.stack(torch.broadcast_tensors(*philox(seed, torch.zeros_like(column), row, column // 4)))
+    place = (column % 4).expand(words.shape[1:])
+    return words.gather(0, place.unsqueeze(0)).squeeze(0) >= threshold
+
+
+def philox(seed: Tensor, stream: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 random bits, as int64, for each counter.
 
     Philox-4x32 with ten rounds (Salmon et al. 2011): the counter is (column, row, stream, 0), in attention (key
-    position, row position, batch * heads + head, 0), the key the seed, and the first of its four words is compared to
-    `threshold`.
+    position, row position, batch * heads + head, 0), the key the seed.
     """
     word = torch.tensor(2**32 - 1, device=seed.device)
     c0, c1 = column.to(torch.int64) & word, row.to(torch.int64) & word
@@ -85,7 +96,7 @@ def kept(seed: Tensor, threshold: int, stream: Tensor, row: Tensor, column: Tens
             c0 * 0xD2511F53 & word,
         )
         key0, key1 = key0 + 0x9E3779B9 & word, key1 + 0xBB67AE85 & word
-    return c0 >= threshold
+    return c0, c1, c2, c3
 
 
 def attention_forward(
@@ -208,7 +219,7 @@ def dropout_add(
     if seed is not None:
         rows = row_ids if row_ids is not None else torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
         column = torch.arange(x.shape[-1], device=x.device)
-        keeps = kept(seed, dropout_threshold(dropout), torch.zeros_like(column), rows.unsqueeze(-1), column)
+        keeps = kept_of_rows(seed, dropout_threshold(dropout), rows.unsqueeze(-1), column)
         x = torch.where(keeps, x.to(compute) / (1 - dropout), 0)
     if residual is not None:
         x = x.to(compute) + residual.to(compute)

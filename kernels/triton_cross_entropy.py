@@ -38,7 +38,7 @@ def _load_capped(logits, column, n_columns, softcap, POLICY: tl.constexpr):
 
 @triton.jit
 def _row_statistics(
-    logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr
+    logits, n_columns, softcap, SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """Maximum, sum of exp(x - maximum), and sum of x (0 unless SMOOTHED) of a row."""
     column = _columns(COLUMNS)
@@ -46,7 +46,7 @@ def _row_statistics(
     total = tl.zeros((COLUMNS // 8,), tl.float32)
     plain = tl.zeros((COLUMNS // 8,), tl.float32)
     for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
-        x = _load_capped(logits, first + column, n_columns, softcap, "evict_last" if HINTS >= 2 else "")
+        x = _load_capped(logits, first + column, n_columns, softcap, "")
         peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
         base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf cannot be subtracted from -inf
         total = total * tl.exp2((peak_before - base) * LOG2_E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2_E), 1)
@@ -70,7 +70,7 @@ def _at_target(logits, target, first_class, n_columns, softcap):
 @triton.jit
 def _write_gradient(
     logits, out, lse, target, weight, first_class, n_columns, n_classes, ignore_index, smoothing, z_loss, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """weight * d loss / d logits of a row; `out` may be `logits`."""
     column = _columns(COLUMNS)
@@ -84,7 +84,7 @@ def _write_gradient(
         scale = weight * (1 + 2 * z_loss * lse)
         for tile in tl.range(0, n_tiles, num_stages=STAGES):
             first = (n_tiles - 1 - tile) * COLUMNS  # backwards: what was read last is still in the cache
-            x = _load_capped(logits, first + column, n_columns, softcap, "evict_first" if HINTS >= 1 else "")
+            x = _load_capped(logits, first + column, n_columns, softcap, "evict_first")
             gradient = tl.exp2((x - lse) * LOG2_E) * scale
             if SMOOTHED:
                 gradient -= weight * (smoothing / n_classes)
@@ -94,20 +94,20 @@ def _write_gradient(
                 gradient *= 1 - (x / softcap) * (x / softcap)
             inside = first + column < n_columns
             tl.store(out + first + column, gradient.to(out.dtype.element_ty), mask=inside,
-                     eviction_policy="evict_first" if HINTS >= 1 else "")  # fmt: skip
+                     eviction_policy="evict_first")  # fmt: skip
 
 
 @triton.jit
 def _loss_kernel(
     logits, targets, weights, losses, lses, out,
     n_rows, n_columns, logits_row, out_row, weights_row, ignore_index, smoothing, z_loss, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row_logits = logits + wide(row) * logits_row
         target = tl.load(targets + row)
         at_target = _at_target(row_logits, target, 0, n_columns, softcap)
-        peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES, HINTS)
+        peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
         lse = peak + tl.log(total)
         # differences to the maximum first: large logits cancel exactly
         loss = tl.log(total) + (1 - smoothing) * (peak - at_target) + z_loss * lse * lse
@@ -121,19 +121,19 @@ def _loss_kernel(
             weight = tl.load(weights + row * weights_row)
             _write_gradient(
                 row_logits, out + wide(row) * out_row, lse, target, weight, 0, n_columns, n_columns, ignore_index,
-                smoothing, z_loss, softcap, SMOOTHED, COLUMNS, STAGES, HINTS,
+                smoothing, z_loss, softcap, SMOOTHED, COLUMNS, STAGES,
             )  # fmt: skip
 
 
 @triton.jit
 def _statistics_kernel(
     logits, targets, statistics, n_rows, n_columns, logits_row, first_class, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_logits = logits + wide(row) * logits_row
     at_target = _at_target(row_logits, tl.load(targets + row), first_class, n_columns, softcap)
-    peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES, HINTS)
+    peak, total, plain = _row_statistics(row_logits, n_columns, softcap, SMOOTHED, COLUMNS, STAGES)
     tl.store(statistics + row, peak)
     tl.store(statistics + n_rows + row, total)
     tl.store(statistics + 2 * n_rows + row, at_target)
@@ -144,13 +144,13 @@ def _statistics_kernel(
 def _gradient_kernel(
     logits, targets, lses, weights, out,
     n_columns, logits_row, out_row, weights_row, first_class, n_classes, ignore_index, smoothing, z_loss, softcap,
-    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HINTS: tl.constexpr,
+    SMOOTHED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     _write_gradient(
         logits + wide(row) * logits_row, out + wide(row) * out_row, tl.load(lses + row), tl.load(targets + row),
         tl.load(weights + row * weights_row), first_class, n_columns, n_classes, ignore_index, smoothing, z_loss,
-        softcap, SMOOTHED, COLUMNS, STAGES, HINTS,
+        softcap, SMOOTHED, COLUMNS, STAGES,
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def loss(
                 logits, targets, weights, losses, lses, out, len(logits), logits.shape[1], logits.stride(0),
                 0 if out is None else out.stride(0), _row_stride(weights), options.ignore_index,
                 options.label_smoothing, options.z_loss, options.softcap or None,
-                SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns, STAGES=blocks.stages, HINTS=blocks.hints,
+                SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns, STAGES=blocks.stages,
                 num_warps=blocks.warps,
             )  # fmt: skip
     return losses, lses
@@ -200,7 +200,7 @@ def statistics(logits: Tensor, targets: Tensor, options: LossOptions, first_clas
             _statistics_kernel[(len(logits),)](
                 logits, targets, result, len(logits), logits.shape[1], logits.stride(0), first_class,
                 options.softcap or None, SMOOTHED=options.label_smoothing > 0, COLUMNS=blocks.columns,
-                STAGES=blocks.stages, HINTS=blocks.hints, num_warps=blocks.warps,
+                STAGES=blocks.stages, num_warps=blocks.warps,
             )  # fmt: skip
     return result
 
@@ -221,7 +221,7 @@ def gradient(
                 logits, targets, lses, weights, out, logits.shape[1], logits.stride(0), out.stride(0),
                 _row_stride(weights), first_class, n_classes, options.ignore_index, options.label_smoothing,
                 options.z_loss, options.softcap or None, SMOOTHED=options.label_smoothing > 0,
-                COLUMNS=blocks.columns, STAGES=blocks.stages, HINTS=blocks.hints, num_warps=blocks.warps,
+                COLUMNS=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
             )  # fmt: skip
 
 

@@ -31,3 +31,13 @@ def kept(seed, threshold, stream, row, column):
     zero = (row + column) * 0
     words = tl.philox(seed, column + zero, row + zero, stream + zero, zero)
     return words[0] >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def kept_of_rows(seed, threshold, row, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS): as `kept`, for columns from `first` on, a multiple of 4: four share the words of one Philox."""
+    four = first // 4 + tl.arange(0, COLUMNS // 4)
+    zero = (row[:, None] + four[None, :]) * 0
+    a, b, c, d = tl.philox(seed, four[None, :] + zero, row[:, None] + zero, zero, zero)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # the last index counts fastest: a, b, c, d
+    return tl.reshape(words, (ROWS, COLUMNS)) >= threshold.to(tl.uint32)

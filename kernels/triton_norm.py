@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.kernels import launch
-from longctx.kernels.triton_math import kept, wide
+from longctx.kernels.triton_math import kept_of_rows, wide
 
 
 @triton.jit
@@ -44,13 +44,14 @@ def _scale_of(weight, weight_offset, group, column, WIDTH: tl.constexpr):
 
 @triton.jit
 def _summed(
-    x, residual, total, seed, threshold, keep_scale, row, row_id, column, inside, x_row, residual_row,
-    WIDTH: tl.constexpr,
+    x, residual, total, seed, threshold, keep_scale, row, row_id, first, inside, x_row, residual_row,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(R, C) of dropout(x) + residual, rounded as it is stored in `total`."""
+    """(R, C) of dropout(x) + residual from column `first` on, rounded as it is stored in `total`."""
+    column = first + tl.arange(0, COLUMNS)
     value = _load(x, row, x_row, column, inside)
     if seed is not None:
-        value = tl.where(kept(seed, threshold, 0, row_id[:, None], column[None, :]), value * keep_scale, 0.0)
+        value = tl.where(kept_of_rows(seed, threshold, row_id, first, ROWS, COLUMNS), value * keep_scale, 0.0)
     if residual is not None:
         value += _load(residual, row, residual_row, column, inside)
     if total is not None:
@@ -109,8 +110,8 @@ def _forward_kernel(
     if WIDTH <= COLUMNS:
         inside = is_row[:, None] & (column < WIDTH)[None, :]
         value = _summed(
-            x, residual, total, seed_value, threshold, keep_scale, row, row_id, column, inside, x_row, residual_row,
-            WIDTH
+            x, residual, total, seed_value, threshold, keep_scale, row, row_id, 0, inside, x_row, residual_row,
+            WIDTH, ROWS, COLUMNS,
         )  # fmt: skip
         mean, squares = _moments(value, inside, WIDTH, SUBTRACT_MEAN)
         inverse = 1 / tl.sqrt(squares / WIDTH + eps)
@@ -124,8 +125,8 @@ def _forward_kernel(
         for first in range(0, WIDTH, COLUMNS):
             inside = is_row[:, None] & (first + column < WIDTH)[None, :]
             value = _summed(
-                x, residual, total, seed_value, threshold, keep_scale, row, row_id, first + column, inside, x_row,
-                residual_row, WIDTH,
+                x, residual, total, seed_value, threshold, keep_scale, row, row_id, first, inside, x_row, residual_row,
+                WIDTH, ROWS, COLUMNS,
             )  # fmt: skip
             count = tl.minimum(WIDTH - seen, COLUMNS)
             tile_mean, tile_squares = _moments(value, inside, count, SUBTRACT_MEAN)
@@ -138,8 +139,8 @@ def _forward_kernel(
         for first in range(0, WIDTH, COLUMNS):
             inside = is_row[:, None] & (first + column < WIDTH)[None, :]
             value = _summed(
-                x, residual, total, seed_value, threshold, keep_scale, row, row_id, first + column, inside, x_row,
-                residual_row, WIDTH,
+                x, residual, total, seed_value, threshold, keep_scale, row, row_id, first, inside, x_row, residual_row,
+                WIDTH, ROWS, COLUMNS,
             )  # fmt: skip
             _store_normalised(
                 value, mean, inverse, y, weight, bias, weight_offset, row, group, first + column, inside, WIDTH,
@@ -172,9 +173,10 @@ def _normalised(
 
 @triton.jit
 def _store_gradients(
-    value, dvalue, slope, shift, inverse, dtotal, dx, dresidual, seed, threshold, keep_scale, row, row_id, column,
-    inside, dtotal_row, WIDTH: tl.constexpr, SUBTRACT_MEAN: tl.constexpr,
+    value, dvalue, slope, shift, inverse, dtotal, dx, dresidual, seed, threshold, keep_scale, row, row_id, first,
+    inside, dtotal_row, WIDTH: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    column = first + tl.arange(0, COLUMNS)
     gradient = dvalue - value * slope[:, None]
     if SUBTRACT_MEAN:
         gradient -= shift[:, None]
@@ -185,7 +187,7 @@ def _store_gradients(
     if dresidual is not None:
         tl.store(dresidual + offsets, gradient.to(dresidual.dtype.element_ty), mask=inside)
     if seed is not None:
-        gradient = tl.where(kept(seed, threshold, 0, row_id[:, None], column[None, :]), gradient * keep_scale, 0.0)
+        gradient = tl.where(kept_of_rows(seed, threshold, row_id, first, ROWS, COLUMNS), gradient * keep_scale, 0.0)
     tl.store(dx + offsets, gradient.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -231,7 +233,7 @@ def _backward_kernel(
             shift = tl.sum(dvalue, 1) / WIDTH
             _store_gradients(
                 value, dvalue, slope, shift, inverse, dtotal, dx, dresidual, seed_value, threshold, keep_scale, row,
-                row_id, column, inside, dtotal_row, WIDTH, SUBTRACT_MEAN,
+                row_id, 0, inside, dtotal_row, WIDTH, SUBTRACT_MEAN, ROWS, COLUMNS,
             )  # fmt: skip
             weight_sum += gradient * value
             bias_sum += gradient
@@ -254,7 +256,7 @@ def _backward_kernel(
                 )  # fmt: skip
                 _store_gradients(
                     value, dvalue, slope, shift, inverse, dtotal, dx, dresidual, seed_value, threshold, keep_scale, row,
-                    row_id, first + column, inside, dtotal_row, WIDTH, SUBTRACT_MEAN,
+                    row_id, first, inside, dtotal_row, WIDTH, SUBTRACT_MEAN, ROWS, COLUMNS,
                 )  # fmt: skip
                 _add(dweight, gradient * value, share, first + column, WIDTH)
                 _add(dbias, gradient, share, first + column, WIDTH)

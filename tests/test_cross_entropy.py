@@ -60,7 +60,8 @@ def test_cross_entropy(name, reduction, inplace, dtype):
         own = logits * 1  # over which the gradient may be written
         return cross_entropy(own, targets, reduction=reduction, inplace=inplace, implementation="triton", **options)
 
-    assert_precise(mine, lambda x: by_torch(x, targets, reduction, **options), [3 * random(7, 9000, dtype=dtype)])
+    plain = lambda x: by_torch(x, targets, reduction, **options)  # noqa: E731
+    assert_precise(mine, plain, [3 * random(7, 9000, dtype=dtype)], ulps=2)
 
 
 @settings(max_examples=20, deadline=None)

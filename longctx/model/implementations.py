@@ -12,11 +12,16 @@ from longctx.kernels.attention.options import Options
 
 
 def attention_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """What `model.attention` comes to; raises UserError if the one asked for cannot serve the model."""
+    """What `model.attention` comes to, in words; raises UserError if the one asked for cannot serve the model."""
     q, k = (torch.empty(1, 1, n, config.head_dim, device=device, dtype=dtype) for n in (config.heads, config.kv_heads))
     try:
         check_inputs(q, k, k)
-        return choose(config.attention, q, KeyIntervals.causal(1), Options(config.head_dim**-0.5))
+        packed = KeyIntervals.documents(torch.zeros(1, 1, dtype=torch.int64)).to(device)
+        of_one, of_many = (
+            choose(config.attention, q, mask, Options(config.head_dim**-0.5))
+            for mask in (KeyIntervals.causal(1), packed)
+        )
+        return of_one if of_one == of_many else f"{of_many}, in sequences of one document {of_one}"
     except ValueError as error:
         raise UserError(f"model.attention={config.attention}: {error}") from None
 
