@@ -45,8 +45,10 @@ def _gelu_backward_kernel(
     tl.store(shares + wide(tl.program_id(1)) * n_columns + column, tl.sum(total, 0), mask=column < n_columns)
 
 
-def _gelu_backward(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dx, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+def _gelu_backward(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x in `dx`, which may be dout; the GELU again; the gradient's sum over rows."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, dout_rows = (launch.readable(t.reshape(-1, x.shape[-1])) for t in (x, dout))
     blocks, programs = launch.gelu_backward(rows)
     shares = torch.zeros((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
@@ -62,10 +64,28 @@ def _gelu_backward(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # dout and the GELU's input -> the gradient of that, the GELU again, and the gradient's sum over rows in float32
 gelu_backward = custom_op(
     "longctx::gelu_backward",
-    _gelu_backward,
+    lambda dout, x: _gelu_backward(dout, x),
     mutates_args=(),
     schema="(Tensor dout, Tensor x) -> (Tensor, Tensor, Tensor)",
 )
+
+
+def _gelu_backward_in_place(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _gelu_backward(dout, x, dout)[1:]
+
+
+# the same, the gradient written over dout, which is contiguous
+gelu_backward_ = custom_op(
+    "longctx::gelu_backward_",
+    _gelu_backward_in_place,
+    mutates_args=("dout",),
+    schema="(Tensor(a!) dout, Tensor x) -> (Tensor, Tensor)",
+)
+
+
+@gelu_backward_.register_fake
+def _(dout, x):
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1:], dtype=torch.float32)
 
 
 @gelu_backward.register_fake
@@ -142,9 +162,14 @@ class _MLP(torch.autograd.Function):
         if before is None:
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
-        gelu = gelu_backward if ctx.implementation == "triton" else reference.gelu_backward
-        inner, after, dbias1 = gelu(inner, before)
+        if ctx.implementation == "reference":
+            inner, after, dbias1 = reference.gelu_backward(inner, before)
+        elif type(inner) is Tensor:
+            after, dbias1 = gelu_backward_(inner, before)
+        else:  # sharded, and with it what a rank holds of it
+            inner, after, dbias1 = gelu_backward(inner, before)
         dweight2 = torch.mm(dy.T, after)
+        del after
         dx = _input_gradient(inner, weight1, dresidual, x.shape)
         dbias1 = None if bias1 is None else dbias1.to(bias1.dtype)
         return dx, torch.mm(inner.T, rows), dbias1, dweight2, _sum_of_rows(dy, bias2), None, None, None

@@ -297,6 +297,7 @@ def _losses_autograd(ctx, dlosses: Tensor):
 def _setup_loss(ctx, inputs, output) -> None:
     ctx.has_bias, ctx.others = inputs[2] is not None, len(inputs) - 3
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or gradients of the gradients are made, of zeros
     ctx.gradients = output[1:]  # handed out once: what is saved for the backward pass would be kept, and copied, by it
 
 

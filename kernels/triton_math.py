@@ -38,6 +38,6 @@ def kept_of_rows(seed, threshold, row, first, ROWS: tl.constexpr, COLUMNS: tl.co
     """(ROWS, COLUMNS): as `kept`, for columns from `first` on, a multiple of 4: four share the words of one Philox."""
     four = first // 4 + tl.arange(0, COLUMNS // 4)
     zero = (row[:, None] + four[None, :]) * 0
-    a, b, c, d = tl.philox(seed, four[None, :] + zero, row[:, None] + zero, zero, zero)
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # the last index counts fastest: a, b, c, d
+    word = tl.philox(seed, four[None, :] + zero, row[:, None] + zero, zero, zero)
+    words = tl.join(tl.join(word[0], word[2]), tl.join(word[1], word[3]))  # the last index counts fastest
     return tl.reshape(words, (ROWS, COLUMNS)) >= threshold.to(tl.uint32)

@@ -323,3 +323,14 @@ def test_memory_of_logits_that_are_never_held():
         results = module.finished(gradients, hidden, None)
     assert results[1].dtype == torch.bfloat16
     assert 3.4 < live.most / 2**20 < 3.5
+
+
+def test_memory_of_a_backward_pass():
+    """One gradient, and nothing else of the logits' size; over the logits, nothing at all."""
+    targets = targets_of(64, 2000)
+    for inplace, most in ((False, 1.1), (True, 0.1)):
+        logits = random(64, 2000).requires_grad_()
+        own = logits * 1
+        with LiveBytes(logits, own) as live:
+            torch.autograd.grad(cross_entropy(own, targets, inplace=inplace, implementation="triton"), own)
+        assert live.most < most * logits.nbytes
