@@ -268,9 +268,9 @@ def _losses_autograd(ctx, dlosses: Tensor, _dlse: None):
 
 def _setup_loss(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.gradients = (
-        output[1],
-    )  # handed out once: what is saved for the backward pass would be kept, and copied, by it
+    ctx.set_materialize_grads(False)  # or a gradient of the gradient is made, of zeros
+    # handed out once: what is saved for the backward pass would be kept, and copied, by it
+    ctx.gradients = (output[1],)
 
 
 def handed_out_once(ctx) -> tuple[Tensor, ...]:

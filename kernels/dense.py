@@ -61,10 +61,14 @@ def _gelu_backward(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> tuple[T
     return dx, out, shares.sum(0)
 
 
+def _gelu_backward_elsewhere(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _gelu_backward(dout, x)
+
+
 # dout and the GELU's input -> the gradient of that, the GELU again, and the gradient's sum over rows in float32
 gelu_backward = custom_op(
     "longctx::gelu_backward",
-    lambda dout, x: _gelu_backward(dout, x),
+    _gelu_backward_elsewhere,
     mutates_args=(),
     schema="(Tensor dout, Tensor x) -> (Tensor, Tensor, Tensor)",
 )
