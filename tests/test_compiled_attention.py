@@ -28,8 +28,11 @@ def test_the_forward_pass_spills_nothing(kernels):
 
 
 def test_the_backward_pass_spills_little(kernels):
-    """dK and dV of 128 keys take half of the registers; bytes as of triton 3.7.1, with room for 3.6.0."""
-    most = {64: 256, 128: 1024, 256: 2048}
+    """dK and dV of 128 keys take half of the registers; bytes as of triton 3.7.1, with room for 3.6.0.
+
+    At head_dim 64 tiles of 128 rows spill, and are the fastest all the same.
+    """
+    most = {64: 1024, 128: 1024, 256: 2048}
     for kernel in kernels:
         if (
             kernel["kernel"] == "_backward_kernel"

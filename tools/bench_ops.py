@@ -287,9 +287,11 @@ def largest_error(name: str, case: Case, device: torch.device, dtype: torch.dtyp
 
     def of_each(call: Call) -> Tensor:
         found = results(call, inputs, constants, dtype)
-        return torch.stack([(x.double() - t).norm() / t.norm() for x, t in zip(found, truth, strict=True)])
+        pairs = zip(found, truth, strict=True)
+        return torch.stack([(x.double() - t).norm() / t.norm() for x, t in pairs]).detach()
 
-    mine, allowed = of_each(CONTENDERS[name](case.op)), 1.5 * of_each(plain).clamp(min=torch.finfo(dtype).eps)
+    least = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.5)  # of float32 the order of sums decides
+    mine, allowed = of_each(CONTENDERS[name](case.op)), 1.5 * of_each(plain).clamp(min=least)
     if name != "triton":
         allowed = allowed.clamp(min=2e-2)
     if not bool((mine <= allowed).all()):  # NaN too
