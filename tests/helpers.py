@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
 
 def small_config(folder: Path, corpus: Path, **changes) -> Config:
     """8 steps of 4 sequences of 64 tokens in float32; `changes` are dotted keys with `__` for the dot."""
-    config = Config(name="test", folder=str(folder), model=TINY)
+    config = Config(name="test", folder=str(folder), model=dataclasses.replace(TINY))
     config.data.source, config.data.folder = DataSource.prepared, str(corpus)
     config.data.sequence_length, config.data.sequences_per_step, config.data.validation_sequences = 64, 4, 4
     config.optim.steps, config.optim.warmup_steps, config.optim.lr = 8, 2, 3e-3
