@@ -48,15 +48,20 @@ def cross_entropy(
     if problems:
         raise ValueError("; ".join(problems))
     call = (*options, launch.choose(implementation, logits))
-    if reduction == "none":
-        return _InPlaceLosses.apply(logits, targets, call) if inplace else _cross_entropy(logits, targets, *call)[0]
     weight = weight_of_a_token(targets, ignore_index, reduction, reference.accumulation_dtype(logits.dtype))
-    if not (torch.is_grad_enabled() and logits.requires_grad) or logits.dtype == torch.float16:
-        losses = _InPlaceLosses.apply(logits, targets, call) if inplace else _cross_entropy(logits, targets, *call)[0]
-        return losses.sum() * weight
-    if inplace:
-        return _InPlaceLoss.apply(logits, targets, weight, call)
-    return _cross_entropy_with_gradient(logits, targets, weight, *call)[0]
+    if makes_gradient_early(reduction, logits):
+        if inplace:
+            return _InPlaceLoss.apply(logits, targets, weight, call)
+        return _cross_entropy_with_gradient(logits, targets, weight, *call)[0]
+    losses = _InPlaceLosses.apply(logits, targets, call) if inplace else _cross_entropy(logits, targets, *call)[0]
+    return losses if reduction == "none" else losses.sum() * weight
+
+
+def makes_gradient_early(reduction: str, *inputs: Tensor | None) -> bool:
+    """Whether a loss of `inputs` makes their gradients with it; float16's a loss scale must reach before they round."""
+    given = [x for x in inputs if x is not None]
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return reduction != "none" and needs_gradient and given[0].dtype != torch.float16
 
 
 def target_problems(targets: Tensor, ignore_index: int, n_classes: int) -> list[str]:
@@ -73,8 +78,8 @@ def target_problems(targets: Tensor, ignore_index: int, n_classes: int) -> list[
 
 
 def weight_of_a_token(targets: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What losses are multiplied by: 1 for a sum, 1 / valid targets for a mean (1 where there are none)."""
-    if reduction == "sum":
+    """What losses are multiplied by: 1 / valid targets for a mean (1 where there are none), else 1."""
+    if reduction != "mean":
         return torch.ones((), dtype=dtype, device=targets.device)
     return 1 / (targets != ignore_index).sum().clamp(min=1).to(dtype)
 

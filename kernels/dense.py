@@ -49,7 +49,7 @@ def _gelu_backward(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> tuple[T
     """The gradient of x in `dx`, which may be dout; the GELU again; the gradient's sum over rows."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, dout_rows = (launch.readable(t.reshape(-1, x.shape[-1])) for t in (x, dout))
+    rows, dout_rows = (launch.rows(t) for t in (x, dout))
     blocks, programs = launch.gelu_backward(rows)
     shares = torch.zeros((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
     if x.numel():

@@ -51,6 +51,11 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def rows(x: Tensor) -> Tensor:
+    """`x` (..., width) as a matrix that is `readable`."""
+    return readable(x.reshape(-1, x.shape[-1]))
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in the dtype of torch.autocast, where that is on: as it does for matrix products."""
     device = next(x.device.type for x in tensors if x is not None)
@@ -63,6 +68,11 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 def dropout_threshold(probability: float) -> int:
     """An entry is dropped where its 32 random bits are below this."""
     return max(2, min(round(probability * 2**32), 2**32 - 1))  # a 1 would become a constant of the compilation
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's generator, for kernels that draw their own numbers."""
+    return torch.randint(2**62, (1,), device=device)
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:

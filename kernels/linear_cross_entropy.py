@@ -19,6 +19,7 @@ from longctx.kernels.cross_entropy import (
     gradient_of,
     handed_out_once,
     losses_of,
+    makes_gradient_early,
     scale_,
     statistics_of,
     target_problems,
@@ -55,16 +56,14 @@ def linear_cross_entropy(
     hidden, weight, bias = launch.autocast(hidden, weight, bias)  # pyright: ignore[reportAssignmentType]
     _check(hidden, weight, bias, targets, options, reduction, token_weight)
     call = (*options, launch.choose(implementation, hidden))
-    if reduction == "none":
-        return _linear_cross_entropy(hidden, weight, bias, targets, *call)
     dtype = reference.accumulation_dtype(hidden.dtype)
     if token_weight is None:
         token_weight = weight_of_a_token(targets, ignore_index, reduction, dtype)
     token_weight = token_weight.reshape(()).to(dtype)
-    needs_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if not needs_gradient or hidden.dtype == torch.float16:  # whose gradients a loss scale must reach before they round
-        return _linear_cross_entropy(hidden, weight, bias, targets, *call).sum() * token_weight
-    return _linear_cross_entropy_with_gradient(hidden, weight, bias, targets, token_weight, *call)[0]
+    if makes_gradient_early(reduction, hidden, weight, bias):
+        return _linear_cross_entropy_with_gradient(hidden, weight, bias, targets, token_weight, *call)[0]
+    losses = _linear_cross_entropy(hidden, weight, bias, targets, *call)
+    return losses if reduction == "none" else losses.sum() * token_weight
 
 
 def _check(hidden, weight, bias, targets, options, reduction, token_weight) -> None:
@@ -245,7 +244,8 @@ def finished(gradients: Gradients | None, hidden: Tensor, bias: Tensor | None) -
     return gradients.hidden.view(hidden.shape), narrowed(gradients.weight, hidden.dtype), dbias
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `finished` gives, while torch only pretends."""
     dbias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
 
@@ -275,12 +275,12 @@ def _(hidden, weight, bias, targets, *_call):
 
 @_linear_cross_entropy_backward.register_fake
 def _(dlosses, hidden, weight, bias, *_others):
-    return _fake_gradients(hidden, weight, bias)
+    return fake_gradients(hidden, weight, bias)
 
 
 @_linear_cross_entropy_with_gradient.register_fake
 def _(hidden, weight, bias, targets, token_weight, *_call):
-    return token_weight.new_empty(()), *_fake_gradients(hidden, weight, bias)
+    return token_weight.new_empty(()), *fake_gradients(hidden, weight, bias)
 
 
 def _setup_losses(ctx, inputs, output) -> None:

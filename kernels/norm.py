@@ -38,7 +38,7 @@ def norm(
     """
     _check(x, weight, bias, residual, dropout, seed, row_ids)
     if dropout and seed is None:
-        seed = torch.randint(2**62, (1,), device=x.device)
+        seed = launch.new_seed(x.device)
     if not dropout:
         seed, row_ids = None, None
     if residual is None and not dropout and total_dtype in (None, x.dtype):

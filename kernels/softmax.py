@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import launch, reference
-from longctx.kernels.triton_math import LOG2_E, wide
+from longctx.kernels.triton_math import LOG2_E, finite, wide
 
 
 @triton.jit
@@ -41,12 +41,6 @@ def _load_scores(
 
 
 @triton.jit
-def _finite(peak):
-    """-inf, the maximum of a row of which nothing takes part, as 0: the exponentials of that row are then 0."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit
 def _forward_kernel(
     x, mask, out, heads, n_rows, n_columns, x_batch, x_head, x_row, mask_batch, mask_head, mask_row, mask_column, scale,
     IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -66,7 +60,7 @@ def _forward_kernel(
         score = _load_scores(
             x, mask, row, column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT, CAUSAL
         )
-        weight = tl.exp2((score - _finite(tl.max(score, 1))[:, None]) * LOG2_E)
+        weight = tl.exp2((score - finite(tl.max(score, 1))[:, None]) * LOG2_E)
         total = tl.sum(weight, 1)
         weight = weight / tl.where(total == 0.0, 1.0, total)[:, None]
         offsets = row[:, None] * n_columns + column[None, :]
@@ -80,8 +74,8 @@ def _forward_kernel(
                 CAUSAL,
             )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(score, 1))
-            total *= tl.exp2((peak - _finite(new_peak)) * LOG2_E)
-            total += tl.sum(tl.exp2((score - _finite(new_peak)[:, None]) * LOG2_E), 1)
+            total *= tl.exp2((peak - finite(new_peak)) * LOG2_E)
+            total += tl.sum(tl.exp2((score - finite(new_peak)[:, None]) * LOG2_E), 1)
             peak = new_peak
         total = tl.where(total == 0.0, 1.0, total)
         for first in range(0, n_columns, COLUMNS):
@@ -89,10 +83,18 @@ def _forward_kernel(
                 x, mask, row, first + column, n_rows, n_columns, x_row, mask_row, mask_column, scale, IS_BOOLEAN, KEPT,
                 CAUSAL,
             )  # fmt: skip
-            weight = tl.exp2((score - _finite(peak)[:, None]) * LOG2_E) / total[:, None]
+            weight = tl.exp2((score - finite(peak)[:, None]) * LOG2_E) / total[:, None]
             inside = (row < n_rows)[:, None] & (first + column < n_columns)[None, :]
             offsets = row[:, None] * n_columns + first + column[None, :]
             tl.store(out + offsets, weight.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_gradient(dout, out, row, column, n_rows, n_columns, dout_row):
+    """Weights and their gradients (R, C) in float32, and which exist."""
+    inside = (row < n_rows) & (column < n_columns)
+    weight = tl.load(out + row * n_columns + column, mask=inside, other=0.0).to(tl.float32)
+    return weight, tl.load(dout + row * dout_row + column, mask=inside, other=0.0).to(tl.float32), inside
 
 
 @triton.jit
@@ -102,23 +104,16 @@ def _backward_kernel(
     row = (wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     if not IS_WIDE:
-        inside = (row < n_rows) & (column < n_columns)
-        weight = tl.load(out + row * n_columns + column, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.load(dout + row * dout_row + column, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(weight * gradient, 1)[:, None]
-        result = weight * (gradient - mean) * scale
+        weight, gradient, inside = _load_gradient(dout, out, row, column, n_rows, n_columns, dout_row)
+        result = weight * (gradient - tl.sum(weight * gradient, 1)[:, None]) * scale
         tl.store(dx + row * n_columns + column, result.to(dx.dtype.element_ty), mask=inside)
     else:
         mean = tl.zeros((ROWS, 1), tl.float32)
         for first in range(0, n_columns, COLUMNS):
-            inside = (row < n_rows) & (first + column < n_columns)
-            weight = tl.load(out + row * n_columns + first + column, mask=inside, other=0.0).to(tl.float32)
-            gradient = tl.load(dout + row * dout_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            weight, gradient, _ = _load_gradient(dout, out, row, first + column, n_rows, n_columns, dout_row)
             mean += tl.sum(weight * gradient, 1)[:, None]
         for first in range(0, n_columns, COLUMNS):
-            inside = (row < n_rows) & (first + column < n_columns)
-            weight = tl.load(out + row * n_columns + first + column, mask=inside, other=0.0).to(tl.float32)
-            gradient = tl.load(dout + row * dout_row + first + column, mask=inside, other=0.0).to(tl.float32)
+            weight, gradient, inside = _load_gradient(dout, out, row, first + column, n_rows, n_columns, dout_row)
             result = weight * (gradient - mean) * scale
             tl.store(dx + row * n_columns + first + column, result.to(dx.dtype.element_ty), mask=inside)
 
@@ -147,7 +142,7 @@ def _backward(dout, out, scale):
     dx = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     if not out.numel():
         return dx
-    dout = launch.readable(dout.reshape(-1, out.shape[-1]))
+    dout = launch.rows(dout)
     blocks = launch.softmax(out.shape[-1])
     with launch.on_device(out):
         _backward_kernel[(triton.cdiv(len(dout), blocks.rows),)](

@@ -58,13 +58,9 @@ def _backward_kernel(
     tl.store(dup + offsets, (d * silu).to(dup.dtype.element_ty), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return launch.readable(x.reshape(-1, x.shape[-1]))
-
-
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = _rows(gate), _rows(up)
+    gate, up = launch.rows(gate), launch.rows(up)
     if out.numel():
         blocks = launch.pointwise(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
@@ -78,7 +74,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def _backward_into(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """dgate and dup (rows, columns) have one stride."""
-    dout, gate, up = _rows(dout), _rows(gate), _rows(up)
+    dout, gate, up = launch.rows(dout), launch.rows(gate), launch.rows(up)
     if dout.numel():
         blocks = launch.pointwise(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)

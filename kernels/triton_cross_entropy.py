@@ -1,8 +1,8 @@
 """Cross entropy over rows of logits in Triton: statistics, loss, gradient, or loss and gradient together.
 
 A program walks the columns of a row and keeps a running maximum and sum of exponentials in each of its lanes, which
-meet once at the end. Loss and gradient together read a row twice, the second time out of the L2 cache: only as many
-programs run as have rows that fit there. (Milakov and Gimelshein 2018, online softmax)
+meet once at the end. Loss and gradient together read a row twice, the second time out of the L2 cache: about as
+many programs run as have rows that fit there. (Milakov and Gimelshein 2018, online softmax)
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longctx.kernels import launch
 from longctx.kernels.loss_options import LossOptions
-from longctx.kernels.triton_math import LOG2_E, tanh, wide
+from longctx.kernels.triton_math import LOG2_E, finite, tanh, wide
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _row_statistics(
     for first in tl.range(0, n_columns, COLUMNS, num_stages=STAGES):
         x = _load_capped(logits, first + column, n_columns, softcap, "")
         peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
-        base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf cannot be subtracted from -inf
+        base = finite(peak)
         total = total * tl.exp2((peak_before - base) * LOG2_E) + tl.sum(tl.exp2((x - base[:, None]) * LOG2_E), 1)
         if SMOOTHED:
             plain += tl.sum(tl.where(first + column < n_columns, x, 0.0), 1)

@@ -16,6 +16,12 @@ def wide(x):
 
 
 @triton.jit
+def finite(peak):
+    """A maximum of nothing, -inf, as 0: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
 def tanh(x):
     """To float32's precision near 0 too, where the quotient of exponentials loses it."""
     square = x * x

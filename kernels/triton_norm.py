@@ -315,7 +315,7 @@ def forward(
     x, residual (..., width); weight, bias (width,) or (groups, width), where row i has those of i modulo groups.
     """
     width = x.shape[-1]
-    rows, residual_rows = (None if t is None else launch.readable(t.reshape(-1, width)) for t in (x, residual))
+    rows, residual_rows = (None if t is None else launch.rows(t) for t in (x, residual))
     assert rows is not None
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if total_dtype is None else torch.empty(x.shape, dtype=total_dtype, device=x.device)
@@ -349,9 +349,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to x, residual (None without `residual_dtype`), weight and bias (float32, like weight)."""
     width = total.shape[-1]
-    dy_rows, dtotal_rows, total_rows = (
-        None if t is None else launch.readable(t.reshape(-1, width)) for t in (dy, dtotal, total)
-    )
+    dy_rows, dtotal_rows, total_rows = (None if t is None else launch.rows(t) for t in (dy, dtotal, total))
     assert dy_rows is not None
     assert total_rows is not None
     dx = torch.empty(total.shape, dtype=x_dtype, device=total.device)

@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 def relative_error(x: Tensor, true: Tensor) -> float:
     """Of the finite entries; infinities must be in the same places, and nothing may be NaN."""
     finite = true.isfinite()
-    x, true = x.detach().double(), true.detach()
+    x, true = x.detach().double().to(true.device), true.detach()
     assert torch.equal(x[~finite], true[~finite])
     return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
 

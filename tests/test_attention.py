@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from precision import relative_error
 
 from longctx.kernels.attention.interface import Call, attention
 from longctx.kernels.attention.mask import KeyIntervals
@@ -38,13 +39,6 @@ def make_masks(batch: int, n: int, device: str) -> dict[str, KeyIntervals]:
 
 
 MASKS = list(make_masks(2, 96, "cpu"))
-
-
-def relative_error(x: torch.Tensor, true: torch.Tensor) -> float:
-    """Of the finite entries; infinities must be in the same places."""
-    x, finite = x.double().cpu(), true.isfinite()
-    assert torch.equal(x[~finite], true[~finite])
-    return float((x[finite] - true[finite]).norm() / true[finite].norm().clamp(min=1e-30))
 
 
 def run(implementation, dtype, device, mask, heads, kv_heads, head_dim, batch=2):

@@ -178,6 +178,8 @@ CASES = {
         {"all_reduce": 1},
     ),
 }  # fmt: skip
+if torch.__version__ < (2, 13):  # which refuses to flatten a sharded dim behind another
+    CASES = {name: case for name, case in CASES.items() if not name.endswith(", flattened")}
 
 
 def tensors_of(case: Case) -> list[torch.Tensor]:

@@ -134,20 +134,18 @@ class _LayerNorm(nn.LayerNorm):
         return _layer_norm(input, self.weight, self.bias, self.eps)
 
 
-class _CrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
     def __init__(self, **options) -> None:
         super().__init__()
         self.options = options
 
+
+class _CrossEntropyLoss(_Loss):
     def forward(self, logits, target):
         return _cross_entropy_by_name(logits, target, **self.options)
 
 
-class _LinearCrossEntropyLoss(nn.Module):
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.options = options
-
+class _LinearCrossEntropyLoss(_Loss):
     def forward(self, weight, hidden, target, bias=None):
         return _output(*_linear_cross_entropy(hidden, weight, target, bias, **self.options))
 

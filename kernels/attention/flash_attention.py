@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from longctx.kernels import launch
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals, remember_of_caller, sequence_of_rows, sized_mask
 from longctx.kernels.attention.options import Options
@@ -395,7 +396,7 @@ def _attend(
         max(softcap, 0.0),
         alibi_slopes,
         dropout_p,
-        torch.randint(2**62, (1,), device=q.device) if dropout_p else None,
+        launch.new_seed(q.device) if dropout_p else None,
         deterministic,
     )
     out, lse = attention(

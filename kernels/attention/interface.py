@@ -49,7 +49,7 @@ def attention(
     check_inputs(q, k, v)
     _check_mask(mask, sink, q, k)
     if dropout and seed is None:
-        seed = torch.randint(2**62, (1,), device=q.device)
+        seed = launch.new_seed(q.device)
     options = Options(
         q.shape[-1] ** -0.5 if scale is None else scale,
         softcap,

@@ -28,7 +28,7 @@ from longctx.kernels.attention.triton_tile import (
     tile_offsets,
     visible,
 )
-from longctx.kernels.triton_math import LN_2, LOG2_E, tanh, wide
+from longctx.kernels.triton_math import LN_2, LOG2_E, finite, tanh, wide
 
 
 @triton.jit
@@ -148,10 +148,9 @@ def _store_rows(
     inside = tile_inside(n_queries - first_row, BLOCK_Q, BLOCK_D, HEAD_DIM)
     if MERGE:
         before = tl.load(lse + row, mask=is_row, other=float("-inf"))
-        top = tl.maximum(before, row_lse)
-        top = tl.where(top == float("-inf"), 0.0, top)
+        top = finite(tl.maximum(before, row_lse))
         merged = top + tl.log(tl.exp(before - top) + tl.exp(row_lse - top))
-        base = tl.where(merged == float("-inf"), 0.0, merged)
+        base = finite(merged)
         weight *= tl.exp(row_lse - base)
         acc = acc * weight[:, None] + tl.load(out_pointers, mask=inside) * tl.exp(before - base)[:, None]
         row_lse = merged

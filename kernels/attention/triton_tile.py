@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longctx.kernels.triton_math import kept, wide
+from longctx.kernels.triton_math import finite, kept, wide
 
 
 @triton.jit
@@ -115,8 +115,7 @@ def softmax_step(
 ):
     """One more tile of keys: acc (Q, D), peak and total (Q,) of exp2(score * factor - peak), score (Q, K)."""
     new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-    # a row that has seen no key yet: exp2(-inf - 0) is 0 where exp2(-inf - -inf) is NaN
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if EDGE else new_peak
+    base = finite(new_peak) if EDGE else new_peak  # of a full tile every row sees all
     weight = tl.exp2(score * factor - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)

@@ -11,10 +11,10 @@ inputs: None where there is no tensor. Losses need sums between ranks; they have
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +25,7 @@ from torch.library import custom_op, register_torch_dispatch
 
 from longctx.kernels import dense, layer_norm, reference, rms_norm, rotary, softmax, swiglu  # noqa: F401  register ops
 from longctx.kernels.cross_entropy import cross_entropy_gradient, cross_entropy_gradient_, cross_entropy_statistics
-from longctx.kernels.linear_cross_entropy import Vocabulary, finished, in_chunks
+from longctx.kernels.linear_cross_entropy import Vocabulary, fake_gradients, finished, in_chunks
 from longctx.kernels.loss_options import LOSS_SCHEMA, LossOptions
 
 Rules = list[tuple[list[Placement | None], list[Placement | None]]]
@@ -310,15 +310,7 @@ def _vocabulary_parallel(
 ):  # fmt: skip
     group = _resolve_process_group(GroupName(group_name))
 
-    def merge(statistics: Tensor) -> Tensor:
-        peak = statistics[0].clone()
-        dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-        statistics[1] *= (statistics[0] - peak).exp_()
-        dist.all_reduce(statistics[1:], group=group)
-        statistics[0] = peak
-        return statistics
-
-    vocabulary = Vocabulary(first_class, n_classes, largest_share, merge)
+    vocabulary = Vocabulary(first_class, n_classes, largest_share, partial(merged, group=group))
     losses, gradients = in_chunks(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1],
         None if token_weights is None else token_weights.reshape(-1), vocabulary,
@@ -342,8 +334,7 @@ def _(hidden, weight, bias, targets, token_weights, *_others):
     losses = hidden.new_empty(targets.shape, dtype=reference.accumulation_dtype(hidden.dtype))
     if token_weights is None:
         return losses, *(hidden.new_empty(0) for _ in range(3))
-    dbias = hidden.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return losses, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
+    return losses, *fake_gradients(hidden, weight, bias)
 
 
 class _Projection(NamedTuple):
