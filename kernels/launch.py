@@ -7,8 +7,10 @@ picks differently on the ranks of one run.
 from __future__ import annotations
 
 import contextlib
+import json
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -333,3 +335,46 @@ def _memory_class(architecture: str) -> str:
     if architecture in ("sm_90", "sm_100", "sm_103"):
         return "227 KiB"
     return {"interpreter": "interpreter", "hip": "64 KiB"}.get(architecture, "99 KiB")  # sm_86, sm_89, sm_120
+
+
+# attention on Hopper: tiles as `tools/tune_attention.py` found them, which writes where and when beside them
+_HOPPER_TILES = Path(__file__).with_name("attention") / "hopper_tiles.json"
+
+
+class HopperForward(NamedTuple):
+    """Of a tile of 128 rows: keys and stages in shared memory, and how its two warpgroups share a multiprocessor."""
+
+    keys: int
+    stages: int
+    own_out: bool  # whether the output has shared memory of its own, or takes the queries'
+    ping_pong: bool  # whether the warpgroups take turns on the matrix units
+    registers: int  # a thread of a warpgroup, and of the warp that copies
+    producer_registers: int
+
+
+class HopperBackward(NamedTuple):
+    """Of a tile of 128 keys: rows and stages in shared memory, registers of a thread of a warpgroup."""
+
+    rows: int
+    stages: int
+    registers: int
+
+
+@cache
+def _hopper_tiles() -> dict[str, dict[str, dict]]:
+    return json.loads(_HOPPER_TILES.read_text())
+
+
+def hopper_head_dim(q: Tensor) -> int:
+    """The head dim that the Hopper kernels pad to: 64, 128 or 256."""
+    return max(64, power_of_two(q.shape[-1]))
+
+
+def hopper_forward(q: Tensor) -> HopperForward:
+    """Tiles of the forward pass on Hopper for queries like `q`."""
+    return HopperForward(**_hopper_tiles()["forward"][str(hopper_head_dim(q))])
+
+
+def hopper_backward(q: Tensor) -> HopperBackward:
+    """Tiles of the backward pass on Hopper for queries like `q`, head dims up to 128."""
+    return HopperBackward(**_hopper_tiles()["backward"][str(hopper_head_dim(q))])

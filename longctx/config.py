@@ -56,6 +56,7 @@ class RotaryScaling(StrEnum):
 
 class AttentionImplementation(StrEnum):
     auto = "auto"
+    hopper = "hopper"
     triton = "triton"
     sdpa = "sdpa"
     reference = "reference"

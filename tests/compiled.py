@@ -21,6 +21,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from longctx.kernels import launch
@@ -82,13 +84,16 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(kernel, signature, constants, attributes)
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, signature, constants, attributes)
     result = triton.compile(source, target=target, options=options)
     assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spills = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)

@@ -1,6 +1,7 @@
 """Tests marked `gpu(n)` run where there are n GPUs; elsewhere their CPU twins alone are collected.
 
 Without a GPU, Triton kernels run in the interpreter; tests marked `interpreter` are about that and run there alone.
+Tests marked `hopper` are about kernels that run on such GPUs alone; elsewhere those are compiled.
 """
 
 from __future__ import annotations
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(config, items):
     def is_elsewhere(item) -> bool:
         return item.get_closest_marker("interpreter") is not None and torch.cuda.is_available()
 
-    left_out = [item for item in items if gpus_needed(item) > torch.cuda.device_count() or is_elsewhere(item)]
+    def lacks_hopper(item) -> bool:
+        is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        return item.get_closest_marker("hopper") is not None and not is_hopper
+
+    left_out = [
+        item
+        for item in items
+        if gpus_needed(item) > torch.cuda.device_count() or is_elsewhere(item) or lacks_hopper(item)
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

@@ -145,7 +145,7 @@ def test_subset_of_keys_keeps_the_mask():
         ({"mask": KeyIntervals.causal(9)}, "the mask is for 9 queries and 9 keys, the call has 8 and 8"),
         ({"k": torch.zeros(2, 8, 3, 4), "v": torch.zeros(2, 8, 3, 4)}, "4 query heads are no multiple of 3"),
         ({"q": torch.zeros(2, 8, 4, 4).double()}, "must be of one floating dtype"),
-        ({"implementation": "flash"}, "'flash' is none of auto, triton, sdpa, reference"),
+        ({"implementation": "flash"}, "'flash' is none of auto, hopper, triton, sdpa, reference"),
     ],
 )
 def test_bad_calls(change, message):

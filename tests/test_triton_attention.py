@@ -1,7 +1,6 @@
 """The Triton attention kernels: in the interpreter on a CPU, compiled on a GPU, the same bodies.
 
-Truth is plain torch in float64 with its own autograd; the error may be 1.5 x that of the reference in float32, or of
-plain torch in a 16-bit dtype. Memory that nobody has written is NaN.
+Truth and allowed errors: attention_checks.py. Memory that nobody has written is NaN.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 
 import pytest
 import torch
+from attention_checks import MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES, relative_error
@@ -23,106 +23,6 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
-
-
-def plain_attention(q, k, v, mask, options, sink):
-    """Every step in q's dtype, gradients by torch."""
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * options.scale
-    if options.softcap:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if options.alibi_slopes is not None:
-        rows, keys = mask.positions(q.device)
-        slopes = options.slopes(*q.shape[:3]).transpose(1, 2).unsqueeze(-1)
-        scores = (scores - slopes * (rows[:, None, :, None] - keys).abs()).to(q.dtype)
-    scores = scores.masked_fill(~mask.dense(q.device), -torch.inf)
-    if sink is not None:
-        scores = torch.cat((scores, sink.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
-    has_keys = (scores > -torch.inf).any(-1, keepdim=True)
-    scores = torch.where(has_keys, scores, 0)
-    lse = torch.where(has_keys.squeeze(-1), torch.logsumexp(scores, -1), -torch.inf)
-    weights = torch.where(has_keys, torch.softmax(scores, -1), 0)[..., : k.shape[1]]
-    if options.seed is not None:
-        weights = weights * reference.dropout_weight(mask, options, q.shape[0], q.shape[2]).to(q.dtype)
-    return torch.einsum("bhij,bjhd->bihd", weights, v), lse
-
-
-def results(function, inputs, sink, gradients):
-    """Results and gradients of `function(q, k, v, sink)`."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    leaves = [*inputs] if sink is None else [*inputs, (sink := sink.detach().requires_grad_())]
-    out, lse = function(*inputs, sink)
-    dout, dlse = gradients
-    dlse = dlse.to(lse.dtype) * lse.detach().isfinite()
-    return out, lse, *torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse))
-
-
-def check(mask, dtype, heads=4, kv_heads=2, head_dim=16, batch=2, sink=None, inputs=None, floor=4, **changes):
-    """The kernels against float64, forward and backward, through lse too."""
-    generator = torch.Generator().manual_seed(3)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    q, k, v = inputs or (
-        random(batch, n, h, head_dim)
-        for n, h in ((mask.n_queries, heads), (mask.n_keys, kv_heads), (mask.n_keys, kv_heads))
-    )
-    gradients = random(*q.shape), random(q.shape[0], q.shape[2], q.shape[1])
-    options = Options(**{"scale": q.shape[-1] ** -0.5} | changes)
-
-    def kernel(q, k, v, sink):
-        return attention(q, k, v, mask, implementation="triton", sink=sink, **changes)
-
-    def plain(q, k, v, sink):
-        return plain_attention(q, k, v, mask, options, sink)
-
-    def in_float32(q, k, v, sink):  # as the kernels, it keeps the rounded lse for the backward pass
-        return attention(q, k, v, mask, implementation="reference", sink=sink, **changes)
-
-    exact = [x.double() for x in (q, k, v)], None if sink is None else sink.double()
-    truth = results(plain, *exact, [g.double() for g in gradients])
-    same_precision = results(in_float32 if dtype == torch.float32 else plain, (q, k, v), sink, gradients)
-    # the kernels sum the terms of a float32 product one after the other, torch does not
-    least = torch.finfo(dtype).eps * (floor if dtype == torch.float32 else 0.5)
-    for name, mine, theirs, true in zip(
-        NAMES, results(kernel, (q, k, v), sink, gradients), same_precision, truth, strict=False
-    ):
-        allowed = 1.5 * max(relative_error(theirs, true), least)
-        assert relative_error(mine, true) <= allowed, name
-
-
-def masks() -> dict[str, KeyIntervals]:
-    starts = torch.zeros(2, 45, dtype=torch.int64)
-    starts[0, 7:], starts[0, 21:] = 7, 21
-    starts[1, 30:], starts[1, 44:] = 30, 44
-    documents = KeyIntervals.documents(starts)
-    outer = torch.cat((torch.arange(11), torch.arange(33, 44)))
-    q_offsets, k_offsets = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 21, 38], [0, 9, 9, 20, 50]))
-    made = {
-        "full": KeyIntervals.full(40, 50),
-        "full, one tile": KeyIntervals.full(16, 32),
-        "causal": KeyIntervals.causal(50),
-        "causal, more keys": KeyIntervals.causal(37, 61),
-        "causal, fewer keys": KeyIntervals.causal(61, 37),
-        "window": KeyIntervals.causal(50).window(9, "cpu"),
-        "window of one": KeyIntervals.causal(33).window(1, "cpu"),
-        "band": KeyIntervals.full(40, 30).band(5, 3, "cpu"),
-        "documents": documents,
-        "documents and window": documents.window(6, "cpu"),
-        "zigzag rows": documents.rows(outer),
-        "zigzag hop": documents.rows(outer).keys(torch.arange(11, 33)),
-        "sequences": KeyIntervals.sequences(q_offsets, k_offsets, 40, 52),
-        "sequences, causal": KeyIntervals.sequences(q_offsets, k_offsets, 40, 52, is_causal=True),
-        "one row": KeyIntervals.causal(1, 20),
-        "one key": KeyIntervals.full(20, 1),
-    }
-    return {name: mask.to(DEVICE) for name, mask in made.items()}
-
-
-MASKS = masks()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import launch, reference
-from longctx.kernels.attention import sdpa, triton_backward, triton_forward
+from longctx.kernels.attention import hopper, sdpa, triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
-IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+IMPLEMENTATIONS = ("auto", "hopper", "triton", "sdpa", "reference")
 MAX_HEAD_DIM = 256
 
 
@@ -93,14 +93,16 @@ def by_speed(q: Tensor, mask: KeyIntervals | BlockMask) -> tuple[str, ...]:
     """The implementations, fastest first, for such a call; whether each can serve it is another question."""
     if q.device.type == "cpu":
         return "sdpa", "reference", "triton"  # where Triton runs on a CPU, it is the interpreter
-    # as timed on an H200: cuDNN leads, then Triton, then FlashAttention-2, but for head dims whose backward pass spills
+    # as timed on H200s: then cuDNN leads, then Triton, then FlashAttention-2, but for head dims whose backward spills
     is_cudnn = isinstance(mask, KeyIntervals) and sdpa.uses_cudnn(q, mask)
-    return ("sdpa", "triton", "reference") if is_cudnn or q.shape[-1] > 128 else ("triton", "sdpa", "reference")
+    others = ("sdpa", "triton") if is_cudnn or q.shape[-1] > 128 else ("triton", "sdpa")
+    return "hopper", *others, "reference"
 
 
 def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> dict[str, str | None]:
     """For each implementation why it cannot serve a call like this, or None if it can."""
     return {
+        "hopper": hopper.unsupported(q, mask, options),
         "triton": launch.unsupported(q),
         "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else sdpa.unsupported(q, options),
         "reference": None,
@@ -220,6 +222,10 @@ def forward(
         return triton_forward.forward(q, k, v, mask, options, sink, into)
     if is_empty:
         out, lse = _without_keys(q)
+    elif implementation == "hopper" and isinstance(mask, KeyIntervals):
+        if sink is None:
+            return hopper.forward(q, k, v, mask, options, into)
+        out, lse = hopper.forward(q, k, v, mask, options)
     elif implementation == "sdpa" and isinstance(mask, KeyIntervals):
         out, lse = sdpa.forward(q, k, v, mask, options.scale)
     else:
@@ -263,6 +269,8 @@ def backward(
         return into or (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     if implementation == "triton":
         return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
+    if implementation == "hopper" and isinstance(mask, KeyIntervals):
+        return hopper.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
     if implementation == "sdpa" and isinstance(mask, KeyIntervals):
         gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
     else:

@@ -67,7 +67,7 @@ def backward(
     if q.device.type == "cpu":
         return _cpu_backward(dout, q, k, v, out, lse, mask, scale)
     if uses_cudnn(q, mask):
-        return _cudnn_backward(dout, q, k, v, out, lse, mask, scale)
+        return cudnn_backward(dout, q, k, v, out, lse, mask, scale)
     return _varlen_backward(dout, q, k, v, out, lse, mask, scale)
 
 
@@ -213,8 +213,12 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def uses_cudnn(q: Tensor, mask: KeyIntervals) -> bool:
     """Whether cuDNN serves a call rather than FlashAttention-2."""
-    is_square = mask.n_queries == mask.n_keys  # cuDNN aligns a causal mask to the top left
-    return mask.start is None and (is_square or not mask.is_causal) and q.shape[-1] <= 128 and torch.version.hip is None
+    return knows_mask(mask) and q.shape[-1] <= 128 and torch.version.hip is None
+
+
+def knows_mask(mask: KeyIntervals) -> bool:
+    """Whether cuDNN does: full, or causal and square, since it aligns a causal mask to the top left."""
+    return mask.start is None and (mask.n_queries == mask.n_keys or not mask.is_causal)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
@@ -224,7 +228,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: f
     return out.transpose(1, 2).contiguous(), lse.view(lse.shape[:3]).contiguous()
 
 
-def _cudnn_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+def cudnn_backward(dout, q, k, v, out, lse, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
         *_heads_first(dout, q, k, v, out), lse.unsqueeze(-1), seed, seed, None, None, None,

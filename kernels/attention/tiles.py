@@ -8,6 +8,7 @@ range inside it: [first, full_first) and [full_last, last) are edges, [full_firs
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
@@ -56,3 +57,30 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
     full_first = torch.minimum(torch.maximum(full_first, first), last)
     full_last = torch.minimum(torch.maximum(full_last, full_first), last)
     return torch.stack((first, full_first, full_last, last), dim=-1).to(torch.int32).contiguous()
+
+
+@once_a_mask
+def last_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
+    """The blocks of keys of all sequences, numbered as in `longest_first`, the last of each sequence first."""
+    blocks = -(-mask.n_keys // block_k)
+    number = torch.arange(batch * blocks, dtype=torch.int32, device=contiguous_bounds(mask)[0].device)
+    return number.view(batch, blocks).flip(1).T.flatten()
+
+
+@once_a_mask
+def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
+    """Start and end for a whole number of blocks of rows; those that do not exist see nothing."""
+    start, end = contiguous_bounds(mask)
+    missing = -mask.n_queries % rows
+    return F.pad(start, (0, missing)), F.pad(end, (0, missing))
+
+
+@once_a_mask
+def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int, of_keys: bool = False) -> Tensor:
+    """The blocks of rows (`of_keys`: of keys) of all sequences, those that visit most tiles first.
+
+    int32 (batch * blocks,): sequence * blocks + block. Those who take work in this order end at about the same time.
+    """
+    tiles = (row_tiles if of_keys else key_tiles)(mask, block_q, block_k)
+    visited = (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
+    return torch.argsort(visited, descending=True, stable=True).to(torch.int32)

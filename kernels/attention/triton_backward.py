@@ -35,11 +35,11 @@ from longctx.kernels.triton_math import LOG2_E, kept, tanh, wide
 
 @triton.jit
 def _delta_kernel(
-    dout, out, dlse, delta, dout_batch, dout_row: tl.constexpr, dout_head,
-    out_batch, out_row: tl.constexpr, out_head, n_queries,
+    dout, out, dlse, lse, delta, exponent, dout_batch, dout_row: tl.constexpr, dout_head,
+    out_batch, out_row: tl.constexpr, out_head, n_queries, n_padded, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) - dlse, (batch, heads, n_queries)."""
+    """delta = scale * (rowsum(dout * out) - dlse), (batch, heads, n_padded); if `exponent` is there, lse in base 2."""
     first_row = tl.program_id(0) * BLOCK_Q
     head, batch = tl.program_id(1), tl.program_id(2)
     stream = batch * tl.num_programs(1) + head
@@ -51,7 +51,11 @@ def _delta_kernel(
     row_delta = tl.sum(dout_tile * out_tile, 1)
     if dlse is not None:
         row_delta -= tl.load(dlse + wide(stream) * n_queries + row, mask=row < n_queries, other=0.0)
-    tl.store(delta + wide(stream) * n_queries + row, row_delta, mask=row < n_queries)
+    tl.store(delta + wide(stream) * n_padded + row, row_delta * scale, mask=row < n_padded)
+    if exponent is not None:
+        row_lse = tl.load(lse + wide(stream) * n_queries + row, mask=row < n_queries, other=float("-inf"))
+        weightless = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)  # exp2(x - inf) is 0
+        tl.store(exponent + wide(stream) * n_padded + row, weightless, mask=row < n_padded)
 
 
 @triton.jit
@@ -262,7 +266,7 @@ def backward(
     slopes = options.slopes(batch, n_queries, heads)
     shape = {"HEAD_DIM": head_dim, "BLOCK_D": launch.padded(head_dim)}
     with launch.on_device(q):
-        delta = _delta(dout, out, dlse, lse, shape)
+        delta = _delta(dout, out, dlse, lse)
         _backward_kernel[(triton.cdiv(n_keys, blocks.keys), kv_heads, batch)](
             dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, m.tiles, m.order,
             m.turns, m.layout, m.query_position, m.key_position,
@@ -278,12 +282,32 @@ def backward(
     return dq if into is not None else dq.to(q.dtype), dk, dv
 
 
-def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, shape: dict[str, int]) -> Tensor:
-    batch, n_queries, heads, _ = dout.shape
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
     delta = torch.empty_like(lse)
-    rows = 16 if launch.INTERPRETED else 64
-    _delta_kernel[(triton.cdiv(n_queries, rows), heads, batch)](
-        dout, out, None if dlse is None else dlse.contiguous(), delta, *dout.stride()[:3], *out.stride()[:3],
-        n_queries, **shape, BLOCK_Q=rows, num_warps=4,
-    )  # fmt: skip
+    _launch_delta(dout, out, dlse, lse, delta, None, 1.0)
     return delta
+
+
+def statistics(
+    dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, scale: float, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """What a backward pass needs of rows: lse in base 2 and scale * delta, delta = rowsum(dout * out) - dlse.
+
+    Both (batch, heads, n_queries up to the next multiple) float32. Rows that see no key or do not exist have lse inf
+    and delta 0: their weights are 0.
+    """
+    batch, heads, n_queries = lse.shape
+    exponent, delta = torch.empty((2, batch, heads, n_queries + -n_queries % multiple), device=lse.device)
+    _launch_delta(dout, out, dlse, lse, delta, exponent, scale)
+    return exponent, delta
+
+
+def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None, scale: float) -> None:
+    dout, out = launch.readable(dout), launch.readable(out)
+    batch, n_queries, heads, head_dim = dout.shape
+    rows = 16 if launch.INTERPRETED else 64
+    _delta_kernel[(triton.cdiv(delta.shape[-1], rows), heads, batch)](
+        dout, out, None if dlse is None else dlse.contiguous(), lse, delta, exponent, *dout.stride()[:3],
+        *out.stride()[:3], n_queries, delta.shape[-1], scale, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
+        BLOCK_Q=rows, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,436 @@
+"""The backward pass of attention on Hopper, in Gluon: a program holds a block of keys and walks the rows that see it.
+
+docs/attention_on_hopper.md says how it works. Letters in shapes: Q rows and K keys of a tile, D head dim padded to 64
+or 128. Score tiles are transposed, (K, Q), so that the products into dK and dV read them from registers. A consumer is
+one warpgroup, with 64 keys of a tile; both take part of each tile of dQ, to which the keys of both belong.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# a kernel is launched with arguments that its signature does not show, and its constants are no Python values
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from longctx.kernels import launch
+from longctx.kernels.attention import triton_backward
+from longctx.kernels.attention.hopper_gluon import named_barrier, reduce_add_to_global, threads_meet, wait_for_writes
+from longctx.kernels.attention.hopper_work import (
+    BOX,
+    NUMBER_LAYOUT,
+    addressable,
+    await_item,
+    descriptor,
+    heads_together,
+    item_of,
+    part_descriptor,
+    phase_of,
+    pointers_to,
+    post_item,
+    read_item,
+    vector_descriptor,
+    visited_tile,
+)
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
+from longctx.kernels.attention.triton_tile import wait_for
+from longctx.kernels.triton_math import LOG2_E, wide
+
+KEYS = gl.constexpr(64)  # of a consumer
+
+
+@gluon.jit
+def _of_consumer(block, NUMBER: gl.constexpr, index):
+    return block.index(index).slice(NUMBER * KEYS, KEYS, dim=0)
+
+
+@gluon.jit
+def _weights(score, rows, stage, key, is_edge, factor, column: gl.constexpr):
+    """exp2(score * factor - exponent), (K, Q), 0 where a row does not see a key."""
+    exponents, starts, ends = rows[0], rows[2], rows[3]
+    exponent = exponents.index(stage).load(column)
+    weight = gl.exp2(score * factor - exponent[None, :])
+    if is_edge:
+        row_start, row_end = starts.index(stage).load(column), ends.index(stage).load(column)
+        seen = (key[:, None] >= row_start[None, :]) & (key[:, None] < row_end[None, :])
+        weight = gl.where(seen, weight, 0.0)
+    return weight
+
+
+@gluon.jit
+def _by_thread(dq):
+    """(64, 64) of a warpgroup's product as (128, 32): a row for each thread, of what it has in registers anyway."""
+    parts = dq.reshape([4, 2, 8, 8, 4, 2]).permute([0, 2, 4, 1, 3, 5])
+    rows: gl.constexpr = gl.BlockedLayout([1, 32], [32, 1], [4, 1], [1, 0])
+    return gl.convert_layout(parts.reshape([128, 32]), rows)
+
+
+@gluon.jit
+def _consumer(
+    memory, rows, barriers, keys_at, sizes,
+    NUMBER: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its 64 keys of each item, over all query heads of the group."""
+    keys, values, queries, douts, dscores, dq_tiles = memory
+    (
+        boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, dq_full, dq_empty
+    ) = barriers  # fmt: skip
+    n_keys, head_dim, group, key_blocks, factor, scale = sizes
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sum_layout, k_width=2)
+    column: gl.constexpr = gl.SliceLayout(0, score_layout)
+    score_zeros = gl.zeros([KEYS, BLOCK_Q], gl.float32, score_layout)
+    dq_zeros = gl.zeros([64, 64], gl.float32, dq_layout)
+    deltas = rows[1]
+    done = gl.to_tensor(0)  # tiles of rows so far
+    turn = gl.to_tensor(0)  # items so far
+    pair = await_item(boxes, box_full, turn)
+    while pair >= 0:
+        head, visit = read_item(boxes, box_empty, turn)
+        first, full_first, full_last, last = visit
+        batch, key_block = pair // key_blocks, pair % key_blocks
+        first_key = key_block * (2 * KEYS) + NUMBER * KEYS
+        key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, score_layout))
+        edges = full_first - first + last - full_last
+        n_tiles = last - first  # of each query head; their edges come first
+        n_all = n_tiles * group
+        dk = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
+        dv = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
+
+        # the first tile's weights and their gradients, which nothing overlaps
+        k, v = _of_consumer(keys, NUMBER, 0), _of_consumer(values, NUMBER, 0)
+        mbarrier.wait(key_full, turn & 1)
+        stage, parity = done % STAGES, phase_of(done, STAGES)
+        mbarrier.wait(query_full.index(stage), parity, pred=n_all > 0)
+        score = warpgroup_mma(k, queries.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
+        mbarrier.wait(dout_full.index(stage), parity, pred=n_all > 0)
+        dweight = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
+        score = warpgroup_mma_wait(1, deps=(score,))
+        weight = _weights(score, rows, stage, key, edges > 0, factor, column)
+        dweight = warpgroup_mma_wait(0, deps=(dweight,))
+        place = gl.to_tensor(0)  # of the tile among those of its head
+        for i in range(0, n_all):
+            # addresses that seem to change are computed, not kept in registers, of which none are left
+            zero = done >> 30
+            k, v = _of_consumer(keys, NUMBER, zero), _of_consumer(values, NUMBER, zero)
+            stage = done % STAGES
+            done += 1
+            weight_operand = gl.convert_layout(weight.to(k.dtype), operand)
+            dv = warpgroup_mma(weight_operand, douts.index(stage), dv, is_async=True)
+            delta = deltas.index(stage).load(column)
+            dscore = (weight * (dweight * scale - delta[None, :])).to(k.dtype)
+            dscore_tile = dscores.index(done & 1)
+            dscore_tile.slice(NUMBER * KEYS, KEYS, dim=0).store(dscore)
+            fence_async_shared()
+            named_barrier(9, 256)
+            dscore_operand = gl.convert_layout(dscore, operand)
+            if BLOCK_Q == 64:  # of dQ's tile each consumer has half of the columns
+                dscore_part, k_part = dscore_tile, keys.index(zero).slice(NUMBER * 64, 64, dim=1)
+            else:  # or of the rows
+                dscore_part, k_part = dscore_tile.slice(NUMBER * 64, 64, dim=1), keys.index(zero)
+            dq = warpgroup_mma(dscore_part.permute((1, 0)), k_part, dq_zeros, use_acc=False, is_async=True)
+            dk = warpgroup_mma(dscore_operand, queries.index(stage), dk, is_async=True)
+            dq, dv, weight_operand = warpgroup_mma_wait(1, deps=(dq, dv, weight_operand))
+            mbarrier.wait(dq_empty.index(NUMBER), done & 1)
+            dq_tiles.index(NUMBER).store(_by_thread(dq))
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(NUMBER), count=1)
+
+            # the next tile's scores are in the queue before dK is waited for (of the last tile: for nothing)
+            next_stage, parity = done % STAGES, phase_of(done, STAGES)
+            mbarrier.wait(query_full.index(next_stage), parity, pred=i + 1 < n_all)
+            score = warpgroup_mma(
+                k, queries.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
+            )
+            dk, dscore_operand = warpgroup_mma_wait(1, deps=(dk, dscore_operand))
+            mbarrier.arrive(stage_empty.index(stage), count=1)
+            mbarrier.wait(dout_full.index(next_stage), parity, pred=i + 1 < n_all)
+            dweight = warpgroup_mma(
+                v, douts.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
+            )
+            score = warpgroup_mma_wait(1, deps=(score,))
+            place = gl.where(place + 1 == n_tiles, 0, place + 1)
+            # its branch keeps the compiler from hoisting the wait above the exponentials
+            weight = _weights(score, rows, next_stage, key, place < edges, factor, column)
+            dweight, weight = warpgroup_mma_wait(0, deps=(dweight, weight))
+
+        dk_descriptor, dv_descriptor, dk_out, dv_out, dk_strides, dv_strides = keys_at
+        if ACCUMULATE:
+            pointers, inside = pointers_to(
+                dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
+            )
+            gl.store(pointers, dk + gl.load(pointers, mask=inside, other=0.0), mask=inside)
+            pointers, inside = pointers_to(
+                dv_out, dv_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
+            )
+            gl.store(pointers, dv + gl.load(pointers, mask=inside, other=0.0), mask=inside)
+        else:
+            named_barrier(9, 256)  # both have read all of the keys, whose place is taken
+            v.store(dv.to(v.dtype))
+            k.store(dk.to(k.dtype))
+            fence_async_shared()
+            threads_meet()
+            tma.async_copy_shared_to_global(dv_descriptor, [batch, head, first_key, 0], v)
+            tma.async_copy_shared_to_global(dk_descriptor, [batch, head, first_key, 0], k)
+            tma.store_wait(0)
+        mbarrier.arrive(key_empty, count=1)
+        turn += 1
+        pair = await_item(boxes, box_full, turn)
+
+
+@gluon.jit
+def _loader(
+    descriptors, memory, rows, barriers, work, row_blocks, group, n_heads, bounds_batch,
+    ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: takes items, says which, and copies all that they are made of."""
+    (
+        query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
+        start_descriptor, end_descriptor,
+    ) = descriptors  # fmt: skip
+    keys, values, queries, douts = memory[0], memory[1], memory[2], memory[3]
+    exponents, deltas, starts, ends = rows
+    boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, _dq_full, _dq_empty = barriers
+    order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
+    done = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
+    while item < n_items:
+        pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, key_blocks)
+        n_tiles = visit[3] - visit[0]
+        if not (ACCUMULATE and n_tiles == 0):  # nothing to add
+            post_item(boxes, box_full, box_empty, turn, pair, head, visit)
+            batch, key_block = pair // key_blocks, pair % key_blocks
+            mbarrier.wait(key_empty, (turn & 1) ^ 1)
+            mbarrier.expect(key_full, key_descriptor.block_type.nbytes + value_descriptor.block_type.nbytes)
+            first_key = key_block * (2 * KEYS)
+            tma.async_copy_global_to_shared(key_descriptor, [batch, head, first_key, 0], key_full, keys.index(0))
+            tma.async_copy_global_to_shared(value_descriptor, [batch, head, first_key, 0], key_full, values.index(0))
+            for member in range(0, group):
+                query_head = head * group + member
+                for i in range(0, n_tiles):
+                    stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
+                    row = visited_tile(i, visit) * BLOCK_Q
+                    of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
+                    of_batch = batch * bounds_batch + row
+                    full = query_full.index(stage)
+                    mbarrier.wait(stage_empty.index(stage), parity)
+                    mbarrier.expect(full, query_descriptor.block_type.nbytes + 3 * 4 * BLOCK_Q)
+                    tma.async_copy_global_to_shared(
+                        query_descriptor, [batch, query_head, row, 0], full, queries.index(stage)
+                    )
+                    tma.async_copy_global_to_shared(exponent_descriptor, [of_head], full, exponents.index(stage))
+                    tma.async_copy_global_to_shared(start_descriptor, [of_batch], full, starts.index(stage))
+                    tma.async_copy_global_to_shared(end_descriptor, [of_batch], full, ends.index(stage))
+                    full = dout_full.index(stage)
+                    mbarrier.expect(full, dout_descriptor.block_type.nbytes + 4 * BLOCK_Q)
+                    tma.async_copy_global_to_shared(
+                        dout_descriptor, [batch, query_head, row, 0], full, douts.index(stage)
+                    )
+                    tma.async_copy_global_to_shared(delta_descriptor, [of_head], full, deltas.index(stage))
+                    done += 1
+            turn += 1
+        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    post_item(boxes, box_full, box_empty, turn, -1, 0, (0, 0, 0, 0))
+
+
+@gluon.jit
+def _adder(
+    dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads, row_blocks,
+    NUMBER: gl.constexpr,
+):  # fmt: skip
+    """One warp a consumer: adds its part of each tile of dQ to the others', with `locks` in the order of `turns`."""
+    boxes, box_full, box_empty, dq_full, dq_empty = barriers[0], barriers[1], barriers[2], barriers[8], barriers[9]
+    dq_tile = dq_tiles.index(NUMBER)
+    done = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    pair = await_item(boxes, box_full, turn)
+    while pair >= 0:
+        head, visit = read_item(boxes, box_empty, turn)
+        n_tiles = visit[3] - visit[0]
+        batch, key_block = pair // key_blocks, pair % key_blocks
+        for member in range(0, group):
+            query_head = head * group + member
+            for i in range(0, n_tiles):
+                tile = visited_tile(i, visit)
+                part = ((batch * n_heads + query_head) * row_blocks + tile) * 2 + NUMBER
+                mbarrier.wait(dq_full.index(NUMBER), done & 1)
+                if locks is not None:
+                    place = gl.load(turns + batch * turns_batch + tile * 4 + 3) - 1 - key_block
+                    wait_for(locks + part, place, True)
+                reduce_add_to_global(dq_descriptor, [part * 128, 0], dq_tile)
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(NUMBER), count=1)
+                if locks is not None:
+                    wait_for_writes()
+                    gl.atomic_add(locks + part, 1, sem="release")
+                done += 1
+        turn += 1
+        pair = await_item(boxes, box_full, turn)
+
+
+@gluon.jit
+def _backward_kernel(
+    query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
+    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, order, tiles, turns, locks,
+    counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch, n_keys,
+    head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
+    ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = query_descriptor.dtype
+    matrix: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    sums: gl.constexpr = dq_descriptor.layout
+    vector: gl.constexpr = exponent_descriptor.layout
+    keys = gl.allocate_shared_memory(dtype, [1, 2 * KEYS, BLOCK_D], matrix)
+    values = gl.allocate_shared_memory(dtype, [1, 2 * KEYS, BLOCK_D], matrix)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], matrix)
+    douts = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], matrix)
+    dscores = gl.allocate_shared_memory(dtype, [2, 2 * KEYS, BLOCK_Q], matrix)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 128, 32], sums)
+    exponents = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
+    starts = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
+    ends = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
+    boxes = gl.allocate_shared_memory(gl.int32, [2 * BOX, 1], NUMBER_LAYOUT)
+    box_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    box_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    stage_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(key_full, count=1)
+    mbarrier.init(key_empty, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(box_full.index(i), count=1)
+        mbarrier.init(box_empty.index(i), count=4)
+        mbarrier.init(dq_full.index(i), count=1)
+        mbarrier.init(dq_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(dout_full.index(i), count=1)
+        mbarrier.init(stage_empty.index(i), count=2)
+    fence_async_shared()
+    descriptors = (
+        query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
+        start_descriptor, end_descriptor,
+    )  # fmt: skip
+    memory = keys, values, queries, douts, dscores, dq_tiles
+    rows = exponents, deltas, starts, ends
+    barriers = (
+        boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, dq_full, dq_empty
+    )  # fmt: skip
+    keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
+    work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
+    sizes = n_keys, head_dim, group, key_blocks, factor, scale
+    gl.warp_specialize(
+        [
+            (_consumer, (memory, rows, barriers, keys_at, sizes, 0, ACCUMULATE, BLOCK_Q, BLOCK_D, STAGES)),
+            (_consumer, (memory, rows, barriers, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q, BLOCK_D, STAGES)),
+            (_loader, (descriptors, memory, rows, barriers, work, row_blocks, group, n_heads, bounds_batch, ACCUMULATE,
+                       BLOCK_Q, STAGES)),
+            (_adder, (dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads,
+                      row_blocks, 0)),
+            (_adder, (dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads,
+                      row_blocks, 1)),
+        ],
+        [4, 1, 1, 1],
+        [REGISTERS, 24, 24, 24],
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather_kernel(
+    parts, dq, dq_batch, dq_row, dq_head, n_queries, head_dim, row_blocks,
+    ACCUMULATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dQ out of the parts that threads hold (see `_by_thread`): of columns 64 to 128 the second, or of those rows."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts += ((wide(batch) * tl.num_programs(1) + head) * row_blocks + tile) * (BLOCK_Q * BLOCK_D)
+    row, column = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    part = row // 64 + column // 64
+    thread = row % 64 // 16 * 32 + row % 8 * 4 + column % 8 // 2
+    register = row // 8 % 2 * 16 + column % 64 // 8 * 2 + column % 2
+    result = tl.load(parts + part * 4096 + thread * 32 + register)
+    row += tile * BLOCK_Q
+    pointers = dq + wide(batch) * dq_batch + wide(head) * dq_head + row.to(tl.int64) * dq_row + column
+    inside = (row < n_queries) & (column < head_dim)
+    if ACCUMULATE:
+        result += tl.load(pointers, mask=inside)
+    tl.store(pointers, result.to(dq.dtype.element_ty), mask=inside)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: KeyIntervals,
+    options: Options,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `interface.backward`."""
+    batch, n_queries, heads, head_dim = q.shape
+    n_keys, kv_heads = k.shape[1:3]
+    if into is None:
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    else:
+        dq, dk, dv = into
+    dout, q, k, v = (addressable(x) for x in (dout, q, k, v))
+    blocks, width, block_keys = launch.hopper_backward(q), launch.hopper_head_dim(q), 2 * KEYS.value
+    mask = mask.written_out(q.device)
+    start, end = padded_bounds(mask, blocks.rows)
+    tiles = row_tiles(mask, blocks.rows, block_keys)
+    of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
+    if options.deterministic:  # who is waited for has started before
+        order = last_first(mask, batch, block_keys)
+    else:
+        order = longest_first(mask, batch, blocks.rows, block_keys, True)
+    together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
+    n_items = order.numel() * kv_heads
+    row_blocks = triton.cdiv(n_queries, blocks.rows)
+    dq_parts = torch.zeros((batch, heads, row_blocks, blocks.rows * width // 32, 32), device=q.device)
+    n_locks = 2 * batch * heads * row_blocks if options.deterministic else 0
+    zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
+    tile = {"rows": blocks.rows, "width": width}
+    with launch.on_device(q):
+        exponent, delta = triton_backward.statistics(dout, out, dlse, lse, options.scale, blocks.rows)
+        _backward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
+            descriptor(q, **tile), *(descriptor(x, block_keys, width) for x in (k, v)),
+            descriptor(dout, **tile), part_descriptor(dq_parts),
+            *(descriptor(x, KEYS.value, width) for x in ((k, v) if into is not None else (dk, dv))),
+            *(vector_descriptor(x, blocks.rows) for x in (exponent, delta, start, end)),
+            dk, dv, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
+            *dk.stride()[:3], *dv.stride()[:3], launch.shared_stride(tiles), launch.shared_stride(of_rows),
+            launch.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(), together,
+            order.numel() // batch, row_blocks, options.scale * LOG2_E.value, options.scale,
+            ACCUMULATE=into is not None, BLOCK_Q=blocks.rows, BLOCK_D=width, STAGES=blocks.stages,
+            REGISTERS=blocks.registers, num_warps=4,
+        )  # fmt: skip
+        _gather_kernel[(row_blocks, heads, batch)](
+            dq_parts, dq, *dq.stride()[:3], n_queries, head_dim, row_blocks,
+            ACCUMULATE=into is not None, BLOCK_Q=blocks.rows, BLOCK_D=width, num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,353 @@
+"""The forward pass of attention on Hopper, in Gluon: one warp copies, two warpgroups multiply and take the softmax.
+
+docs/attention_on_hopper.md says how it works. Letters in shapes: Q rows and K keys of a tile, D head dim padded to 64,
+128 or 256. A consumer is one warpgroup, with 64 rows of a tile.
+"""
+
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# a kernel is launched with arguments that its signature does not show, and its constants are no Python values
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from longctx.kernels import launch
+from longctx.kernels.attention.hopper_gluon import arrive_at_named_barrier, named_barrier, threads_meet
+from longctx.kernels.attention.hopper_work import (
+    BOX,
+    NUMBER_LAYOUT,
+    addressable,
+    await_item,
+    descriptor,
+    heads_together,
+    item_of,
+    phase_of,
+    pointers_to,
+    post_item,
+    read_item,
+    slot,
+    visited_tile,
+)
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, longest_first
+from longctx.kernels.triton_math import LN_2, LOG2_E, finite
+
+ROWS = gl.constexpr(64)  # of a consumer
+
+
+@gluon.jit
+def _lane_sums(weight):
+    """(Q, 4): sums of a row's weights, one a lane; added up after the loop, they need no shuffle in it."""
+    return gl.sum(gl.sum(weight.reshape([ROWS, weight.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _softmax_step(score, peak, factor, key, row_start, row_end, MASKED: gl.constexpr):
+    """exp2(score * factor - new peak), the new peak, and what the sums so far shrink by."""
+    if MASKED:
+        seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
+        score = gl.where(seen, score, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
+    base = new_peak
+    if MASKED:
+        base = finite(new_peak)
+    return gl.exp2(score * factor - base[:, None]), new_peak, gl.exp2(peak - base)
+
+
+@gluon.jit
+def _consume_tiles(
+    i_first, i_last, n_tiles, visit, done, q, memory, barriers, state, factor, row_start, row_end,
+    MASKED: gl.constexpr, NUMBER: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    score_layout: gl.constexpr, acc_layout: gl.constexpr,
+):  # fmt: skip
+    """Tiles i_first to i_last of an item: their scores, and the products of the weights before with their values."""
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
+    acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    keys, values = memory[1], memory[2]
+    key_full, key_empty, value_full, value_empty = barriers[5], barriers[6], barriers[7], barriers[8]
+    acc, weight, peak, total = state
+    lane_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    key = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
+    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, score_layout)
+    for i in range(i_first, i_last):
+        count = done + i
+        if PING_PONG:  # one consumer multiplies while the other takes its softmax
+            named_barrier(10 + NUMBER, 256)
+        score = warpgroup_mma(q, slot(keys, count, STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(slot(value_full, count - 1, STAGES), phase_of(count - 1, STAGES))
+        acc = warpgroup_mma(weight, slot(values, count - 1, STAGES), acc, is_async=True)
+        if PING_PONG:
+            arrive_at_named_barrier(11 - NUMBER, 256)
+        score = warpgroup_mma_wait(1, deps=(score,))
+        mbarrier.arrive(slot(key_empty, count, STAGES), count=1)
+        tile_key = key
+        if MASKED:
+            tile_key = key + visited_tile(i, visit) * BLOCK_K
+        next_weight, peak, shrink = _softmax_step(score, peak, factor, tile_key, row_start, row_end, MASKED)
+        total = total * gl.convert_layout(shrink, lane_row)[:, None] + _lane_sums(next_weight)
+        next_weight = gl.convert_layout(next_weight.to(q.dtype), weight_layout)
+        # the spin of this wait keeps the compiler from hoisting the next one above the softmax
+        mbarrier.wait(slot(key_full, count + 1, STAGES), phase_of(count + 1, STAGES), pred=i + 1 < n_tiles)
+        acc, weight, next_weight = warpgroup_mma_wait(0, deps=(acc, weight, next_weight))
+        mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
+        acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+        weight = next_weight
+    return acc, weight, peak, total
+
+
+@gluon.jit
+def _consumer(
+    memory, barriers, rows,
+    NUMBER: gl.constexpr, MERGE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its 64 rows of each item."""
+    queries, keys, values, outs = memory
+    boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    out_descriptor, out, lse, start, end, strides, bounds_batch, n_queries, head_dim, heads, row_blocks, factor = rows
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
+    score_row: gl.constexpr = gl.SliceLayout(1, score_layout)
+    acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    q = queries.index(NUMBER)
+    out_tile = outs.index(NUMBER)
+    zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, score_layout)
+    if PING_PONG and NUMBER == 1:
+        arrive_at_named_barrier(10, 256)
+    done = gl.to_tensor(0)  # tiles of keys so far
+    turn = gl.to_tensor(0)  # items so far
+    pair = await_item(boxes, box_full, turn)
+    while pair >= 0:
+        head, visit = read_item(boxes, box_empty, turn)
+        first, full_first, full_last, last = visit
+        batch = pair // row_blocks
+        first_row = (pair % row_blocks) * (2 * ROWS) + NUMBER * ROWS
+        row = first_row + gl.arange(0, ROWS, layout=score_row)
+        is_row = row < n_queries
+        row_start = gl.load(start + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
+        row_end = gl.load(end + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
+        edges = full_first - first + last - full_last
+        n_tiles = last - first
+
+        # the first tile, whose scores nothing overlaps
+        mbarrier.wait(query_full.index(NUMBER), turn & 1)
+        mbarrier.wait(slot(key_full, done, STAGES), phase_of(done, STAGES))
+        score = warpgroup_mma(q, slot(keys, done, STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        score = warpgroup_mma_wait(0, deps=(score,))
+        mbarrier.arrive(slot(key_empty, done, STAGES), count=1)
+        key = visited_tile(0, visit) * BLOCK_K
+        key += gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
+        peak = gl.full([ROWS], float("-inf"), gl.float32, score_row)
+        weight, peak, _ = _softmax_step(score, peak, factor, key, row_start, row_end, True)
+        total = _lane_sums(weight)
+        weight = gl.convert_layout(weight.to(q.dtype), weight_layout)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
+        mbarrier.wait(slot(key_full, done + 1, STAGES), phase_of(done + 1, STAGES), pred=n_tiles > 1)
+        state = _consume_tiles(
+            1, edges, n_tiles, visit, done, q, memory, barriers, (acc, weight, peak, total), factor, row_start, row_end,
+            True, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+        )  # fmt: skip
+        acc, weight, peak, total = _consume_tiles(
+            gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, memory, barriers, state, factor, row_start, row_end,
+            False, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+        )  # fmt: skip
+        if OWN_OUT:
+            mbarrier.arrive(query_empty.index(NUMBER), count=1)
+        final = done + n_tiles - 1
+        mbarrier.wait(slot(value_full, final, STAGES), phase_of(final, STAGES))
+        acc = warpgroup_mma(weight, slot(values, final, STAGES), acc, is_async=True)
+        acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
+        mbarrier.arrive(slot(value_empty, final, STAGES), count=1)
+        done += n_tiles
+
+        total = gl.convert_layout(gl.sum(total, 1), score_row)
+        is_empty = total == 0.0  # a row without keys; NaN stays NaN
+        share = gl.where(is_empty, 0.0, 1.0 / total)
+        row_lse = gl.where(is_empty, float("-inf"), (peak + gl.log2(total)) * LN_2)
+        lse_row = lse + (batch.to(gl.int64) * heads + head) * n_queries + row
+        if MERGE:
+            before = gl.load(lse_row, mask=is_row, other=float("-inf"))
+            top = finite(gl.maximum(before, row_lse))
+            merged = top + gl.log2(gl.exp2((before - top) * LOG2_E) + gl.exp2((row_lse - top) * LOG2_E)) * LN_2
+            base = finite(merged)
+            share = share * gl.exp2((row_lse - base) * LOG2_E)
+            of_before = gl.convert_layout(gl.exp2((before - base) * LOG2_E), acc_row)
+            acc = acc * gl.convert_layout(share, acc_row)[:, None]
+            pointers, inside = pointers_to(
+                out, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
+            )
+            acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
+            gl.store(pointers, acc, mask=inside)
+            gl.store(lse_row, merged, mask=is_row)
+        else:
+            gl.store(lse_row, row_lse, mask=is_row)
+            acc = acc * gl.convert_layout(share, acc_row)[:, None]
+            tma.store_wait(0)  # of the item before
+            threads_meet()
+            out_tile.store(acc.to(q.dtype))
+            fence_async_shared()
+            threads_meet()
+            tma.async_copy_shared_to_global(out_descriptor, [batch, head, first_row, 0], out_tile)
+        if not OWN_OUT:
+            tma.store_wait(0)
+            mbarrier.arrive(query_empty.index(NUMBER), count=1)
+        turn += 1
+        pair = await_item(boxes, box_full, turn)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _producer(descriptors, memory, barriers, work, MERGE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """One warp: takes items, says which, and copies their queries, keys and values."""
+    query_descriptor, key_descriptor, value_descriptor = descriptors
+    queries, keys, values = memory[0], memory[1], memory[2]
+    boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group = work
+    done = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    item = gl.program_id(0)
+    while item < n_items:
+        pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
+        first, full_first, full_last, last = visit
+        is_empty = first >= last
+        if not (MERGE and is_empty):  # nothing to merge
+            if is_empty:  # one tile, of which no row sees anything
+                first = gl.maximum(first - 1, 0)
+                full_first, full_last, last = first + 1, first + 1, first + 1
+            visit = first, full_first, full_last, last
+            post_item(boxes, box_full, box_empty, turn, pair, head, visit)
+            batch, row_block = pair // row_blocks, pair % row_blocks
+            for c in gl.static_range(2):
+                mbarrier.wait(query_empty.index(c), (turn & 1) ^ 1)
+                mbarrier.expect(query_full.index(c), query_descriptor.block_type.nbytes)
+                row = (row_block * 2 + c) * ROWS
+                tma.async_copy_global_to_shared(
+                    query_descriptor, [batch, head, row, 0], query_full.index(c), queries.index(c)
+                )
+            for i in range(0, last - first):
+                stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
+                key = visited_tile(i, visit) * BLOCK_K
+                mbarrier.wait(key_empty.index(stage), parity)
+                mbarrier.expect(key_full.index(stage), key_descriptor.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    key_descriptor, [batch, head // group, key, 0], key_full.index(stage), keys.index(stage)
+                )
+                mbarrier.wait(value_empty.index(stage), parity)
+                mbarrier.expect(value_full.index(stage), value_descriptor.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    value_descriptor, [batch, head // group, key, 0], value_full.index(stage), values.index(stage)
+                )
+                done += 1
+            turn += 1
+        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    post_item(boxes, box_full, box_empty, turn, -1, 0, (0, 0, 0, 0))
+
+
+@gluon.jit
+def _forward_kernel(
+    query_descriptor, key_descriptor, value_descriptor, out_descriptor, out, lse, start, end, order, tiles, counter,
+    out_batch, out_row, out_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,
+    together, row_blocks, factor,
+    MERGE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, OWN_OUT: gl.constexpr,
+    PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = query_descriptor.dtype
+    matrix: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    queries = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], matrix)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], matrix)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], matrix)
+    outs = queries
+    if OWN_OUT:
+        outs = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], matrix)
+    boxes = gl.allocate_shared_memory(gl.int32, [2 * BOX, 1], NUMBER_LAYOUT)
+    box_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    box_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(box_full.index(i), count=1)
+        mbarrier.init(box_empty.index(i), count=2)
+        mbarrier.init(query_full.index(i), count=1)
+        mbarrier.init(query_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(i), count=1)
+        mbarrier.init(value_full.index(i), count=1)
+        mbarrier.init(key_empty.index(i), count=2)
+        mbarrier.init(value_empty.index(i), count=2)
+    fence_async_shared()
+    barriers = (
+        boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty
+    )  # fmt: skip
+    rows = (
+        out_descriptor, out, lse, start, end, (out_batch, out_row, out_head), bounds_batch, n_queries, head_dim,
+        heads, row_blocks, factor
+    )  # fmt: skip
+    descriptors = query_descriptor, key_descriptor, value_descriptor
+    work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group
+    memory = (queries, keys, values, outs)
+    gl.warp_specialize(
+        [
+            (_consumer, (memory, barriers, rows, 0, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG)),
+            (_consumer, (memory, barriers, rows, 1, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG)),
+            (_producer, (descriptors, memory, barriers, work, MERGE, BLOCK_K, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: KeyIntervals,
+    options: Options,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
+    batch, n_queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    if into is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
+    else:
+        out, lse = into
+    q, k, v = (addressable(x) for x in (q, k, v))
+    blocks, width = launch.hopper_forward(q), launch.hopper_head_dim(q)
+    rows = 2 * ROWS.value
+    mask = mask.written_out(q.device)
+    start, end = contiguous_bounds(mask)
+    tiles = key_tiles(mask, rows, blocks.keys)
+    order = longest_first(mask, batch, rows, blocks.keys)
+    together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
+    n_items = order.numel() * heads
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, q if into is not None else out))
+    keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
+    with launch.on_device(q):
+        _forward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
+            queries, keys, values, outs, out, lse, start, end, order, tiles, counter, *out.stride()[:3],
+            launch.shared_stride(start), launch.shared_stride(tiles), n_queries, head_dim, heads, heads // kv_heads,
+            n_items, order.numel(), together, order.numel() // batch, options.scale * LOG2_E.value,
+            MERGE=into is not None, BLOCK_K=blocks.keys, BLOCK_D=width, STAGES=blocks.stages,
+            OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
+            PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
+        )  # fmt: skip
+    return out, lse

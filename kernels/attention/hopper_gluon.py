@@ -1,0 +1,46 @@
+"""What the Hopper kernels need of Gluon that differs between Triton 3.6 and 3.7, or that its Python side lacks."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+# Gluon's functions take a hidden argument, and exist in one version of Triton or the other
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core
+
+threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # those of one partition
+
+
+@_core.builtin
+def reduce_add_to_global(descriptor, coordinates, source, _semantic=None):
+    """Adds a tile in shared memory to a tensor, as the copy engine does it: asynchronous, unordered."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, source.handle)
+
+
+@gluon.jit
+def named_barrier(number: gl.constexpr, threads: gl.constexpr):
+    """Where `threads` threads of several partitions meet; Triton itself leaves the numbers from 8 on free."""
+    gl.inline_asm_elementwise(
+        f"bar.sync {number}, {threads}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def arrive_at_named_barrier(number: gl.constexpr, threads: gl.constexpr):
+    """Counts this partition's threads as met, without waiting."""
+    gl.inline_asm_elementwise(
+        f"bar.arrive {number}, {threads}; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_writes():
+    """Until what the copy engine was given to add is visible to others; `tma.store_wait`: until it was read."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )

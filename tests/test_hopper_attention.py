@@ -1,0 +1,222 @@
+"""The Hopper attention kernels on a GPU of that kind: the checks of the portable ones, and more tiles.
+
+Which calls go to them is tested everywhere. Memory that nobody has written is NaN.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from attention_checks import MASKS, check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from precision import DEVICE, relative_error
+
+from longctx.kernels import launch
+from longctx.kernels.attention import hopper, interface
+from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+DTYPES = [torch.bfloat16, torch.float16]
+on_hopper = pytest.mark.hopper
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def large_masks() -> dict[str, KeyIntervals]:
+    """Of several tiles in each direction, and no whole number of them."""
+    starts = torch.zeros(2, 700, dtype=torch.int64)
+    starts[0, 100:], starts[0, 384:] = 100, 384
+    starts[1, 1:], starts[1, 699:] = 1, 699
+    outer = torch.cat((torch.arange(175), torch.arange(525, 700)))
+    documents = KeyIntervals.documents(starts)
+    made = {
+        "full": KeyIntervals.full(300, 520),
+        "causal": KeyIntervals.causal(777),
+        "causal, whole tiles": KeyIntervals.causal(512),
+        "causal, more keys": KeyIntervals.causal(130, 901),
+        "causal, fewer keys": KeyIntervals.causal(901, 130),
+        "window": KeyIntervals.causal(900).window(200, "cpu"),
+        "documents": documents,
+        "zigzag rows": documents.rows(outer),
+        "zigzag hop": documents.rows(outer).keys(torch.arange(175, 525)),
+        "rows that see nothing": KeyIntervals.causal(600, 600).band(-1, 0, "cpu"),
+    }
+    return {name: mask.to(DEVICE) for name, mask in made.items()}
+
+
+LARGE_MASKS = large_masks()
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name, dtype):
+    check(MASKS[name], dtype, implementation="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", LARGE_MASKS)
+def test_large_masks(name, head_dim):
+    check(LARGE_MASKS[name], torch.bfloat16, head_dim=head_dim, implementation="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 8), (6, 2, 24), (4, 1, 40), (1, 1, 72), (8, 1, 128), (2, 1, 200)]
+)
+def test_heads(heads, kv_heads, head_dim):
+    check(LARGE_MASKS["causal, more keys"], torch.bfloat16, heads, kv_heads, head_dim, implementation="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "option", [{"scale": 0.4}, {"sink": torch.tensor([-1.0, 0.0, 2.0, 5.0]).to(DEVICE)}, {"deterministic": True}]
+)
+def test_options(option):
+    check(LARGE_MASKS["documents"], torch.bfloat16, implementation="hopper", **option)
+
+
+@on_hopper
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_intervals_shapes_and_strides(data):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    n_queries, n_keys = data.draw(st.integers(1, 700)), data.draw(st.integers(1, 700))
+    batch, kv_heads = (data.draw(st.integers(1, 2)) for _ in range(2))
+    group, head_dim = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([16, 64, 104, 128, 192]))
+    rows = data.draw(st.sampled_from([1, batch]))
+    start, end = (torch.randint(0, n_keys + 1, (rows, n_queries)).sort(-1).values for _ in range(2))
+    if data.draw(st.booleans()):  # intervals longer than by chance
+        start = (start - n_keys // 2).clamp(min=0)
+    mask = KeyIntervals.intervals(start, end, n_keys).to(DEVICE)
+
+    def strided(n, heads):
+        order = data.draw(st.permutations([0, 1, 2]))
+        pad = data.draw(st.sampled_from([0, 8, 3]))  # the last: a stride that the copy engine does not take
+        shape = [(batch, n, heads)[i] for i in order]
+        x = torch.randn(*shape, head_dim + pad, device=DEVICE, dtype=torch.bfloat16)[..., :head_dim]
+        return x.permute(*(order.index(i) for i in range(3)), 3)
+
+    inputs = strided(n_queries, kv_heads * group), strided(n_keys, kv_heads), strided(n_keys, kv_heads)
+    check(
+        mask, torch.bfloat16, inputs=inputs, implementation="hopper", deterministic=data.draw(st.booleans())
+    )  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_two_halves_of_the_keys_are_the_whole(head_dim):
+    mask = LARGE_MASKS["documents"]
+    n, options = mask.n_keys, Options(0.25)
+    halves = torch.arange(0, n // 2, device=DEVICE), torch.arange(n // 2, n, device=DEVICE)
+    q, dout = (torch.randn(2, n, 4, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(2, n, 2, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    whole, whole_lse = hopper.forward(q, k, v, mask, options)
+    out = torch.zeros(q.shape, device=DEVICE)
+    lse = torch.full((2, 4, n), -torch.inf, device=DEVICE)
+    for half in halves:
+        hopper.forward(q, k[:, half], v[:, half], mask.keys(half), options, into=(out, lse))
+    assert relative_error(out, whole.double()) < 4e-3
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-5)
+
+    gradients = hopper.backward(dout, None, q, k, v, whole, whole_lse, mask, options)
+    dq = torch.ones(q.shape, device=DEVICE)  # what is there already stays in the sum
+    dk, dv = (torch.ones(k.shape, device=DEVICE) for _ in range(2))
+    for half in halves:
+        parts = dk[:, half], dv[:, half]
+        halves_mask = mask.keys(half)
+        hopper.backward(
+            dout, None, q, k[:, half], v[:, half], whole, whole_lse, halves_mask, options, into=(dq, *parts)
+        )
+        dk[:, half], dv[:, half] = parts
+    for mine, true in zip((dq, dk, dv), gradients, strict=True):
+        assert relative_error(mine - 1, true.double()) < 4e-3
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic_gradients_are_the_same_bits(head_dim):
+    mask = KeyIntervals.documents(torch.tensor([[0] * 900 + [900] * 2100], device=DEVICE))
+    q, k, v, dout = (
+        torch.randn(1, 3000, heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2, 8)
+    )
+    options = Options(head_dim**-0.5, deterministic=True)
+    out, lse = hopper.forward(q, k, v, mask, options)
+    first = hopper.backward(dout, None, q, k, v, out, lse, mask, options)
+    for _ in range(20):
+        again_out, again_lse = hopper.forward(q, k, v, mask, options)
+        assert torch.equal(again_out, out)
+        assert torch.equal(again_lse, lse)
+        again = hopper.backward(dout, None, q, k, v, out, lse, mask, options)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_errors_do_not_move(head_dim):
+    """An error that moves from run to run is a race."""
+    mask = KeyIntervals.causal(2176)
+    q, k, v, dout = (
+        torch.randn(1, 2176, heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2, 2, 4)
+    )
+    options = Options(head_dim**-0.5)
+    exact = [x.double() for x in (q, k, v)]
+    true_out, true_lse = interface.forward(*exact, mask, options, "reference")
+    truth = interface.backward(dout.double(), None, *exact, true_out, true_lse, mask, options, "reference")
+    out, lse = hopper.forward(q, k, v, mask, options)
+    errors = []
+    for _ in range(50):
+        gradients = hopper.backward(dout, None, q, k, v, out, lse, mask, options)
+        errors.append([relative_error(mine, true) for mine, true in zip(gradients, truth, strict=True)])
+    spread = torch.tensor(errors, dtype=torch.float64)
+    assert float(spread.max()) < 5e-3
+    assert float((spread.max(0).values - spread.min(0).values).max()) < 1e-5
+
+
+@on_hopper
+def test_compiled_whole():
+    mask = LARGE_MASKS["documents"]
+    inputs = [torch.randn(2, 700, h, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (4, 2, 2)]
+
+    def loss(*inputs):
+        out, lse = attention(*inputs, mask, implementation="hopper", deterministic=True)
+        return out.float().square().sum() + lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(loss(*inputs), inputs)
+    for a, b in zip(plain, torch.autograd.grad(compiled(*inputs), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+# the choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_beyond_the_kernels():
+    mask = KeyIntervals.causal(16)
+
+    def reason(dtype=torch.bfloat16, head_dim=64, mask=mask, architecture="sm_90", **options):
+        q = torch.empty(1, 16, 2, head_dim, dtype=dtype, device="meta")
+        with (
+            mock.patch.object(launch, "architecture", return_value=architecture),
+            mock.patch.object(hopper, "_is_on_gpu", return_value=True),
+        ):
+            return hopper.unsupported(q, mask, Options(1.0, **options))
+
+    assert reason() is None
+    assert reason(deterministic=True) is None
+    assert reason(architecture="sm_80") == "the Hopper kernels need a GPU of compute capability 9.0"
+    assert reason(torch.float32) == "the Hopper kernels take float16 and bfloat16, not torch.float32"
+    assert reason(head_dim=100) == "the Hopper kernels take head dims that are multiples of 8, not 100"
+    assert reason(softcap=2.0) == "the Hopper kernels know no softcap"
+    assert reason(dropout=0.1, seed=torch.zeros(1, dtype=torch.int64)) == "the Hopper kernels know no dropout"
+    assert reason(alibi_slopes=torch.zeros(2)) == "the Hopper kernels know no alibi_slopes"
+    blocks = BlockMask(torch.ones(1, 1, 1, dtype=torch.bool), 16, 16, mask)
+    assert reason(mask=blocks) == "the Hopper kernels know no kept blocks"
+    q = torch.zeros(1, 16, 2, 64)
+    with pytest.raises(ValueError, match="'hopper' cannot serve this call: the Hopper kernels need a GPU"):
+        attention(q, q, q, mask, implementation="hopper")
