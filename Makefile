@@ -29,4 +29,6 @@ lint: .venv/.installed
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo 'and beside it the Triton of torch 2.11, for which the tests compile kernels too'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	@touch $@

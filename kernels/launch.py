@@ -338,7 +338,7 @@ def _memory_class(architecture: str) -> str:
 
 
 # attention on Hopper: tiles as `tools/tune_attention.py` found them, which writes where and when beside them
-_HOPPER_TILES = Path(__file__).with_name("attention") / "hopper_tiles.json"
+HOPPER_TILES = Path(__file__).with_name("attention") / "hopper_tiles.json"
 
 
 class HopperForward(NamedTuple):
@@ -362,7 +362,7 @@ class HopperBackward(NamedTuple):
 
 @cache
 def _hopper_tiles() -> dict[str, dict[str, dict]]:
-    return json.loads(_HOPPER_TILES.read_text())
+    return json.loads(HOPPER_TILES.read_text())
 
 
 def hopper_head_dim(q: Tensor) -> int:

@@ -33,10 +33,14 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
-def kernels_of(script: str) -> list[dict]:
-    """What a script of this folder prints: a JSON line for each kernel. It runs where nothing is interpreted."""
+def kernels_of(script: str, packages: Path | None = None) -> list[dict]:
+    """What a script of this folder prints: a JSON line for each kernel. It runs where nothing is interpreted.
+
+    `packages`: a folder whose packages come before the installed ones.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    paths = [Path(__file__).parents[1], *([] if packages is None else [packages])]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, reversed(paths)))
     command = [sys.executable, Path(__file__).with_name(script)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,6 +55,8 @@ class Compiled(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     assembly: str
+    binary: bytes
+    warnings: list[str]  # of ptxas
 
 
 def compile_launches(call: Callable[[], object], architecture: str) -> list[Compiled]:
@@ -76,10 +82,15 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
     options = {name: value for name, value in kwargs.items() if name not in names}
     values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
     declared_constant = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
         value = values[name]
-        if name in declared_constant or value is None or (isinstance(value, int) and value == 1):
+        if (
+            name in declared_constant
+            or value is None
+            or (isinstance(value, int) and value == 1 and name not in general)
+        ):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
@@ -88,7 +99,7 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
             signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -96,18 +107,19 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
     source = source_type(kernel, signature, constants, attributes)
     result = triton.compile(source, target=target, options=options)
     assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    registers, spills = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
-    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, assembly)
+    binary = result.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    registers, spills, warnings = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
+    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, assembly, binary, warnings)
 
 
-def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int]:
-    """(vector registers a thread, bytes spilled)."""
+def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int, list[str]]:
+    """(vector registers a thread, bytes spilled, nothing)."""
     found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", assembly)}
-    return found["vgpr_count"], 4 * found["vgpr_spill_count"]
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"], []
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers a thread, bytes spilled)."""
+def _ptxas(ptx: str, capability: int) -> tuple[int, int, list[str]]:
+    """(registers a thread, bytes spilled, what it warns of)."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -119,4 +131,5 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
             check=True,
         ).stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
-    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), sum(spills)
+    warnings = [line for line in said.splitlines() if "Potential Performance Loss" in line or "warning" in line]
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), sum(spills), warnings

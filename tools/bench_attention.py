@@ -21,8 +21,10 @@ from benchmarking import Row, UnservedError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longctx.kernels.attention import interface
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,39 @@ def flash_attention_4(case: Case, device: torch.device) -> Call:
     return lambda q, k, v: first(flash_attn_func(q, k, v, causal=case.kind != "full", **window))
 
 
+class _Into(torch.autograd.Function):
+    """The forms of a ring's step: merging into (out, lse), adding to float32 dq, dk, dv, which are zeroed each time."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, implementation: str) -> Tensor:
+        options = Options(q.shape[-1] ** -0.5)
+        out = torch.zeros(q.shape, device=q.device)
+        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, device=q.device)
+        interface.forward(q, k, v, mask, options, implementation, into=(out, lse))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = mask, options, implementation
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        into = tuple(torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+        interface.backward(gradients[0], None, q, k, v, out.to(q.dtype), lse, *ctx.call, into=into)
+        return *(x.to(q.dtype) for x in into), None, None
+
+
+def into(implementation: str) -> Callable[[Case, torch.device], Call]:
+    def prepare(case: Case, device: torch.device) -> Call:
+        mask = case.mask(device)
+        return lambda q, k, v: _Into.apply(q, k, v, mask, implementation)
+
+    return prepare
+
+
 CONTENDERS = {
+    "hopper": ours("hopper"),
+    "hopper-deterministic": ours("hopper", deterministic=True),
+    "hopper-into": into("hopper"),
     "triton": ours("triton"),
     "triton-deterministic": ours("triton", deterministic=True),
     "sdpa": ours("sdpa"),
@@ -188,7 +222,7 @@ CONTENDERS = {
     "flex": flex,
     "fa4": flash_attention_4,
 }
-OURS = ("triton", "triton-deterministic", "sdpa")
+OURS = ("hopper", "hopper-deterministic", "hopper-into", "triton", "triton-deterministic", "sdpa")
 
 
 # measuring ------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E, wide
 
 KEYS = gl.constexpr(64)  # of a consumer
+SIZES = [  # one compilation for all of them
+    "tiles_batch", "turns_batch", "bounds_batch", "n_keys", "n_heads", "group", "n_items", "n_pairs",
+    "together", "key_blocks", "row_blocks",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -285,7 +289,7 @@ def _adder(
         pair = await_item(boxes, box_full, turn)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
     exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, order, tiles, turns, locks,

@@ -45,6 +45,10 @@ from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, longes
 from longctx.kernels.triton_math import LN_2, LOG2_E, finite
 
 ROWS = gl.constexpr(64)  # of a consumer
+SIZES = [  # one compilation for all of them
+    "bounds_batch", "tiles_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
+    "row_blocks",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -256,7 +260,7 @@ def _producer(descriptors, memory, barriers, work, MERGE: gl.constexpr, BLOCK_K:
     post_item(boxes, box_full, box_empty, turn, -1, 0, (0, 0, 0, 0))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     query_descriptor, key_descriptor, value_descriptor, out_descriptor, out, lse, start, end, order, tiles, counter,
     out_batch, out_row, out_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,

@@ -1,0 +1,70 @@
+"""Compiles the Hopper attention kernels without a GPU; prints a JSON line for each kernel of a call.
+
+Runs in a process of its own: where TRITON_INTERPRET is set nothing compiles, and each Triton needs its own.
+"""
+
+from __future__ import annotations
+
+import json
+
+import sass
+import torch
+import triton
+from compiled import compile_launches
+
+from longctx.kernels.attention import hopper_backward, hopper_forward
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+N = 4096
+
+
+def compile_case(head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool = False, deterministic=False) -> None:
+    bound = torch.empty(1, N, dtype=torch.int32, device="meta")
+    mask = KeyIntervals(N, N, False, bound, torch.empty_like(bound))
+    q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
+    lse, options = torch.empty(1, 4, N, device="meta"), Options(0.1, deterministic=deterministic)
+    out = (torch.empty(q.shape, device="meta"), lse) if into else None
+    gradients = tuple(torch.empty(x.shape, device="meta") for x in (q, k, v)) if into else None
+
+    def call():
+        if not deterministic:
+            hopper_forward.forward(q, k, v, mask, options, out)
+        if head_dim <= 128:
+            hopper_backward.backward(q, lse, q, k, v, q, lse, mask, options, gradients)
+
+    for kernel in compile_launches(call, "sm_90"):
+        if kernel.name not in ("_forward_kernel", "_backward_kernel"):
+            continue
+        code = sass.disassembled(kernel.binary)
+        print(
+            json.dumps(
+                {
+                    "kernel": kernel.name, "triton": triton.__version__, "head_dim": head_dim, "dtype": str(dtype),
+                    "into": into, "deterministic": deterministic, "registers": kernel.registers,
+                    "spills": kernel.spill_bytes, "shared": kernel.shared_bytes, "warnings": kernel.warnings,
+                    "loops": [
+                        {
+                            "instructions": len(loop), "spills": sass.spills(loop),
+                            "exponentials": sass.exponentials_by_pending_products(loop),
+                            "overwritten": sass.overwritten_operands(loop),
+                        }
+                        for loop in sass.loops(code)
+                    ],
+                }
+            ),
+            flush=True,
+        )  # fmt: skip
+
+
+def main() -> None:
+    for head_dim in (64, 128, 256):
+        compile_case(head_dim)
+    for head_dim in (64, 128):
+        compile_case(head_dim, into=True)
+        compile_case(head_dim, deterministic=True)
+    compile_case(128, torch.float16)
+
+
+if __name__ == "__main__":
+    main()

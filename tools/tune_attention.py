@@ -1,0 +1,136 @@
+"""Times the tiles that the Hopper attention kernels may have, and writes the fastest where the kernels read them.
+
+    python tools/tune_attention.py            # on a GPU of compute capability 9.0: two minutes, prints all
+    python tools/tune_attention.py --write    # and kernels/attention/hopper_tiles.json, with where and when
+
+Causal, bfloat16, one sequence; each variant is compared with the others' result first. The first of a list stays unless
+another is more than 1 % faster in both of two rounds: clocks vary by about as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+import benchmarking
+import torch
+from torch import Tensor
+
+from longctx.kernels import launch
+from longctx.kernels.attention import hopper_backward, hopper_forward
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
+
+SHAPES = {64: (32768, 32, 32), 128: (32768, 32, 8), 256: (16384, 16, 16)}  # tokens, query heads, key heads
+Tile = launch.HopperForward | launch.HopperBackward
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
+def forward_tiles(now: launch.HopperForward) -> list[launch.HopperForward]:
+    """The tiles in use, then others that fit and hardly spill."""
+    return list(
+        dict.fromkeys(
+            (
+                now,
+                now._replace(ping_pong=not now.ping_pong),
+                now._replace(own_out=not now.own_out) if now.keys > 64 else now,
+                now._replace(registers=232, producer_registers=40),
+                now._replace(stages=4) if now.stages == 3 else now,
+            )
+        )
+    )
+
+
+def backward_tiles(now: launch.HopperBackward) -> list[launch.HopperBackward]:
+    return list(dict.fromkeys((now, now._replace(registers=232), now._replace(registers=224))))
+
+
+def random_inputs(head_dim: int, device: torch.device) -> Inputs:
+    length, heads, kv_heads = SHAPES[head_dim]
+    return Inputs(
+        *(
+            torch.randn(1, length, h, head_dim, device=device, dtype=torch.bfloat16)
+            for h in (heads, kv_heads, kv_heads, heads)
+        )
+    )
+
+
+def fastest(
+    what: str, tiles: Sequence[Tile], run: Callable[[], tuple[Tensor, ...]], flops: float, device: torch.device
+) -> Tile:
+    """Of `tiles`, with which `launch.<what>` is replaced while `run` is timed."""
+    rounds: list[dict[Tile, float]] = [{}, {}]
+    expected: tuple[Tensor, ...] | None = None
+    for milliseconds in rounds:
+        for tile in tiles:
+            with mock.patch.object(launch, what, return_value=tile):
+                try:
+                    results = run()
+                except Exception as error:  # too much shared memory, or registers
+                    print(f"{what} {tile}: {type(error).__name__}: {str(error)[:100]}")
+                    continue
+                expected = expected or results
+                for mine, other in zip(results, expected, strict=True):
+                    error = float((mine.float() - other.float()).norm() / other.float().norm())
+                    assert error < 5e-3, f"{what} {tile}: differs from the first by {error:.1e}"
+                milliseconds[tile] = benchmarking.median_ms(run, device, 0.3)
+            print(f"{what} {tile}: {flops / milliseconds[tile] / 1e9:.0f} TFLOP/s", flush=True)
+    best = tiles[0]
+    for tile in tiles[1:]:
+        if all(tile in r and r[tile] < 0.99 * r[best] for r in rounds):
+            best = tile
+    return best
+
+
+def tune(head_dim: int, device: torch.device) -> tuple[launch.HopperForward, launch.HopperBackward | None]:
+    inputs, mask, options = random_inputs(head_dim, device), None, Options(head_dim**-0.5)
+    q, k, v, dout = inputs
+    mask = KeyIntervals.causal(q.shape[1])
+    flops = 2.0 * head_dim * q.shape[2] * q.shape[1] ** 2
+
+    def forward() -> tuple[Tensor, ...]:
+        return hopper_forward.forward(q, k, v, mask, options)
+
+    now = launch.hopper_forward(q)
+    of_forward = fastest("hopper_forward", forward_tiles(now), forward, flops, device)
+    if head_dim > 128:
+        return of_forward, None  # type: ignore[return-value]
+    out, lse = forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        return hopper_backward.backward(dout, None, q, k, v, out, lse, mask, options)
+
+    tiles = backward_tiles(launch.hopper_backward(q))
+    return of_forward, fastest("hopper_backward", tiles, backward, 2.5 * flops, device)  # type: ignore[return-value]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the fastest tiles where the kernels read them")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise SystemExit("tune_attention: needs a GPU of compute capability 9.0, there is none here")
+    device = torch.device("cuda")
+    table: dict[str, dict] = {"measured_on": benchmarking.setting(device), "forward": {}, "backward": {}}
+    for head_dim in SHAPES:
+        forward, backward = tune(head_dim, device)
+        table["forward"][str(head_dim)] = forward._asdict()
+        if backward is not None:
+            table["backward"][str(head_dim)] = backward._asdict()
+    text = json.dumps(table, indent=2) + "\n"
+    print(text)
+    if arguments.write:
+        launch.HOPPER_TILES.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
