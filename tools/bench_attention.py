@@ -197,8 +197,8 @@ class _Into(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
-        into = tuple(torch.zeros(x.shape, device=x.device) for x in (q, k, v))
-        interface.backward(gradients[0], None, q, k, v, out.to(q.dtype), lse, *ctx.call, into=into)
+        dq, dk, dv = into = tuple(torch.zeros(x.shape, device=x.device) for x in (q, k, v))
+        interface.backward(gradients[0], None, q, k, v, out.to(q.dtype), lse, *ctx.call, into=(dq, dk, dv))
         return *(x.to(q.dtype) for x in into), None, None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from unittest import mock
 
 import benchmarking
@@ -25,7 +25,7 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
 SHAPES = {64: (32768, 32, 32), 128: (32768, 32, 8), 256: (16384, 16, 16)}  # tokens, query heads, key heads
-Tile = launch.HopperForward | launch.HopperBackward
+Tile = TypeVar("Tile", launch.HopperForward, launch.HopperBackward)
 
 
 class Inputs(NamedTuple):
@@ -92,25 +92,23 @@ def fastest(
 
 
 def tune(head_dim: int, device: torch.device) -> tuple[launch.HopperForward, launch.HopperBackward | None]:
-    inputs, mask, options = random_inputs(head_dim, device), None, Options(head_dim**-0.5)
-    q, k, v, dout = inputs
-    mask = KeyIntervals.causal(q.shape[1])
+    q, k, v, dout = random_inputs(head_dim, device)
+    mask, options = KeyIntervals.causal(q.shape[1]), Options(head_dim**-0.5)
     flops = 2.0 * head_dim * q.shape[2] * q.shape[1] ** 2
 
     def forward() -> tuple[Tensor, ...]:
         return hopper_forward.forward(q, k, v, mask, options)
 
-    now = launch.hopper_forward(q)
-    of_forward = fastest("hopper_forward", forward_tiles(now), forward, flops, device)
+    of_forward = fastest("hopper_forward", forward_tiles(launch.hopper_forward(q)), forward, flops, device)
     if head_dim > 128:
-        return of_forward, None  # type: ignore[return-value]
+        return of_forward, None
     out, lse = forward()
 
     def backward() -> tuple[Tensor, ...]:
         return hopper_backward.backward(dout, None, q, k, v, out, lse, mask, options)
 
     tiles = backward_tiles(launch.hopper_backward(q))
-    return of_forward, fastest("hopper_backward", tiles, backward, 2.5 * flops, device)  # type: ignore[return-value]
+    return of_forward, fastest("hopper_backward", tiles, backward, 2.5 * flops, device)
 
 
 def main() -> None:
