@@ -42,7 +42,6 @@ from longctx.kernels.attention.hopper_work import (
     post_item,
     read_item,
     vector_descriptor,
-    visited_tile,
 )
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
@@ -111,8 +110,8 @@ def _consumer(
         batch, key_block = pair // key_blocks, pair % key_blocks
         first_key = key_block * (2 * KEYS) + NUMBER * KEYS
         key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, score_layout))
-        edges = full_first - first + last - full_last
-        n_tiles = last - first  # of each query head; their edges come first
+        n_tiles = last - first  # of each query head, whose edges are before `near` and from `far` on
+        near, far = full_first - first, full_last - first
         n_all = n_tiles * group
         dk = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
@@ -126,7 +125,8 @@ def _consumer(
         mbarrier.wait(dout_full.index(stage), parity, pred=n_all > 0)
         dweight = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
-        weight = _weights(score, rows, stage, key, edges > 0, factor, column)
+        is_edge = (near > 0) | (far == 0)
+        weight = _weights(score, rows, stage, key, is_edge, factor, column)
         dweight = warpgroup_mma_wait(0, deps=(dweight,))
         place = gl.to_tensor(0)  # of the tile among those of its head
         for i in range(0, n_all):
@@ -171,7 +171,8 @@ def _consumer(
             score = warpgroup_mma_wait(1, deps=(score,))
             place = gl.where(place + 1 == n_tiles, 0, place + 1)
             # its branch keeps the compiler from hoisting the wait above the exponentials
-            weight = _weights(score, rows, next_stage, key, place < edges, factor, column)
+            is_edge = (place < near) | (place >= far)
+            weight = _weights(score, rows, next_stage, key, is_edge, factor, column)
             dweight, weight = warpgroup_mma_wait(0, deps=(dweight, weight))
 
         dk_descriptor, dv_descriptor, dk_out, dv_out, dk_strides, dv_strides = keys_at
@@ -230,7 +231,7 @@ def _loader(
                 query_head = head * group + member
                 for i in range(0, n_tiles):
                     stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
-                    row = visited_tile(i, visit) * BLOCK_Q
+                    row = (visit[0] + i) * BLOCK_Q
                     of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
                     of_batch = batch * bounds_batch + row
                     full = query_full.index(stage)
@@ -272,7 +273,7 @@ def _adder(
         for member in range(0, group):
             query_head = head * group + member
             for i in range(0, n_tiles):
-                tile = visited_tile(i, visit)
+                tile = visit[0] + i  # ascending: in the order in which the blocks of keys take their turns
                 part = ((batch * n_heads + query_head) * row_blocks + tile) * 2 + NUMBER
                 mbarrier.wait(dq_full.index(NUMBER), done & 1)
                 if locks is not None:
