@@ -45,7 +45,7 @@ from longctx.kernels.attention.hopper_work import (
 )
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.attention.tiles import first_first, key_tiles, longest_first, padded_bounds, row_tiles
+from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E, wide
 
@@ -277,7 +277,7 @@ def _adder(
                 part = ((batch * n_heads + query_head) * row_blocks + tile) * 2 + NUMBER
                 mbarrier.wait(dq_full.index(NUMBER), done & 1)
                 if locks is not None:
-                    place = key_block - gl.load(turns + batch * turns_batch + tile * 4)
+                    place = gl.load(turns + batch * turns_batch + tile * 4 + 3) - 1 - key_block
                     wait_for(locks + part, place, True)
                 reduce_add_to_global(dq_descriptor, [part * 128, 0], dq_tile)
                 tma.store_wait(0)
@@ -409,8 +409,8 @@ def backward(
     start, end = padded_bounds(mask, blocks.rows)
     tiles = row_tiles(mask, blocks.rows, block_keys)
     of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
-    if options.deterministic:  # who is waited for has started before; under a causal mask the longest first too
-        order = first_first(mask, batch, block_keys)
+    if options.deterministic:  # who is waited for has started before
+        order = last_first(mask, batch, block_keys)
     else:
         order = longest_first(mask, batch, blocks.rows, block_keys, True)
     together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)

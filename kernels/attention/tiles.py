@@ -60,11 +60,11 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
 
 
 @once_a_mask
-def first_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
-    """The blocks of keys of all sequences, numbered as in `longest_first`, the first of each sequence first."""
+def last_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
+    """The blocks of keys of all sequences, numbered as in `longest_first`, the last of each sequence first."""
     blocks = -(-mask.n_keys // block_k)
     number = torch.arange(batch * blocks, dtype=torch.int32, device=contiguous_bounds(mask)[0].device)
-    return number.view(batch, blocks).T.flatten()
+    return number.view(batch, blocks).flip(1).T.flatten()
 
 
 @once_a_mask
