@@ -158,7 +158,7 @@ def test_two_halves_of_the_keys_are_the_whole(dtype):
     lse = torch.full((2, 4, n), -torch.inf, device=DEVICE)
     for half in halves:
         triton_forward.forward(q, k[:, half], v[:, half], mask.keys(half), options, into=(out, lse))
-    torch.testing.assert_close(out.to(dtype), whole, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(out.to(dtype), whole, rtol=0, atol=8 * torch.finfo(dtype).eps)  # of values up to 3
     torch.testing.assert_close(lse, whole_lse, rtol=0, atol=2e-6)
 
     gradients = triton_backward.backward(dout, None, q, k, v, whole, whole_lse, mask, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longctx.kernels.triton_math import finite, kept, wide
+from longctx.kernels.triton_math import kept, wide
 
 
 @triton.jit
@@ -115,7 +115,8 @@ def softmax_step(
 ):
     """One more tile of keys: acc (Q, D), peak and total (Q,) of exp2(score * factor - peak), score (Q, K)."""
     new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
-    base = finite(new_peak) if EDGE else new_peak  # of a full tile every row sees all
+    # of a full tile every row sees all; `finite` written out, which as a call costs registers here
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if EDGE else new_peak
     weight = tl.exp2(score * factor - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)
