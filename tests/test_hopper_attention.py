@@ -5,6 +5,7 @@ Which calls go to them is tested everywhere. Memory that nobody has written is N
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from precision import DEVICE, relative_error
 
 from longctx.kernels import launch
-from longctx.kernels.attention import hopper, interface
+from longctx.kernels.attention import hopper, hopper_backward, hopper_work, interface, tiles, triton_backward
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
@@ -191,6 +192,83 @@ def test_compiled_whole():
     plain = torch.autograd.grad(loss(*inputs), inputs)
     for a, b in zip(plain, torch.autograd.grad(compiled(*inputs), inputs), strict=True):
         assert torch.equal(a, b)
+
+
+# what surrounds the kernels, on any machine ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block_q", "width", "head_dim"), [(64, 128, 128), (64, 128, 96), (128, 64, 64)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_dq_is_gathered_from_the_registers_of_threads(block_q, width, head_dim, accumulate):
+    """A warpgroup's product is 64 x 64.
+
+    Thread t has rows t // 32 * 16 + t % 32 // 4 (+ 8) of it, and columns 8 j + t % 4 * 2 (+ 1).
+    """
+    n_queries, heads, n_tiles = 2 * block_q - 5, 2, 2
+    whole = torch.randn(1, n_tiles * block_q, heads, width, device=DEVICE)
+    parts = torch.empty(1, heads, n_tiles, 2, 128, 32, device=DEVICE)
+    thread, register = torch.arange(128).unsqueeze(1), torch.arange(32).unsqueeze(0)
+    row = thread // 32 * 16 + thread % 32 // 4 + register // 16 * 8
+    column = register % 16 // 2 * 8 + thread % 4 * 2 + register % 2
+    for tile in range(n_tiles):
+        for part in range(2):
+            rows = row + tile * block_q + (part * 64 if block_q == 128 else 0)
+            columns = column + (part * 64 if block_q == 64 else 0)
+            parts[0, :, tile, part] = whole[0, rows.to(DEVICE), :, columns.to(DEVICE)].permute(2, 0, 1)
+    dq = torch.full((1, n_queries, heads, head_dim), 2.0, device=DEVICE)
+    hopper_backward._gather_kernel[(n_tiles, heads, 1)](
+        parts, dq, *dq.stride()[:3], n_queries, head_dim, n_tiles, ACCUMULATE=accumulate, BLOCK_Q=block_q, BLOCK_D=width
+    )
+    assert torch.equal(dq, whole[:, :n_queries, :, :head_dim] + (2.0 if accumulate else 0.0))
+
+
+def test_statistics_of_rows():
+    """lse in base 2, inf where a row has no keys or does not exist; scale * (rowsum(dout * out) - dlse)."""
+    dout, out = (torch.randn(1, 5, 2, 16, device=DEVICE) for _ in range(2))
+    lse, dlse = (torch.randn(1, 2, 5, device=DEVICE) for _ in range(2))
+    lse[0, 0, 0] = -torch.inf
+    exponent, delta = triton_backward.statistics(dout, out, dlse, lse, 0.5, 8)
+    assert exponent.shape == delta.shape == (1, 2, 8)
+    assert torch.equal(exponent[..., 5:], torch.full((1, 2, 3), torch.inf, device=DEVICE))
+    assert exponent[0, 0, 0] == torch.inf
+    torch.testing.assert_close(exponent[0, 1, :5], lse[0, 1] / math.log(2))
+    torch.testing.assert_close(delta[..., :5], 0.5 * ((dout * out).sum(-1).transpose(1, 2) - dlse))
+    assert torch.equal(delta[..., 5:], torch.zeros(1, 2, 3, device=DEVICE))
+
+
+def test_order_of_items():
+    mask = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
+    # blocks of 8 rows see 1, 1, 2 and 3 tiles of 8 keys; those of 8 keys are seen by 1, 3, 2 and 1 tiles of rows
+    assert tiles.longest_first(mask, 1, 8, 8).tolist() == [3, 2, 0, 1]
+    assert tiles.longest_first(mask, 1, 8, 8, True).tolist() == [1, 2, 0, 3]
+    assert tiles.longest_first(mask, 2, 8, 8).tolist() == [3, 7, 2, 6, 0, 1, 4, 5]
+    assert tiles.last_first(mask, 2, 8).tolist() == [3, 7, 2, 6, 1, 5, 0, 4]
+    start, end = tiles.padded_bounds(mask, 20)
+    assert start.shape == end.shape == (1, 40)
+    assert start[0, 32:].tolist() == end[0, 32:].tolist() == [0] * 8
+
+
+def test_heads_together_fit_the_cache_and_divide():
+    assert hopper_work.heads_together(8, 16 << 20) == 2
+    assert hopper_work.heads_together(6, 10 << 20) == 3
+    assert hopper_work.heads_together(8, 100 << 20) == 1
+    assert hopper_work.heads_together(8, 1 << 20) == 8
+
+
+def test_what_the_copy_engine_cannot_address_is_copied():
+    x = torch.zeros(2, 16, 4, 64, dtype=torch.bfloat16)
+    assert hopper_work.addressable(x) is x
+    transposed = x.transpose(1, 2)
+    assert hopper_work.addressable(transposed) is transposed
+    flat = torch.zeros(2 * 16 * 4 * 72, dtype=torch.bfloat16)
+    for odd in (
+        flat[1 : 1 + x.numel()].view(x.shape),  # begins between 16 bytes
+        flat[: 2 * 16 * 4 * 68].view(2, 16, 4, 68)[..., :64],  # strides between them
+        x[:, :, :1].expand(2, 16, 4, 64),  # one head for all
+    ):
+        copy = hopper_work.addressable(odd)
+        assert copy.is_contiguous()
+        assert copy.shape == odd.shape
 
 
 # the choice -----------------------------------------------------------------------------------------------------------
