@@ -6,6 +6,7 @@ Runs in a process of its own: where TRITON_INTERPRET is set nothing compiles, an
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import sass
 import torch
@@ -23,9 +24,10 @@ def compile_case(head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool 
     bound = torch.empty(1, N, dtype=torch.int32, device="meta")
     mask = KeyIntervals(N, N, False, bound, torch.empty_like(bound))
     q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
-    lse, options = torch.empty(1, 4, N, device="meta"), Options(0.1, deterministic=deterministic)
-    out = (torch.empty(q.shape, device="meta"), lse) if into else None
-    gradients = tuple(torch.empty(x.shape, device="meta") for x in (q, k, v)) if into else None
+    empty = partial(torch.empty, dtype=torch.float32, device="meta")
+    lse, options = empty(1, 4, N), Options(0.1, deterministic=deterministic)
+    out = (empty(q.shape), lse) if into else None
+    gradients = (empty(q.shape), empty(k.shape), empty(v.shape)) if into else None
 
     def call():
         if not deterministic:
@@ -63,6 +65,7 @@ def main() -> None:
     for head_dim in (64, 128):
         compile_case(head_dim, into=True)
         compile_case(head_dim, deterministic=True)
+    torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
     compile_case(128, torch.float16)
 
 

@@ -1,10 +1,10 @@
 """Times the tiles that the Hopper attention kernels may have, and writes the fastest where the kernels read them.
 
-    python tools/tune_attention.py            # on a GPU of compute capability 9.0: two minutes, prints all
+    python tools/tune_attention.py            # on a GPU of compute capability 9.0: some minutes, prints all
     python tools/tune_attention.py --write    # and kernels/attention/hopper_tiles.json, with where and when
 
-Causal, bfloat16, one sequence; each variant is compared with the others' result first. The first of a list stays unless
-another is more than 1 % faster in both of two rounds: clocks vary by about as much.
+Causal, bfloat16, one sequence; each variant is compared with the first one's result. The tiles in use stay unless
+others are more than 1 % faster in both of two rounds: clocks vary by about as much.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ class Inputs(NamedTuple):
     dout: Tensor
 
 
-def forward_tiles(now: launch.HopperForward) -> list[launch.HopperForward]:
-    """The tiles in use, then others that fit and hardly spill."""
-    return list(
-        dict.fromkeys(
-            (
-                now,
-                now._replace(ping_pong=not now.ping_pong),
-                now._replace(own_out=not now.own_out) if now.keys > 64 else now,
-                now._replace(registers=232, producer_registers=40),
-                now._replace(stages=4) if now.stages == 3 else now,
-            )
-        )
-    )
+def forward_tiles(head_dim: int) -> list[launch.HopperForward]:
+    """What fits and hardly spills."""
+    keys, stages = {64: (128, (3, 4)), 128: (128, (2,)), 256: (64, (2,))}[head_dim]
+    return [
+        launch.HopperForward(keys, n, own_out, ping_pong, *registers)
+        for n in stages
+        for own_out in ((True, False) if head_dim <= 128 else (False,))
+        for ping_pong in (True, False)
+        for registers in ((240, 24), (232, 40))
+    ]
 
 
-def backward_tiles(now: launch.HopperBackward) -> list[launch.HopperBackward]:
-    return list(dict.fromkeys((now, now._replace(registers=232), now._replace(registers=224))))
+def backward_tiles(head_dim: int) -> list[launch.HopperBackward]:
+    return [launch.HopperBackward({64: 128, 128: 64}[head_dim], 2, registers) for registers in (240, 232)]
+
+
+def first_of(now: Tile, tiles: list[Tile]) -> list[Tile]:
+    return [now, *(tile for tile in tiles if tile != now)]
 
 
 def random_inputs(head_dim: int, device: torch.device) -> Inputs:
@@ -84,9 +85,12 @@ def fastest(
                     assert error < 5e-3, f"{what} {tile}: differs from the first by {error:.1e}"
                 milliseconds[tile] = benchmarking.median_ms(run, device, 0.3)
             print(f"{what} {tile}: {flops / milliseconds[tile] / 1e9:.0f} TFLOP/s", flush=True)
-    best = tiles[0]
-    for tile in tiles[1:]:
-        if all(tile in r and r[tile] < 0.99 * r[best] for r in rounds):
+    ran = [tile for tile in tiles if all(tile in milliseconds for milliseconds in rounds)]
+    if not ran:
+        raise SystemExit(f"tune_attention: none of the tiles of {what} runs here")
+    best = ran[0]
+    for tile in ran[1:]:
+        if all(milliseconds[tile] < 0.99 * milliseconds[best] for milliseconds in rounds):
             best = tile
     return best
 
@@ -99,7 +103,9 @@ def tune(head_dim: int, device: torch.device) -> tuple[launch.HopperForward, lau
     def forward() -> tuple[Tensor, ...]:
         return hopper_forward.forward(q, k, v, mask, options)
 
-    of_forward = fastest("hopper_forward", forward_tiles(launch.hopper_forward(q)), forward, flops, device)
+    of_forward = fastest(
+        "hopper_forward", first_of(launch.hopper_forward(q), forward_tiles(head_dim)), forward, flops, device
+    )
     if head_dim > 128:
         return of_forward, None
     out, lse = forward()
@@ -107,7 +113,7 @@ def tune(head_dim: int, device: torch.device) -> tuple[launch.HopperForward, lau
     def backward() -> tuple[Tensor, ...]:
         return hopper_backward.backward(dout, None, q, k, v, out, lse, mask, options)
 
-    tiles = backward_tiles(launch.hopper_backward(q))
+    tiles = first_of(launch.hopper_backward(q), backward_tiles(head_dim))
     return of_forward, fastest("hopper_backward", tiles, backward, 2.5 * flops, device)
 
 

@@ -15,6 +15,7 @@ from longctx.kernels.attention.hopper_backward import backward as _gluon_backwar
 from longctx.kernels.attention.hopper_forward import forward
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
+from longctx.kernels.reference import repeat_heads, sum_repeated_heads
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -54,9 +55,24 @@ def backward(
     options: Options,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `interface.backward`. Head dims above 128 have cuDNN's kernel where that serves, else the portable one."""
+    """See `interface.backward`. Head dims above 128 have torch's kernels where these serve, else the portable one."""
     if q.shape[-1] <= 128:
         return _gluon_backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if into is None and dlse is None and not options.deterministic and sdpa.knows_mask(mask):
-        return sdpa.cudnn_backward(dout, q, k, v, out, lse, mask, options.scale)
-    return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
+    if sdpa.unsupported(q, options) is None:
+        gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
+    elif _cudnn_serves(k, dlse, mask, options):
+        repeated = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
+        dq, dk, dv = sdpa.cudnn_backward(dout, q, *repeated, out, lse, mask, options.scale)
+        gradients = dq, sum_repeated_heads(dk, k.shape[2]), sum_repeated_heads(dv, k.shape[2])
+    else:
+        return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
+    if into is None:
+        return gradients
+    for target, gradient in zip(into, gradients, strict=True):
+        target.add_(gradient)
+    return into
+
+
+def _cudnn_serves(k: Tensor, dlse: Tensor | None, mask: KeyIntervals, options: Options) -> bool:
+    """At a head dim of 256, which torch's other kernels do not take with a gradient of lse."""
+    return dlse is None and not options.deterministic and sdpa.knows_mask(mask) and k.shape[1] > 1

@@ -84,14 +84,13 @@ def _by_thread(dq):
 
 @gluon.jit
 def _consumer(
-    memory, rows, barriers, keys_at, sizes,
+    box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes,
     NUMBER: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 keys of each item, over all query heads of the group."""
-    keys, values, queries, douts, dscores, dq_tiles = memory
-    (
-        boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, dq_full, dq_empty
-    ) = barriers  # fmt: skip
+    keys, values, key_full, key_empty = key_ring
+    queries, douts, query_full, dout_full, row_empty = row_ring
+    dq_tiles, dq_full, dq_empty = dq_ring
     n_keys, head_dim, group, key_blocks, factor, scale = sizes
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -103,9 +102,9 @@ def _consumer(
     deltas = rows[1]
     done = gl.to_tensor(0)  # tiles of rows so far
     turn = gl.to_tensor(0)  # items so far
-    pair = await_item(boxes, box_full, turn)
+    pair = await_item(box, turn)
     while pair >= 0:
-        head, visit = read_item(boxes, box_empty, turn)
+        head, visit = read_item(box, turn)
         first, full_first, full_last, last = visit
         batch, key_block = pair // key_blocks, pair % key_blocks
         first_key = key_block * (2 * KEYS) + NUMBER * KEYS
@@ -163,7 +162,7 @@ def _consumer(
                 k, queries.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
             )
             dk, dscore_operand = warpgroup_mma_wait(1, deps=(dk, dscore_operand))
-            mbarrier.arrive(stage_empty.index(stage), count=1)
+            mbarrier.arrive(row_empty.index(stage), count=1)
             mbarrier.wait(dout_full.index(next_stage), parity, pred=i + 1 < n_all)
             dweight = warpgroup_mma(
                 v, douts.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
@@ -196,12 +195,12 @@ def _consumer(
             tma.store_wait(0)
         mbarrier.arrive(key_empty, count=1)
         turn += 1
-        pair = await_item(boxes, box_full, turn)
+        pair = await_item(box, turn)
 
 
 @gluon.jit
 def _loader(
-    descriptors, memory, rows, barriers, work, row_blocks, group, n_heads, bounds_batch,
+    descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items, says which, and copies all that they are made of."""
@@ -209,18 +208,18 @@ def _loader(
         query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
         start_descriptor, end_descriptor,
     ) = descriptors  # fmt: skip
-    keys, values, queries, douts = memory[0], memory[1], memory[2], memory[3]
+    keys, values, key_full, key_empty = key_ring
+    queries, douts, query_full, dout_full, row_empty = row_ring
     exponents, deltas, starts, ends = rows
-    boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, _dq_full, _dq_empty = barriers
     order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    item = gl.program_id(0)
+    item = gl.atomic_add(counter, 1)  # the first one too: who waits for another's turn waits for a program that runs
     while item < n_items:
         pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, key_blocks)
         n_tiles = visit[3] - visit[0]
         if not (ACCUMULATE and n_tiles == 0):  # nothing to add
-            post_item(boxes, box_full, box_empty, turn, pair, head, visit)
+            post_item(box, turn, pair, head, visit)
             batch, key_block = pair // key_blocks, pair % key_blocks
             mbarrier.wait(key_empty, (turn & 1) ^ 1)
             mbarrier.expect(key_full, key_descriptor.block_type.nbytes + value_descriptor.block_type.nbytes)
@@ -235,7 +234,7 @@ def _loader(
                     of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
                     of_batch = batch * bounds_batch + row
                     full = query_full.index(stage)
-                    mbarrier.wait(stage_empty.index(stage), parity)
+                    mbarrier.wait(row_empty.index(stage), parity)
                     mbarrier.expect(full, query_descriptor.block_type.nbytes + 3 * 4 * BLOCK_Q)
                     tma.async_copy_global_to_shared(
                         query_descriptor, [batch, query_head, row, 0], full, queries.index(stage)
@@ -251,23 +250,23 @@ def _loader(
                     tma.async_copy_global_to_shared(delta_descriptor, [of_head], full, deltas.index(stage))
                     done += 1
             turn += 1
-        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
-    post_item(boxes, box_full, box_empty, turn, -1, 0, (0, 0, 0, 0))
+        item = gl.atomic_add(counter, 1)
+    post_item(box, turn, -1, 0, (0, 0, 0, 0))
 
 
 @gluon.jit
 def _adder(
-    dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads, row_blocks,
+    dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads, row_blocks,
     NUMBER: gl.constexpr,
 ):  # fmt: skip
     """One warp a consumer: adds its part of each tile of dQ to the others', with `locks` in the order of `turns`."""
-    boxes, box_full, box_empty, dq_full, dq_empty = barriers[0], barriers[1], barriers[2], barriers[8], barriers[9]
+    dq_tiles, dq_full, dq_empty = dq_ring
     dq_tile = dq_tiles.index(NUMBER)
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    pair = await_item(boxes, box_full, turn)
+    pair = await_item(box, turn)
     while pair >= 0:
-        head, visit = read_item(boxes, box_empty, turn)
+        head, visit = read_item(box, turn)
         n_tiles = visit[3] - visit[0]
         batch, key_block = pair // key_blocks, pair % key_blocks
         for member in range(0, group):
@@ -287,7 +286,7 @@ def _adder(
                     gl.atomic_add(locks + part, 1, sem="release")
                 done += 1
         turn += 1
-        pair = await_item(boxes, box_full, turn)
+        pair = await_item(box, turn)
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -320,7 +319,7 @@ def _backward_kernel(
     key_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     query_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    stage_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    row_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(key_full, count=1)
@@ -333,29 +332,31 @@ def _backward_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(query_full.index(i), count=1)
         mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(stage_empty.index(i), count=2)
+        mbarrier.init(row_empty.index(i), count=2)
     fence_async_shared()
     descriptors = (
         query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
         start_descriptor, end_descriptor,
     )  # fmt: skip
-    memory = keys, values, queries, douts, dscores, dq_tiles
+    box = boxes, box_full, box_empty
+    key_ring = keys, values, key_full, key_empty
+    row_ring = queries, douts, query_full, dout_full, row_empty
     rows = exponents, deltas, starts, ends
-    barriers = (
-        boxes, box_full, box_empty, key_full, key_empty, query_full, dout_full, stage_empty, dq_full, dq_empty
-    )  # fmt: skip
+    dq_ring = dq_tiles, dq_full, dq_empty
     keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
     work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, group, key_blocks, factor, scale
     gl.warp_specialize(
         [
-            (_consumer, (memory, rows, barriers, keys_at, sizes, 0, ACCUMULATE, BLOCK_Q, BLOCK_D, STAGES)),
-            (_consumer, (memory, rows, barriers, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q, BLOCK_D, STAGES)),
-            (_loader, (descriptors, memory, rows, barriers, work, row_blocks, group, n_heads, bounds_batch, ACCUMULATE,
-                       BLOCK_Q, STAGES)),
-            (_adder, (dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads,
+            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 0, ACCUMULATE, BLOCK_Q,
+                         BLOCK_D, STAGES)),
+            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q,
+                         BLOCK_D, STAGES)),
+            (_loader, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
+                       ACCUMULATE, BLOCK_Q, STAGES)),
+            (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
                       row_blocks, 0)),
-            (_adder, (dq_descriptor, dq_tiles, barriers, locks, turns, turns_batch, key_blocks, group, n_heads,
+            (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
                       row_blocks, 1)),
         ],
         [4, 1, 1, 1],
@@ -416,7 +417,8 @@ def backward(
     together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
     n_items = order.numel() * kv_heads
     row_blocks = triton.cdiv(n_queries, blocks.rows)
-    dq_parts = torch.zeros((batch, heads, row_blocks, blocks.rows * width // 32, 32), device=q.device)
+    shape = batch, heads, row_blocks, blocks.rows * width // 32, 32
+    dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
     n_locks = 2 * batch * heads * row_blocks if options.deterministic else 0
     zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
     tile = {"rows": blocks.rows, "width": width}

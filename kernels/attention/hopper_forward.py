@@ -72,15 +72,15 @@ def _softmax_step(score, peak, factor, key, row_start, row_end, MASKED: gl.const
 
 @gluon.jit
 def _consume_tiles(
-    i_first, i_last, n_tiles, visit, done, q, memory, barriers, state, factor, row_start, row_end,
+    i_first, i_last, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start, row_end,
     MASKED: gl.constexpr, NUMBER: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
     score_layout: gl.constexpr, acc_layout: gl.constexpr,
 ):  # fmt: skip
     """Tiles i_first to i_last of an item: their scores, and the products of the weights before with their values."""
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
     acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    keys, values = memory[1], memory[2]
-    key_full, key_empty, value_full, value_empty = barriers[5], barriers[6], barriers[7], barriers[8]
+    keys, key_full, key_empty = key_ring
+    values, value_full, value_empty = value_ring
     acc, weight, peak, total = state
     lane_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     key = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
@@ -113,13 +113,14 @@ def _consume_tiles(
 
 @gluon.jit
 def _consumer(
-    memory, barriers, rows,
+    box, query_ring, key_ring, value_ring, outs, rows,
     NUMBER: gl.constexpr, MERGE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of each item."""
-    queries, keys, values, outs = memory
-    boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    queries, query_full, query_empty = query_ring
+    keys, key_full, key_empty = key_ring
+    values, value_full, value_empty = value_ring
     out_descriptor, out, lse, start, end, strides, bounds_batch, n_queries, head_dim, heads, row_blocks, factor = rows
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -133,9 +134,9 @@ def _consumer(
         arrive_at_named_barrier(10, 256)
     done = gl.to_tensor(0)  # tiles of keys so far
     turn = gl.to_tensor(0)  # items so far
-    pair = await_item(boxes, box_full, turn)
+    pair = await_item(box, turn)
     while pair >= 0:
-        head, visit = read_item(boxes, box_empty, turn)
+        head, visit = read_item(box, turn)
         first, full_first, full_last, last = visit
         batch = pair // row_blocks
         first_row = (pair % row_blocks) * (2 * ROWS) + NUMBER * ROWS
@@ -161,12 +162,12 @@ def _consumer(
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
         mbarrier.wait(slot(key_full, done + 1, STAGES), phase_of(done + 1, STAGES), pred=n_tiles > 1)
         state = _consume_tiles(
-            1, edges, n_tiles, visit, done, q, memory, barriers, (acc, weight, peak, total), factor, row_start, row_end,
-            True, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            1, edges, n_tiles, visit, done, q, key_ring, value_ring, (acc, weight, peak, total), factor, row_start,
+            row_end, True, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
         acc, weight, peak, total = _consume_tiles(
-            gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, memory, barriers, state, factor, row_start, row_end,
-            False, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start,
+            row_end, False, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
         if OWN_OUT:
             mbarrier.arrive(query_empty.index(NUMBER), count=1)
@@ -209,16 +210,27 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(query_empty.index(NUMBER), count=1)
         turn += 1
-        pair = await_item(boxes, box_full, turn)
+        pair = await_item(box, turn)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _producer(descriptors, memory, barriers, work, MERGE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+def _producer(
+    descriptors,
+    box,
+    query_ring,
+    key_ring,
+    value_ring,
+    work,
+    MERGE: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """One warp: takes items, says which, and copies their queries, keys and values."""
     query_descriptor, key_descriptor, value_descriptor = descriptors
-    queries, keys, values = memory[0], memory[1], memory[2]
-    boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    queries, query_full, query_empty = query_ring
+    keys, key_full, key_empty = key_ring
+    values, value_full, value_empty = value_ring
     order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -232,7 +244,7 @@ def _producer(descriptors, memory, barriers, work, MERGE: gl.constexpr, BLOCK_K:
                 first = gl.maximum(first - 1, 0)
                 full_first, full_last, last = first + 1, first + 1, first + 1
             visit = first, full_first, full_last, last
-            post_item(boxes, box_full, box_empty, turn, pair, head, visit)
+            post_item(box, turn, pair, head, visit)
             batch, row_block = pair // row_blocks, pair % row_blocks
             for c in gl.static_range(2):
                 mbarrier.wait(query_empty.index(c), (turn & 1) ^ 1)
@@ -257,7 +269,7 @@ def _producer(descriptors, memory, barriers, work, MERGE: gl.constexpr, BLOCK_K:
                 done += 1
             turn += 1
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)
-    post_item(boxes, box_full, box_empty, turn, -1, 0, (0, 0, 0, 0))
+    post_item(box, turn, -1, 0, (0, 0, 0, 0))
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -296,25 +308,27 @@ def _forward_kernel(
         mbarrier.init(key_empty.index(i), count=2)
         mbarrier.init(value_empty.index(i), count=2)
     fence_async_shared()
-    barriers = (
-        boxes, box_full, box_empty, query_full, query_empty, key_full, key_empty, value_full, value_empty
-    )  # fmt: skip
+    box = boxes, box_full, box_empty
+    query_ring = queries, query_full, query_empty
+    key_ring = keys, key_full, key_empty
+    value_ring = values, value_full, value_empty
     rows = (
         out_descriptor, out, lse, start, end, (out_batch, out_row, out_head), bounds_batch, n_queries, head_dim,
         heads, row_blocks, factor
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
     work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group
-    memory = (queries, keys, values, outs)
     gl.warp_specialize(
         [
-            (_consumer, (memory, barriers, rows, 0, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG)),
-            (_consumer, (memory, barriers, rows, 1, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG)),
-            (_producer, (descriptors, memory, barriers, work, MERGE, BLOCK_K, STAGES)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
+                         PING_PONG)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
+                         PING_PONG)),
+            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, MERGE, BLOCK_K, STAGES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 def forward(

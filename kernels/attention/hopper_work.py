@@ -66,33 +66,36 @@ def item_of(item, order, tiles, tiles_batch, n_pairs, together, blocks):
 
 
 @gluon.jit
-def post_item(boxes, box_full, box_empty, turn, pair, head, visit):
+def post_item(box, turn, pair, head, visit):
     """Says to the other warps what to work on next; pair -1: nothing any more."""
+    boxes, box_full, box_empty = box
     first, full_first, full_last, last = visit
     mbarrier.wait(slot(box_empty, turn, 2), phase_of(turn, 2) ^ 1)
-    box = (turn % 2) * BOX
-    _write_number(boxes, box, pair)
-    _write_number(boxes, box + 1, head)
-    _write_number(boxes, box + 2, first)
-    _write_number(boxes, box + 3, full_first)
-    _write_number(boxes, box + 4, full_last)
-    _write_number(boxes, box + 5, last)
+    at = (turn % 2) * BOX
+    _write_number(boxes, at, pair)
+    _write_number(boxes, at + 1, head)
+    _write_number(boxes, at + 2, first)
+    _write_number(boxes, at + 3, full_first)
+    _write_number(boxes, at + 4, full_last)
+    _write_number(boxes, at + 5, last)
     mbarrier.arrive(slot(box_full, turn, 2), count=1)
 
 
 @gluon.jit
-def await_item(boxes, box_full, turn):
+def await_item(box, turn):
     """The block of the next item, or -1."""
+    boxes, box_full = box[0], box[1]
     mbarrier.wait(slot(box_full, turn, 2), phase_of(turn, 2))
     return _number(boxes, (turn % 2) * BOX)
 
 
 @gluon.jit
-def read_item(boxes, box_empty, turn):
+def read_item(box, turn):
     """The rest of it: the head, and first, full_first, full_last, last."""
-    box = (turn % 2) * BOX
-    head = _number(boxes, box + 1)
-    visit = _number(boxes, box + 2), _number(boxes, box + 3), _number(boxes, box + 4), _number(boxes, box + 5)
+    boxes, box_empty = box[0], box[2]
+    at = (turn % 2) * BOX
+    head = _number(boxes, at + 1)
+    visit = _number(boxes, at + 2), _number(boxes, at + 3), _number(boxes, at + 4), _number(boxes, at + 5)
     mbarrier.arrive(slot(box_empty, turn, 2), count=1)
     return head, visit
 

@@ -262,7 +262,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block; `out` and `lse` are those of the whole softmax, of which this block may be a part.
 
-    `into`: dq, dk and dv in the dtype of sums, to which this block's are added in place, and which are returned.
+    `into`: dq, dk and dv in the dtype of sums, their last dim contiguous, to which this block's are added in place, and
+    which are returned.
     """
     implementation = choose(implementation, q, mask, options)
     if not q.numel() or not k.numel():

@@ -258,6 +258,7 @@ def backward(
     else:
         dq, dk, dv = into
     dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
+    lse = lse.contiguous()
     blocks = launch.attention_backward(q, isinstance(mask, BlockMask))
     m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys, of_keys=True)
     locks = None
@@ -297,7 +298,8 @@ def statistics(
     and delta 0: their weights are 0.
     """
     batch, heads, n_queries = lse.shape
-    exponent, delta = torch.empty((2, batch, heads, n_queries + -n_queries % multiple), device=lse.device)
+    shape = 2, batch, heads, n_queries + -n_queries % multiple
+    exponent, delta = torch.empty(shape, dtype=torch.float32, device=lse.device)
     _launch_delta(dout, out, dlse, lse, delta, exponent, scale)
     return exponent, delta
 
@@ -307,7 +309,7 @@ def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None, 
     batch, n_queries, heads, head_dim = dout.shape
     rows = 16 if launch.INTERPRETED else 64
     _delta_kernel[(triton.cdiv(delta.shape[-1], rows), heads, batch)](
-        dout, out, None if dlse is None else dlse.contiguous(), lse, delta, exponent, *dout.stride()[:3],
+        dout, out, None if dlse is None else dlse.contiguous(), lse.contiguous(), delta, exponent, *dout.stride()[:3],
         *out.stride()[:3], n_queries, delta.shape[-1], scale, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
         BLOCK_Q=rows, num_warps=4,
     )  # fmt: skip
