@@ -36,6 +36,17 @@ def sum_repeated_heads(dx: Tensor, n_kv_heads: int) -> Tensor:
     return dx.unflatten(2, (n_kv_heads, dx.shape[2] // n_kv_heads)).sum(3)
 
 
+def added(
+    gradients: tuple[Tensor, Tensor, Tensor], into: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`into` with `gradients` added in place, or these where there is nothing to add to."""
+    if into is None:
+        return gradients
+    for target, gradient in zip(into, gradients, strict=True):
+        target.add_(gradient)
+    return into
+
+
 def attention_scores(
     q: Tensor, k: Tensor, mask: KeyIntervals | BlockMask, options: Options
 ) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from longctx.kernels.attention.hopper_backward import backward as _gluon_backwar
 from longctx.kernels.attention.hopper_forward import forward
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.reference import repeat_heads, sum_repeated_heads
+from longctx.kernels.reference import added, repeat_heads, sum_repeated_heads
 
 __all__ = ["backward", "forward", "unsupported"]
 
@@ -66,11 +66,7 @@ def backward(
         gradients = dq, sum_repeated_heads(dk, k.shape[2]), sum_repeated_heads(dv, k.shape[2])
     else:
         return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if into is None:
-        return gradients
-    for target, gradient in zip(into, gradients, strict=True):
-        target.add_(gradient)
-    return into
+    return added(gradients, into)
 
 
 def _cudnn_serves(k: Tensor, dlse: Tensor | None, mask: KeyIntervals, options: Options) -> bool:

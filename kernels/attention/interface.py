@@ -276,11 +276,7 @@ def backward(
         gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
     else:
         gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
-    if into is None:
-        return gradients
-    for target, gradient in zip(into, gradients, strict=True):
-        target.add_(gradient)
-    return into
+    return reference.added(gradients, into)
 
 
 # custom ops -----------------------------------------------------------------------------------------------------------
