@@ -29,13 +29,13 @@ from longctx.kernels import launch
 from longctx.kernels.attention import triton_backward
 from longctx.kernels.attention.hopper_gluon import named_barrier, reduce_add_to_global, threads_meet, wait_for_writes
 from longctx.kernels.attention.hopper_work import (
-    BOX,
-    NUMBER_LAYOUT,
     addressable,
     await_item,
+    barriers,
     descriptor,
     heads_together,
     item_of,
+    make_box,
     part_descriptor,
     phase_of,
     pointers_to,
@@ -312,37 +312,16 @@ def _backward_kernel(
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
     starts = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
     ends = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
-    boxes = gl.allocate_shared_memory(gl.int32, [2 * BOX, 1], NUMBER_LAYOUT)
-    box_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    box_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    query_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    row_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    dq_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    dq_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(key_full, count=1)
-    mbarrier.init(key_empty, count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(box_full.index(i), count=1)
-        mbarrier.init(box_empty.index(i), count=4)
-        mbarrier.init(dq_full.index(i), count=1)
-        mbarrier.init(dq_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(row_empty.index(i), count=2)
+    box = make_box(4)
+    key_ring = keys, values, barriers(1, 1).index(0), barriers(1, 2).index(0)
+    row_ring = queries, douts, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
+    dq_ring = dq_tiles, barriers(2, 1), barriers(2, 1)
     fence_async_shared()
     descriptors = (
         query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
         start_descriptor, end_descriptor,
     )  # fmt: skip
-    box = boxes, box_full, box_empty
-    key_ring = keys, values, key_full, key_empty
-    row_ring = queries, douts, query_full, dout_full, row_empty
     rows = exponents, deltas, starts, ends
-    dq_ring = dq_tiles, dq_full, dq_empty
     keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
     work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, group, key_blocks, factor, scale

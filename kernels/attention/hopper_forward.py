@@ -25,13 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from longctx.kernels import launch
 from longctx.kernels.attention.hopper_gluon import arrive_at_named_barrier, named_barrier, threads_meet
 from longctx.kernels.attention.hopper_work import (
-    BOX,
-    NUMBER_LAYOUT,
     addressable,
     await_item,
+    barriers,
     descriptor,
     heads_together,
     item_of,
+    make_box,
     phase_of,
     pointers_to,
     post_item,
@@ -216,16 +216,9 @@ def _consumer(
 
 @gluon.jit
 def _producer(
-    descriptors,
-    box,
-    query_ring,
-    key_ring,
-    value_ring,
-    work,
-    MERGE: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    descriptors, box, query_ring, key_ring, value_ring, work,
+    MERGE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One warp: takes items, says which, and copies their queries, keys and values."""
     query_descriptor, key_descriptor, value_descriptor = descriptors
     queries, query_full, query_empty = query_ring
@@ -288,30 +281,11 @@ def _forward_kernel(
     outs = queries
     if OWN_OUT:
         outs = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], matrix)
-    boxes = gl.allocate_shared_memory(gl.int32, [2 * BOX, 1], NUMBER_LAYOUT)
-    box_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    box_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    query_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    query_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(box_full.index(i), count=1)
-        mbarrier.init(box_empty.index(i), count=2)
-        mbarrier.init(query_full.index(i), count=1)
-        mbarrier.init(query_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(i), count=1)
-        mbarrier.init(value_full.index(i), count=1)
-        mbarrier.init(key_empty.index(i), count=2)
-        mbarrier.init(value_empty.index(i), count=2)
+    box = make_box(2)
+    query_ring = queries, barriers(2, 1), barriers(2, 1)
+    key_ring = keys, barriers(STAGES, 1), barriers(STAGES, 2)
+    value_ring = values, barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
-    box = boxes, box_full, box_empty
-    query_ring = queries, query_full, query_empty
-    key_ring = keys, key_full, key_empty
-    value_ring = values, value_full, value_empty
     rows = (
         out_descriptor, out, lse, start, end, (out_batch, out_row, out_head), bounds_batch, n_queries, head_dim,
         heads, row_blocks, factor

@@ -19,10 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 BOX = gl.constexpr(8)  # numbers in a box, of which there are two
-NUMBER_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
 # rings of barriers ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def barriers(STAGES: gl.constexpr, arrivals: gl.constexpr):
+    """A ring of them, each over after so many arrivals. Who makes them fences before other partitions see them."""
+    ring = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ring.index(i), count=arrivals)
+    return ring
 
 
 @gluon.jit
@@ -50,6 +58,13 @@ def _number(boxes, index):
 def _write_number(boxes, index, value):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     boxes.index(index).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def make_box(readers: gl.constexpr):
+    """Two boxes for items, with the barriers of their writer and of the partitions that read them."""
+    boxes = gl.allocate_shared_memory(gl.int32, [2 * BOX, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    return boxes, barriers(2, 1), barriers(2, readers)
 
 
 @gluon.jit
