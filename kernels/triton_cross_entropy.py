@@ -226,9 +226,11 @@ def gradient(
 
 
 def scale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a single number on the device; nothing is read or written where it is 1. x is contiguous."""
+    """x *= factor, a single number on the device; of a contiguous x nothing is read or written where it is 1."""
     block = 4096
-    if x.numel():
+    if not x.is_contiguous():  # such as an uneven shard, cut out of a padded one
+        x.mul_(factor)
+    elif x.numel():
         with launch.on_device(x):
             _scale_kernel[(min(triton.cdiv(x.numel(), block), 8 * launch.multiprocessors(x.device)),)](
                 x, factor, x.numel(), BLOCK=block, num_warps=8

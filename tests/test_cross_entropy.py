@@ -190,6 +190,10 @@ def test_scaling_in_the_kernel():
     assert torch.equal(scaled, x / 2)
     triton_cross_entropy.scale(scaled, torch.tensor(1.0, device=DEVICE))
     assert torch.equal(scaled, x / 2)
+    padded = torch.stack((x, x))
+    triton_cross_entropy.scale(padded.transpose(0, 1)[:-1], torch.tensor(0.5, device=DEVICE))
+    assert torch.equal(padded[:, :-1], torch.stack((x, x))[:, :-1] / 2)
+    assert torch.equal(padded[:, -1], torch.stack((x, x))[:, -1])
 
 
 # linear ---------------------------------------------------------------------------------------------------------------

@@ -180,7 +180,8 @@ class _Layout(NamedTuple):
             return None
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        return x.redistribute(self.mesh, self.tokens if placements is None else placements).to_local()
+        # detached: under no_grad torch 2.11 detaches the result in place, for which DTensor has no rule
+        return x.detach().redistribute(self.mesh, self.tokens if placements is None else placements).to_local()
 
     def everywhere(self, x: Tensor) -> Tensor:
         return self.local(x, [Replicate()] * self.mesh.ndim)
