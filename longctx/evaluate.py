@@ -14,7 +14,7 @@ from longctx.data.loader import Batch, Source, collate
 from longctx.data.packing import IGNORE_INDEX
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.sequence import held_tokens, sequence_mask, shard
+from longctx.parallel.sequence import Split, zigzag
 
 BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
 
@@ -28,12 +28,12 @@ class Held(NamedTuple):
     targets: Tensor
 
     @staticmethod
-    def of(batch: Batch, mesh: Mesh, device: torch.device) -> Held:
-        rank, size = mesh.rank("context"), mesh.size("context")
+    def of(batch: Batch, split: Split, mesh: Mesh, device: torch.device) -> Held:
         tokens, positions, targets = (
-            shard(x, rank, size).to(device, non_blocking=True) for x in (batch.tokens, batch.positions, batch.targets)
+            split.shard(x, mesh.rank("context")).to(device, non_blocking=True)
+            for x in (batch.tokens, batch.positions, batch.targets)
         )
-        return Held(tokens, positions, sequence_mask(batch.document_start, device), targets)
+        return Held(tokens, positions, split.mask(batch.document_start, device), targets)
 
 
 @torch.no_grad()
@@ -48,7 +48,9 @@ def validate(
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
     sums = torch.zeros(3 + 2 * BUCKETS, dtype=torch.float64, device=device)  # nats, tokens, bytes, then by position
     for first in range(0, sequences, mesh.readers):  # all ranks run alike, so that collectives meet
-        held = Held.of(collate([source.sequence(first + mesh.reader)]), mesh, device)
+        batch = collate([source.sequence(first + mesh.reader)])
+        split = zigzag(batch.tokens.shape[1], mesh.size("context"))
+        held = Held.of(batch, split, mesh, device)
         valid = (held.targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
         losses, positions, targets = model(*held)[valid].double(), held.positions[valid], held.targets[valid]
         bucket = (positions + 1).double().log2().floor().long()
@@ -88,11 +90,12 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     positions = torch.arange(total).expand_as(ids)
-    held = held_tokens(rank, size, total, torch.device("cpu"))
+    split = zigzag(total, size)
+    held, mask = split.held(rank), split.mask(torch.zeros_like(ids), device)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(new_tokens):
-        inputs = (shard(x, rank, size).to(device) for x in (ids, positions))
-        logits = model(*inputs, KeyIntervals.causal(total))
+        inputs = (split.shard(x, rank).to(device) for x in (ids, positions))
+        logits = model(*inputs, mask)
         is_last = (held.unsqueeze(0) == lengths.unsqueeze(1) - 1).to(device)  # (batch, held tokens)
         last = torch.einsum("bn,bnv->bv", is_last.to(logits.dtype), logits).float()
         dist.all_reduce(last, group=mesh.group("context"))

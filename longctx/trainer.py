@@ -27,11 +27,11 @@ from longctx.data.tokens import DataError, TokenFolder
 from longctx.evaluate import Held, generate, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
-from longctx.model.transformer import attention_pairs, palm_flops, training_flops
+from longctx.model.transformer import attention_pairs, keys_seen, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.parallel.sequence import shard
+from longctx.parallel.sequence import Split, balanced, zigzag
 from longctx.runtime import Runtime
 
 GIB = 2.0**30
@@ -136,17 +136,18 @@ class Trainer:
         """One step: fetch, forward, backward, clip, update. Returns its metrics and the signal that asks to stop."""
         started = time.perf_counter()
         batches = self.loader.step(self.consumed)
+        splits = [self._split(batch) for batch in batches]
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
         device = self.runtime.device
-        counts = torch.tensor(self._count(batches), dtype=torch.float64, device=device)
+        counts = torch.tensor(self._count(batches, splits), dtype=torch.float64, device=device)
         dist.all_reduce(counts[:SUMMED])
         dist.all_reduce(counts[SUMMED:], op=dist.ReduceOp.MAX)
         valid_tokens = counts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in batches:
-            part = self.model(*Held.of(batch, self.mesh, device), (1 / valid_tokens).float())
+        for batch, split in zip(batches, splits, strict=True):
+            part = self.model(*Held.of(batch, split, self.mesh, device), (1 / valid_tokens).float())
             part.backward()
             loss += part.detach()
         dist.all_reduce(loss)
@@ -174,9 +175,16 @@ class Trainer:
         values |= self._work_done(seconds, step_counts) | {"time/data_s": fetched - started}
         return values, int(step_counts.stop_signal)
 
-    def _count(self, batches: list[Batch]) -> StepCounts:
+    def _split(self, batch: Batch) -> Split:
+        """Which rank of the context axis holds which tokens: so that attention is as much work on each."""
+        length, size = batch.positions.shape[1], self.mesh.size("context")
+        if size == 1 or self.config.parallel.strategy == Strategy.ulysses:  # which gives each rank all tokens
+            return zigzag(length, size)
+        return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
+
+    def _count(self, batches: list[Batch], splits: list[Split]) -> StepCounts:
         """Of this rank, before ranks have added them up."""
-        pairs = sum(self._attention_pairs(b) for b in batches)
+        pairs = sum(self._attention_pairs(b, split) for b, split in zip(batches, splits, strict=True))
         return StepCounts(
             valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
             tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
@@ -186,12 +194,11 @@ class Trainer:
             stop_signal=self.stop_signal,
         )
 
-    def _attention_pairs(self, batch: Batch) -> float:
+    def _attention_pairs(self, batch: Batch, split: Split) -> float:
         """Pairs of a query and a key whose attention this rank computes; with Ulysses, its share of the heads."""
-        rank, size = self.mesh.rank("context"), self.mesh.size("context")
         if self.config.parallel.strategy == Strategy.ulysses:
-            return attention_pairs(self.config.model, batch.positions) / size
-        return attention_pairs(self.config.model, shard(batch.positions, rank, size))
+            return attention_pairs(self.config.model, batch.positions) / split.size
+        return attention_pairs(self.config.model, split.shard(batch.positions, self.mesh.rank("context")))
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1

@@ -26,10 +26,10 @@ from longctx.config import (
 )
 from longctx.kernels.attention import interface
 from longctx.model.transformer import build, initial_value
-from longctx.parallel import ring
+from longctx.parallel import exchange
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.parallel.sequence import sequence_mask, shard
+from longctx.parallel.sequence import zigzag
 
 LENGTH, BATCH, VOCAB = 64, 4, 97
 IGNORE = -100
@@ -85,7 +85,9 @@ def loss_and_gradients(model, inputs: Inputs, mask, denominator) -> dict[str, to
 def one_process(config: ModelConfig, inputs: Inputs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = build(config, seed=0).to(dtype)
     valid = (inputs.targets != IGNORE).sum()
-    results = loss_and_gradients(model, inputs, sequence_mask(inputs.document_start, torch.device("cpu")), valid)
+    results = loss_and_gradients(
+        model, inputs, zigzag(LENGTH, 1).mask(inputs.document_start, torch.device("cpu")), valid
+    )
     return results | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -103,9 +105,10 @@ def on_layout(
         for name, p in parallel_model.named_parameters():
             whole = initial_value(name, p, model, 0, torch.device("cpu")).to(device)
             p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())
-    context_rank, context_size = mesh.rank("context"), mesh.size("context")
+    context_rank, split = mesh.rank("context"), zigzag(LENGTH, mesh.size("context"))
     if broken == "dropped hop":
-        ring.owner_at = lambda hop, rank, size: (rank - min(hop, size - 2)) % size
+        within = exchange._within
+        exchange._within = lambda run, ranges: [] if run.owner == 1 else within(run, ranges)
     valid = (inputs.targets != IGNORE).sum()
     if broken == "targets shifted after sharding":
         inputs = inputs._replace(targets=inputs.targets.roll(1, dims=1))
@@ -114,8 +117,8 @@ def on_layout(
     for part in range(accumulation):
         first = (part * mesh.readers + mesh.reader) * micro_batch
         mine = Inputs(*(x[first : first + micro_batch] for x in inputs))
-        mask = sequence_mask(mine.document_start, device)
-        local = Inputs(*(shard(x, context_rank, context_size).to(device) for x in mine))
+        mask = split.mask(mine.document_start, device)
+        local = Inputs(*(split.shard(x, context_rank).to(device) for x in mine))
         if broken == "shifted position":
             local = local._replace(positions=local.positions + context_rank)
         if broken == "targets shifted after sharding":
@@ -250,12 +253,13 @@ def compiled(_rank, parallel: ParallelConfig, inputs: Inputs, model: ModelConfig
         config = Config(model=model, parallel=dataclasses.replace(parallel, compile=compile_blocks))
         config.precision.compute = config.precision.compute.float32
         parallel_model = parallelize(config, mesh, torch.device("cpu"))
-        local = Inputs(*(shard(x, mesh.rank("context"), mesh.size("context")) for x in inputs))
+        split = zigzag(LENGTH, mesh.size("context"))
+        local = Inputs(*(split.shard(x, mesh.rank("context")) for x in inputs))
         calls = []
         original = interface.forward
         interface.forward = lambda *a, **k: calls.append(1) or original(*a, **k)  # noqa: B023
         loss_and_gradients(
-            parallel_model, local, sequence_mask(inputs.document_start, torch.device("cpu")), torch.tensor(100)
+            parallel_model, local, split.mask(inputs.document_start, torch.device("cpu")), torch.tensor(100)
         )
         interface.forward = original
         results.append(([p.grad.full_tensor() for p in parallel_model.parameters()], len(calls)))

@@ -11,13 +11,14 @@ from torch import Tensor
 from longctx.kernels import launch
 from longctx.kernels.attention import sdpa, triton_backward
 from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.hopper_backward import BackwardInBlocks
 from longctx.kernels.attention.hopper_backward import backward as _gluon_backward
 from longctx.kernels.attention.hopper_forward import forward
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import added, repeat_heads, sum_repeated_heads
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["BackwardInBlocks", "backward", "forward", "has_own_backward", "unsupported"]
 
 
 def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str | None:
@@ -43,6 +44,11 @@ def _is_on_gpu(q: Tensor) -> bool:
     return q.device.type == "cuda"
 
 
+def has_own_backward(q: Tensor) -> bool:
+    """Whether the backward pass is one of the kernels here."""
+    return q.shape[-1] <= 128
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -56,7 +62,7 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `interface.backward`. Head dims above 128 have torch's kernels where these serve, else the portable one."""
-    if q.shape[-1] <= 128:
+    if has_own_backward(q):
         return _gluon_backward(dout, dlse, q, k, v, out, lse, mask, options, into)
     if sdpa.unsupported(q, options) is None:
         gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)

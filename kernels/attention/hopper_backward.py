@@ -11,6 +11,8 @@ one warpgroup, with 64 keys of a tile; both take part of each tile of dQ, to whi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -174,8 +176,19 @@ def _consumer(
             weight = _weights(score, rows, next_stage, key, is_edge, factor, column)
             dweight, weight = warpgroup_mma_wait(0, deps=(dweight, weight))
 
-        dk_descriptor, dv_descriptor, dk_out, dv_out, dk_strides, dv_strides = keys_at
-        if ACCUMULATE:
+        dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
+        if homes is not None:
+            dk_home = gl.load(homes + key_block).to(gl.pointer_type(gl.float32))
+            dv_home = dk_home + dk_strides[1] // 2
+            pointers, inside = pointers_to(
+                dk_home, dk_strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, sum_layout
+            )
+            gl.store(pointers, dk, mask=inside)
+            pointers, inside = pointers_to(
+                dv_home, dk_strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, sum_layout
+            )
+            gl.store(pointers, dv, mask=inside)
+        elif ACCUMULATE:
             pointers, inside = pointers_to(
                 dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
             )
@@ -292,8 +305,8 @@ def _adder(
 @gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
-    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, order, tiles, turns, locks,
-    counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch, n_keys,
+    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
+    locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch, n_keys,
     head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -322,7 +335,15 @@ def _backward_kernel(
         start_descriptor, end_descriptor,
     )  # fmt: skip
     rows = exponents, deltas, starts, ends
-    keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
+    keys_at = (
+        dk_descriptor,
+        dv_descriptor,
+        dk_out,
+        dv_out,
+        homes,
+        (dk_batch, dk_row, dk_head),
+        (dv_batch, dv_row, dv_head),
+    )
     work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, group, key_blocks, factor, scale
     gl.warp_specialize(
@@ -364,6 +385,78 @@ def _gather_kernel(
     tl.store(pointers, result.to(dq.dtype.element_ty), mask=inside)
 
 
+class GradientHomes(NamedTuple):
+    """Where the gradients of each tile of keys are written, in one tensor or several, here or on another GPU."""
+
+    addresses: Tensor  # int64, one for each 2 * KEYS keys: of the first batch, key and head of dk
+    like: Tensor  # (batch, tokens, 2, kv_heads, head_dim) float32, whose strides all homes have: dk and dv of a token
+
+
+class BackwardInBlocks:
+    """The backward pass over keys that come block by block; see `interface.BackwardInBlocks`."""
+
+    def __init__(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor, options: Options
+    ) -> None:  # fmt: skip
+        self.q, self.dout, self.options = addressable(q), addressable(dout), options
+        self.blocks, self.width = launch.hopper_backward(q), launch.hopper_head_dim(q)
+        batch, n_queries, heads, _ = q.shape
+        self.row_blocks = triton.cdiv(n_queries, self.blocks.rows)
+        shape = batch, heads, self.row_blocks, self.blocks.rows * self.width // 32, 32
+        self.dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        with launch.on_device(q):
+            self.statistics = triton_backward.statistics(self.dout, out, dlse, lse, options.scale, self.blocks.rows)
+
+    def add(
+        self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientHomes
+    ) -> None:  # fmt: skip
+        """One block: dk and dv are written to tensors of the inputs' dtype or to homes, added to float32 tensors."""
+        q, options, blocks, block_keys = self.q, self.options, self.blocks, 2 * KEYS.value
+        (batch, _, heads, head_dim), (n_keys, kv_heads) = q.shape, k.shape[1:3]
+        k, v = addressable(k), addressable(v)
+        if isinstance(into, GradientHomes):
+            homes, (dk, dv) = into.addresses, into.like.unbind(2)
+        else:
+            homes, (dk, dv) = None, into
+        is_wide = dk.dtype == torch.float32
+        mask = mask.written_out(q.device)
+        start, end = padded_bounds(mask, blocks.rows)
+        tiles = row_tiles(mask, blocks.rows, block_keys)
+        of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
+        if options.deterministic:  # who is waited for has started before
+            order = last_first(mask, batch, block_keys)
+        else:
+            order = longest_first(mask, batch, blocks.rows, block_keys, True)
+        together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
+        n_items = order.numel() * kv_heads
+        n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0
+        zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
+        tile = {"rows": blocks.rows, "width": self.width}
+        with launch.on_device(q):
+            _backward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
+                descriptor(q, **tile), *(descriptor(x, block_keys, self.width) for x in (k, v)),
+                descriptor(self.dout, **tile), part_descriptor(self.dq_parts),
+                *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_wide else (dk, dv))),
+                *(vector_descriptor(x, blocks.rows) for x in (*self.statistics, start, end)),
+                dk, dv, homes, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
+                *dk.stride()[:3], *dv.stride()[:3], launch.shared_stride(tiles), launch.shared_stride(of_rows),
+                launch.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
+                together, order.numel() // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,
+                ACCUMULATE=is_wide and homes is None, BLOCK_Q=blocks.rows, BLOCK_D=self.width, STAGES=blocks.stages,
+                REGISTERS=blocks.registers, num_warps=4,
+            )  # fmt: skip
+
+    def dq(self, out: Tensor, is_added: bool = False) -> Tensor:
+        """Writes, or adds, what the blocks have given to `out`, like q."""
+        batch, n_queries, heads, head_dim = self.q.shape
+        with launch.on_device(self.q):
+            _gather_kernel[(self.row_blocks, heads, batch)](
+                self.dq_parts, out, *out.stride()[:3], n_queries, head_dim, self.row_blocks,
+                ACCUMULATE=is_added, BLOCK_Q=self.blocks.rows, BLOCK_D=self.width, num_warps=4,
+            )  # fmt: skip
+        return out
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -377,46 +470,10 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `interface.backward`."""
-    batch, n_queries, heads, head_dim = q.shape
-    n_keys, kv_heads = k.shape[1:3]
     if into is None:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     else:
         dq, dk, dv = into
-    dout, q, k, v = (addressable(x) for x in (dout, q, k, v))
-    blocks, width, block_keys = launch.hopper_backward(q), launch.hopper_head_dim(q), 2 * KEYS.value
-    mask = mask.written_out(q.device)
-    start, end = padded_bounds(mask, blocks.rows)
-    tiles = row_tiles(mask, blocks.rows, block_keys)
-    of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
-    if options.deterministic:  # who is waited for has started before
-        order = last_first(mask, batch, block_keys)
-    else:
-        order = longest_first(mask, batch, blocks.rows, block_keys, True)
-    together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
-    n_items = order.numel() * kv_heads
-    row_blocks = triton.cdiv(n_queries, blocks.rows)
-    shape = batch, heads, row_blocks, blocks.rows * width // 32, 32
-    dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
-    n_locks = 2 * batch * heads * row_blocks if options.deterministic else 0
-    zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
-    tile = {"rows": blocks.rows, "width": width}
-    with launch.on_device(q):
-        exponent, delta = triton_backward.statistics(dout, out, dlse, lse, options.scale, blocks.rows)
-        _backward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
-            descriptor(q, **tile), *(descriptor(x, block_keys, width) for x in (k, v)),
-            descriptor(dout, **tile), part_descriptor(dq_parts),
-            *(descriptor(x, KEYS.value, width) for x in ((k, v) if into is not None else (dk, dv))),
-            *(vector_descriptor(x, blocks.rows) for x in (exponent, delta, start, end)),
-            dk, dv, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
-            *dk.stride()[:3], *dv.stride()[:3], launch.shared_stride(tiles), launch.shared_stride(of_rows),
-            launch.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(), together,
-            order.numel() // batch, row_blocks, options.scale * LOG2_E.value, options.scale,
-            ACCUMULATE=into is not None, BLOCK_Q=blocks.rows, BLOCK_D=width, STAGES=blocks.stages,
-            REGISTERS=blocks.registers, num_warps=4,
-        )  # fmt: skip
-        _gather_kernel[(row_blocks, heads, batch)](
-            dq_parts, dq, *dq.stride()[:3], n_queries, head_dim, row_blocks,
-            ACCUMULATE=into is not None, BLOCK_Q=blocks.rows, BLOCK_D=width, num_warps=4,
-        )  # fmt: skip
-    return dq, dk, dv
+    blocks = BackwardInBlocks(dout, dlse, q, out, lse, options)
+    blocks.add(k, v, mask, (dk, dv))
+    return blocks.dq(dq, is_added=into is not None), dk, dv

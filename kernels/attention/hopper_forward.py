@@ -114,8 +114,8 @@ def _consume_tiles(
 @gluon.jit
 def _consumer(
     box, query_ring, key_ring, value_ring, outs, rows,
-    NUMBER: gl.constexpr, MERGE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
+    NUMBER: gl.constexpr, MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of each item."""
     queries, query_full, query_empty = query_ring
@@ -190,16 +190,17 @@ def _consumer(
             base = finite(merged)
             share = share * gl.exp2((row_lse - base) * LOG2_E)
             of_before = gl.convert_layout(gl.exp2((before - base) * LOG2_E), acc_row)
-            acc = acc * gl.convert_layout(share, acc_row)[:, None]
+            row_lse = merged
+        gl.store(lse_row, row_lse, mask=is_row)
+        acc = acc * gl.convert_layout(share, acc_row)[:, None]
+        if WIDE:
             pointers, inside = pointers_to(
                 out, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
             )
-            acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
+            if MERGE:
+                acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
             gl.store(pointers, acc, mask=inside)
-            gl.store(lse_row, merged, mask=is_row)
         else:
-            gl.store(lse_row, row_lse, mask=is_row)
-            acc = acc * gl.convert_layout(share, acc_row)[:, None]
             tma.store_wait(0)  # of the item before
             threads_meet()
             out_tile.store(acc.to(q.dtype))
@@ -270,8 +271,8 @@ def _forward_kernel(
     query_descriptor, key_descriptor, value_descriptor, out_descriptor, out, lse, start, end, order, tiles, counter,
     out_batch, out_row, out_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,
     together, row_blocks, factor,
-    MERGE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, OWN_OUT: gl.constexpr,
-    PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
     matrix: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -294,10 +295,10 @@ def _forward_kernel(
     work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group
     gl.warp_specialize(
         [
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
-                         PING_PONG)),
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, MERGE, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
-                         PING_PONG)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, MERGE, WIDE, BLOCK_K, BLOCK_D, STAGES,
+                         OWN_OUT, PING_PONG)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, MERGE, WIDE, BLOCK_K, BLOCK_D, STAGES,
+                         OWN_OUT, PING_PONG)),
             (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, MERGE, BLOCK_K, STAGES)),
         ],
         [4, 1],
@@ -312,6 +313,7 @@ def forward(
     mask: KeyIntervals,
     options: Options,
     into: tuple[Tensor, Tensor] | None = None,
+    is_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
     batch, n_queries, heads, head_dim = q.shape
@@ -338,8 +340,8 @@ def forward(
             queries, keys, values, outs, out, lse, start, end, order, tiles, counter, *out.stride()[:3],
             launch.shared_stride(start), launch.shared_stride(tiles), n_queries, head_dim, heads, heads // kv_heads,
             n_items, order.numel(), together, order.numel() // batch, options.scale * LOG2_E.value,
-            MERGE=into is not None, BLOCK_K=blocks.keys, BLOCK_D=width, STAGES=blocks.stages,
-            OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
+            MERGE=into is not None and not is_first, WIDE=into is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
+            STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -12,6 +12,7 @@ from torch.library import custom_op
 from longctx.kernels import launch, reference
 from longctx.kernels.attention import hopper, sdpa, triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.hopper_backward import GradientHomes
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 
@@ -210,21 +211,29 @@ def forward(
     implementation: str,
     sink: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    is_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One block of attention without autograd: what the ops of this file and of context parallelism are made of.
 
     `into`: contiguous out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which
-    this block is merged in place, and which are returned. `implementation`: see `choose`.
+    this block is merged in place, and which are returned; what they hold before the first block does not matter.
+    `implementation`: see `choose`.
     """
     implementation = choose(implementation, q, mask, options)
     is_empty = not q.numel() or not k.numel()
+    if is_empty and into is not None and not is_first and sink is None:
+        return into
+    is_hopper = implementation == "hopper" and sink is None and not is_empty
+    if is_hopper and into is not None and isinstance(mask, KeyIntervals):
+        return hopper.forward(q, k, v, mask, options, into, is_first)
+    if is_first and into is not None:
+        into[0].zero_()
+        into[1].fill_(-torch.inf)
     if implementation == "triton" and not is_empty:
         return triton_forward.forward(q, k, v, mask, options, sink, into)
     if is_empty:
         out, lse = _without_keys(q)
     elif implementation == "hopper" and isinstance(mask, KeyIntervals):
-        if sink is None:
-            return hopper.forward(q, k, v, mask, options, into)
         out, lse = hopper.forward(q, k, v, mask, options)
     elif implementation == "sdpa" and isinstance(mask, KeyIntervals):
         out, lse = sdpa.forward(q, k, v, mask, options.scale)
@@ -277,6 +286,46 @@ def backward(
     else:
         gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
     return reference.added(gradients, into)
+
+
+class BackwardInBlocks:
+    """The backward pass over keys that come block by block: what rows need is computed once, dq added up.
+
+    Arguments as of `backward`; gradients of keys and values in the dtype of sums, those of queries in that of q.
+    """
+
+    def __init__(
+        self, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor, options: Options,
+        implementation: str,
+    ) -> None:  # fmt: skip
+        self.rows = dout, dlse, q
+        self.results = out, lse
+        self.options = options
+        self.implementation = choose(implementation, q, KeyIntervals.full(1, 1), options)
+        self.writes_to_homes = self.implementation == "hopper" and hopper.has_own_backward(q)
+        if self.writes_to_homes:
+            self.blocks = hopper.BackwardInBlocks(dout, dlse, q, out, lse, options)
+        else:
+            self.sum = torch.zeros(q.shape, dtype=reference.accumulation_dtype(q.dtype), device=q.device)
+
+    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor]) -> None:
+        """One block of keys and values, whose gradients are added to `into`, dk and dv."""
+        if not k.numel():
+            return
+        if self.writes_to_homes:
+            self.blocks.add(k, v, mask, into)
+            return
+        gradients = self.sum, *into
+        backward(*self.rows, k, v, *self.results, mask, self.options, self.implementation, gradients)
+
+    def add_to_homes(self, k: Tensor, v: Tensor, mask: KeyIntervals, homes: GradientHomes) -> None:
+        """As `add`, with gradients written, not added, to where `homes` says. Only if it `writes_to_homes`."""
+        if k.numel():
+            self.blocks.add(k, v, mask, homes)
+
+    def dq(self) -> Tensor:
+        q = self.rows[2]
+        return self.blocks.dq(torch.empty_like(q)) if self.writes_to_homes else self.sum.to(q.dtype)
 
 
 # custom ops -----------------------------------------------------------------------------------------------------------

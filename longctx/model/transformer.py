@@ -169,8 +169,13 @@ def training_flops(config: ModelConfig, positions: Tensor) -> float:
 
 def attention_pairs(config: ModelConfig, positions: Tensor) -> float:
     """Pairs of a query and a key it sees, over all layers, of tokens at `positions` in their documents."""
-    seen = positions + 1
-    return sum(float((seen.clamp(max=window) if window else seen).sum()) for window in layer_windows(config))
+    return float(keys_seen(config, positions).sum())
+
+
+def keys_seen(config: ModelConfig, positions: Tensor) -> Tensor:
+    """How many keys the tokens at `positions` in their documents see, over all layers: like `positions`."""
+    seen, windows = positions + 1, layer_windows(config)
+    return sum((windows.count(w) * (seen.clamp(max=w) if w else seen) for w in set(windows)), torch.zeros_like(seen))
 
 
 def palm_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:

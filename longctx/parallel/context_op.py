@@ -1,4 +1,4 @@
-"""What ring and gather share: an attention over a split sequence as one custom op.
+"""What ring and gather share: an attention over a split sequence as one custom op, and the module that calls it.
 
 One op for the whole exchange, so that a recompute policy can keep its results (`attention_saved`) and never runs it
 twice, and torch.compile sees no graph break.
@@ -8,55 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from longctx.kernels.attention.interface import Call, attention_op
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.parallel.sequence import held_tokens
+from longctx.kernels.reference import accumulation_dtype
+from longctx.parallel import blockwise
 
 
-class Share:
-    """One rank's share of an attention: its place on the context axis, and the mask of its rows over all keys."""
+def context_op(name: str, step_bytes: int, inbox_bytes: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Registers `longctx::<name>`: as `attention_op`, on one rank's tokens, with the mask of the whole sequence.
 
-    def __init__(self, q: Tensor, call: Call) -> None:
-        self.options, self.implementation = call.options(), call.implementation
-        self.group = _resolve_process_group(GroupName(call.group_name))
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        length = q.shape[1] * self.size
-        mask = call.intervals(length, length).written_out(q.device)
-        self.rows = _rows_of(mask, self.rank, self.size, q.device)
+    `step_bytes`: of fetched keys and values that a step works on; while it does, those of the next arrive.
+    `inbox_bytes`: of gradients from other ranks that wait to be added up.
+    """
 
-    def keys_of(self, owner: int) -> KeyIntervals:
-        """The mask of this rank's rows over the keys that `owner` holds."""
-        assert self.rows.start is not None
-        return _keys_of(self.rows, owner, self.size, self.rows.start.device)
+    def tokens_of_a_step(k: Tensor) -> int:
+        return step_bytes // (2 * k[:, :1].nbytes)
 
+    def forward(q, k, v, sink, call: Call):
+        return blockwise.forward(q, k, v, sink, call, tokens_of_a_step(k))
 
-@once_a_mask
-def _rows_of(mask: KeyIntervals, rank: int, size: int, device: torch.device) -> KeyIntervals:
-    return mask.rows(held_tokens(rank, size, mask.n_queries, device))
+    def backward(dout, dlse, q, k, v, out, lse, call: Call):
+        slots = inbox_bytes // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize)
+        return blockwise.backward(dout, dlse, q, k, v, out, lse, call, tokens_of_a_step(k), slots)
 
-
-@once_a_mask
-def _keys_of(rows: KeyIntervals, owner: int, size: int, device: torch.device) -> KeyIntervals:
-    return rows.keys(held_tokens(owner, size, rows.n_keys, device))
-
-
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Share], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def context_op(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Registers `longctx::<name>`: as `attention_op`, with a `Share` in place of the call."""
-    return attention_op(
-        name,
-        lambda q, k, v, sink, call: forward(q, k, v, sink, Share(q, call)),
-        lambda dout, dlse, q, k, v, out, lse, call: backward(dout, dlse, q, k, v, out, lse, Share(q, call)),
-    )
+    return attention_op(name, forward, backward)
 
 
 class ContextAttend(nn.Module):
@@ -67,7 +46,10 @@ class ContextAttend(nn.Module):
         self.attend, self.group, self.op = attend, group, op
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows."""
+        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows.
+
+        The rows of `mask` are in the ranks' order, see `Split.mask`.
+        """
         options = Options(q.shape[-1] ** -0.5)
         call = Call.of(mask, options, str(self.attend.implementation), self.group.group_name)
         return self.op(q.contiguous(), k.contiguous(), v.contiguous(), None, *call)

@@ -1,48 +1,103 @@
-"""Who holds which tokens of a sequence: pure functions of (rank, size).
+"""Who holds which tokens of a sequence: pure functions of sizes and of the work of each token.
 
 Zigzag: a sequence is cut into 2 * size chunks and rank r holds chunks r and 2 * size - 1 - r, so that under a causal
-mask all ranks have the same work. A rank's tokens stay in ascending order.
+mask of one document all ranks have the same work. Where documents make the work uneven, smaller chunks go to the rank
+that has the least so far. A rank's tokens stay in ascending order, and every rank holds equally many.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, sized_mask
+
+TOLERANCE = 1.02  # most to mean work over ranks, above which smaller chunks are tried
+SMALLEST_CHUNK = 128  # tokens; a tile of the attention kernels
 
 
-@lru_cache(maxsize=256)
-def held_tokens(rank: int, size: int, length: int, device: torch.device) -> Tensor:
-    """Indices in the sequence, ascending, of the tokens that `rank` of `size` holds: int64, (length / size,)."""
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which of `size` ranks holds which tokens of each sequence of a batch."""
+
+    order: Tensor  # (sequence,) int64 on the CPU: the tokens of rank 0, of rank 1, ...
+    size: int
+
+    def held(self, rank: int) -> Tensor:
+        """Indices in the sequence, ascending, of the tokens that `rank` holds: (sequence / size,)."""
+        return self.order.view(self.size, -1)[rank]
+
+    def shard(self, tokens: Tensor, rank: int) -> Tensor:
+        """The share of `tokens` (batch, sequence, ...) that `rank` holds: (batch, sequence / size, ...)."""
+        return tokens if self.size == 1 else tokens[:, self.held(rank).to(tokens.device)]
+
+    def mask(self, document_start: Tensor, device: torch.device) -> KeyIntervals:
+        """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU.
+
+        Its rows are in the order in which the ranks hold them, and `query_position` says where each lies.
+        """
+        length = document_start.shape[1]
+        if not document_start.any():  # one document a sequence
+            if self.size == 1:  # the compile-time case
+                return KeyIntervals.causal(length)
+            return _in_order(sized_mask(length, length, True, None, None, device), self, device)
+        mask = KeyIntervals.documents(document_start).to(device)
+        return mask if self.size == 1 else _in_order(mask, self, device)
+
+
+@once_a_mask
+def _in_order(mask: KeyIntervals, split: Split, device: torch.device) -> KeyIntervals:
+    return mask.rows(split.order.to(device))
+
+
+@lru_cache(maxsize=64)
+def zigzag(length: int, size: int) -> Split:
+    """Two chunks a rank, one from either end. Raises ValueError if the sequence cannot be cut so."""
     if size == 1:
-        return torch.arange(length, device=device)
+        return Split(torch.arange(length), 1)
     if length % (2 * size):
         raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
-    chunk = length // (2 * size)
-    first, second = rank * chunk, (2 * size - 1 - rank) * chunk
-    return torch.cat((torch.arange(first, first + chunk), torch.arange(second, second + chunk))).to(device)
+    return _of_owners([min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)], length, size)
 
 
-@lru_cache(maxsize=16)
-def sequence_order(size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Between the order in which ranks 0..size-1 hold the tokens, side by side, and that of the sequence.
+def balanced(work: Tensor, size: int) -> Split:
+    """Zigzag where that shares the work evenly, else the coarsest chunks that do, or come closest.
 
-    `by_rank[to_sequence]` is in the sequence's order, `by_sequence[to_rank]` in the ranks'.
+    work (sequence,): of each token, in any unit, such as the number of keys it sees.
     """
-    to_rank = torch.cat([held_tokens(rank, size, length, device) for rank in range(size)])
-    return torch.argsort(to_rank), to_rank
+    length, work = len(work), work.double()
+    best, least = zigzag(length, size), imbalance(work, zigzag(length, size))
+    pieces = 2
+    while least > TOLERANCE and length % (2 * size * pieces * SMALLEST_CHUNK) == 0:
+        owners = _least_loaded(work.view(2 * size * pieces, -1).sum(1).tolist(), size)
+        split = _of_owners(owners, length, size)
+        if (found := imbalance(work, split)) < least:
+            best, least = split, found
+        pieces *= 2
+    return best
 
 
-def shard(tokens: Tensor, rank: int, size: int) -> Tensor:
-    """The share of `tokens` (batch, sequence, ...) that `rank` holds: (batch, sequence / size, ...)."""
-    return tokens if size == 1 else tokens[:, held_tokens(rank, size, tokens.shape[1], tokens.device)]
+def imbalance(work: Tensor, split: Split) -> float:
+    """Work of the most loaded rank over the mean."""
+    of_ranks = work.double()[split.order].view(split.size, -1).sum(1)
+    return float(of_ranks.max() / of_ranks.mean()) if of_ranks.any() else 1.0
 
 
-def sequence_mask(document_start: Tensor, device: torch.device) -> KeyIntervals:
-    """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU."""
-    if not document_start.any():  # one document a sequence: the compile-time case
-        return KeyIntervals.causal(document_start.shape[1])
-    return KeyIntervals.documents(document_start).to(device)
+def _least_loaded(work: list[float], size: int) -> list[int]:
+    """An owner for each chunk: from the largest on, the least loaded rank that has room. (Graham 1969)"""
+    room, load, owners = [len(work) // size] * size, [0.0] * size, [0] * len(work)
+    for chunk in sorted(range(len(work)), key=lambda chunk: -work[chunk]):
+        owner = min((rank for rank in range(size) if room[rank]), key=lambda rank: load[rank])
+        owners[chunk] = owner
+        room[owner] -= 1
+        load[owner] += work[chunk]
+    return owners
+
+
+def _of_owners(owners: list[int], length: int, size: int) -> Split:
+    """Chunks of equal length, given the rank of each."""
+    chunks = torch.arange(length).view(len(owners), -1)
+    return Split(torch.cat([chunks[torch.tensor(owners) == rank].flatten() for rank in range(size)]), size)

@@ -6,13 +6,13 @@ repeated just often enough that every rank has one.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import repeat_heads
-from longctx.parallel.sequence import sequence_order
 
 
 class Ulysses(nn.Module):
@@ -26,24 +26,36 @@ class Ulysses(nn.Module):
         """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows."""
         kv_heads = max(k.shape[2], self.size)
         k, v = repeat_heads(k, kv_heads), repeat_heads(v, kv_heads)
-        out, lse = self.attend(*(self._heads_for_tokens(x) for x in (q, k, v)), mask)
-        lse = lse.transpose(1, 2).unsqueeze(-1)
-        return self._tokens_for_heads(out), self._tokens_for_heads(lse).squeeze(-1).transpose(1, 2)
+        whole, to_sequence, to_ranks = in_sequence_order(mask)
+        out, lse = self.attend(*(self._heads_for_tokens(x, to_sequence) for x in (q, k, v)), whole)
+        lse = self._tokens_for_heads(lse.transpose(1, 2).unsqueeze(-1), to_ranks)
+        return self._tokens_for_heads(out, to_ranks), lse.squeeze(-1).transpose(1, 2)
 
     def _exchange(self, x: Tensor) -> Tensor:
         """Piece i of dim 0 goes to rank i, which receives them in the order of the ranks."""
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
-    def _heads_for_tokens(self, x: Tensor) -> Tensor:
+    def _heads_for_tokens(self, x: Tensor, to_sequence: Tensor) -> Tensor:
         """(batch, sequence / size, heads, dim) -> (batch, sequence, heads / size, dim)."""
         pieces = x.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4)  # rank, token, batch, head, dim
         received = self._exchange(pieces.flatten(0, 1))  # tokens of rank 0, of rank 1, ...
-        to_sequence, _ = sequence_order(self.size, received.shape[0], x.device)
         return received[to_sequence].transpose(0, 1).contiguous()
 
-    def _tokens_for_heads(self, x: Tensor) -> Tensor:
+    def _tokens_for_heads(self, x: Tensor, to_ranks: Tensor) -> Tensor:
         """(batch, sequence, heads / size, dim) -> (batch, sequence / size, heads, dim)."""
-        _, to_rank = sequence_order(self.size, x.shape[1], x.device)
-        received = self._exchange(x.transpose(0, 1)[to_rank])
+        received = self._exchange(x.transpose(0, 1)[to_ranks])
         pieces = received.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3, 4)  # batch, token, rank, head, dim
         return pieces.flatten(2, 3).contiguous()
+
+
+@once_a_mask
+def in_sequence_order(mask: KeyIntervals) -> tuple[KeyIntervals, Tensor, Tensor]:
+    """Of a mask whose rows are in the ranks' order: the same in the sequence's, and both orders as indices.
+
+    `by_rank[to_sequence]` is in the sequence's order, `by_sequence[to_ranks]` in the ranks'.
+    """
+    if mask.start is None or mask.query_position is None:
+        raise ValueError("the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask")
+    to_ranks = mask.query_position[0].long()
+    to_sequence = torch.argsort(to_ranks)
+    return mask.rows(to_sequence), to_sequence, to_ranks

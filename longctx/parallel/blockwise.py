@@ -1,0 +1,214 @@
+"""Attention over a split sequence, block by block: what ring and gather have in common.
+
+A rank keeps its queries and works through the keys of one step after the other (see `exchange`), while those of the
+next are on their way. The kernels merge the blocks' results by their log-sum-exp, add up the gradient of the queries,
+and hand those of the keys to their owners in float32, who add them up in the order of the distances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.attention import interface
+from longctx.kernels.attention.interface import BackwardInBlocks, Call, GradientHomes
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.reference import accumulation_dtype
+from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
+from longctx.parallel.transport import Transport, Wait, transport_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block of this rank: its keys and what its rows see of them."""
+
+    moves: list[Move]  # of all ranks
+    n_keys: int
+    mask: KeyIntervals
+    is_aligned: bool  # whether each tile of keys has one owner
+    homes: dict = field(default_factory=dict)  # of the gradients of its keys, see `_homes`
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What this rank does for a mask."""
+
+    plan: Plan
+    steps: list[Step]
+
+
+def schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
+    """For the mask of a split sequence, whose rows are in the ranks' order; computed once a mask."""
+    if mask.start is None or mask.query_position is None:
+        raise ValueError("the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask")
+    return _schedule_of(mask, rank, size, tokens_of_a_step, device)
+
+
+@once_a_mask
+def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
+    start, end = mask.bounds(device)
+    position = mask.positions(device)[0]
+    order = position[0].long().cpu()
+    plan = make_plan(order, start.cpu(), end.cpu(), size, tokens_of_a_step)
+    share = mask.n_queries // size
+    mine = torch.arange(rank * share, (rank + 1) * share, device=device)
+    rows = KeyIntervals(
+        share, mask.n_keys, start=start[:, mine], end=end[:, mine], query_position=position[:, mine]
+    )  # fmt: skip
+    steps = []
+    for step, moves in enumerate(plan.moves):
+        tokens = plan.tokens(step, rank)
+        is_aligned = all(move.length % ALIGNMENT == 0 for move in plan.fetched(step, rank))
+        steps.append(Step(moves, len(tokens), rows.keys(tokens.to(device)), is_aligned))
+    return Schedule(plan, steps)
+
+
+# the two passes -------------------------------------------------------------------------------------------------------
+
+
+class _Pass:
+    """The keys and values of one step after the other: of step 0 the rank's own, of the others fetched in time."""
+
+    def __init__(self, k: Tensor, v: Tensor, schedule: Schedule, transport: Transport) -> None:
+        self.schedule, self.transport = schedule, transport
+        self.shard = transport.publish(k, v)
+        self.next = self._fetch(1)
+
+    def _fetch(self, number: int) -> tuple[Tensor, Wait] | None:
+        if number >= len(self.schedule.steps):
+            return None
+        step, (batch, _, *rest) = self.schedule.steps[number], self.shard.shape
+        shape = batch, step.n_keys, *rest
+        buffer = self.transport.scratch(f"keys {number % 2}", shape, self.shard.dtype, self.shard.device)
+        return buffer, self.transport.fetch(step.moves, self.shard, buffer)
+
+    def keys_values(self, number: int) -> Tensor:
+        """(batch, keys of the step, 2, kv_heads, head_dim); begins to fetch those of the step after."""
+        if number == 0:
+            return self.shard
+        assert self.next is not None
+        buffer, wait = self.next
+        wait()
+        self.next = self._fetch(number + 1)
+        return buffer
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call, tokens_of_a_step: int
+) -> tuple[Tensor, Tensor]:
+    """One rank's rows: out like q, lse (batch, heads, tokens) in the dtype of sums."""
+    transport, schedule = _setting(q, call, tokens_of_a_step)
+    compute = accumulation_dtype(q.dtype)
+    out = torch.empty(q.shape, dtype=compute, device=q.device)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
+    keys = _Pass(k, v, schedule, transport)
+    for number, step in enumerate(schedule.steps):
+        step_k, step_v = keys.keys_values(number).unbind(2)
+        interface.forward(
+            q, step_k, step_v, step.mask, call.options(), call.implementation, None if number else sink,
+            into=(out, lse), is_first=number == 0,
+        )  # fmt: skip
+    return out.to(q.dtype), lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call,
+    tokens_of_a_step: int, slots: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv of one rank's rows and keys. `slots`: the gradients of how many ranks it holds at a time, or more
+    if one step brings more."""
+    transport, schedule = _setting(q, call, tokens_of_a_step)
+    gradient = BackwardInBlocks(dout, dlse, q, out, lse, call.options(), call.implementation)
+    keys = _Pass(k, v, schedule, transport)
+    total = torch.empty(keys.shard.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+    for steps in _rounds(schedule.plan, slots):
+        _give_gradients(steps, keys, gradient, total)
+        _add_up(steps, schedule.plan, total, transport)
+    dk, dv = (x.to(k.dtype, copy=True, memory_format=torch.contiguous_format) for x in total.unbind(2))
+    return gradient.dq(), dk, dv
+
+
+def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total: Tensor) -> None:
+    """The steps of a round; returns once the gradients are in their owners' inboxes, one slot a distance."""
+    transport, plan = keys.transport, keys.schedule.plan
+    if steps.start:
+        transport.meet()  # all have added up those of the round before
+    slots = _distances(plan, steps)
+    transport.open_inbox(len(slots), total)
+    waits: list[Wait] = []
+    for number in steps:
+        step, (k, v) = keys.schedule.steps[number], keys.keys_values(number).unbind(2)
+        if gradient.writes_to_homes and transport.reaches_inboxes and step.is_aligned:
+            gradient.add_to_homes(k, v, step.mask, _homes(step, slots, total, transport))
+            continue
+        shape = total.shape[0], step.n_keys, *total.shape[2:]
+        given = transport.scratch(f"gradients {number % 2}", shape, total.dtype, total.device)
+        if len(waits) > 1:
+            waits[-2]()  # of those that were in this buffer
+        given.zero_()
+        gradient.add(k, v, step.mask, (given[:, :, 0], given[:, :, 1]))
+        waits.append(transport.give(step.moves, given, slots))
+    for wait in waits:
+        wait()
+    transport.meet()
+
+
+def _add_up(steps: range, plan: Plan, total: Tensor, transport: Transport) -> None:
+    """What the ranks have given in a round, in the order of the distances; the first round is the first to write."""
+    slots = _distances(plan, steps)
+    for places, distances in plan.readers(transport.rank, slots):
+        found = transport.inbox[:, :, places.start : places.stop]
+        mine = total[:, places.start : places.stop]
+        for number, near in enumerate(_beside_each_other(distances)):
+            part = found[near.start - slots.start : near.stop - slots.start]
+            if steps.start == number == 0:
+                torch.sum(part, 0, out=mine)
+            else:
+                mine += part.sum(0)
+
+
+def _homes(step: Step, slots: range, total: Tensor, transport: Transport) -> GradientHomes:
+    """Where kernels write the gradients of a step's keys; found once for a mask and its buffers."""
+    key = transport.generation, slots.start, len(slots), total.shape
+    if key not in step.homes:
+        addresses = []
+        row_bytes = total.stride(1) * total.element_size()
+        for address, length in transport.addresses(step.moves, slots):
+            addresses += [address + row * row_bytes for row in range(0, length, ALIGNMENT)]
+        step.homes[key] = torch.tensor(addresses, dtype=torch.int64).to(total.device)
+    return GradientHomes(step.homes[key], transport.inbox[0])
+
+
+def _setting(q: Tensor, call: Call, tokens_of_a_step: int) -> tuple[Transport, Schedule]:
+    transport = transport_of(call.group_name)
+    length = q.shape[1] * transport.size
+    mask = call.intervals(length, length)
+    return transport, schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, q.device)
+
+
+def _rounds(plan: Plan, slots: int) -> list[range]:
+    """Steps whose gradients are held at the same time."""
+    rounds: list[range] = []
+    for step in range(len(plan.distances)):
+        if rounds and len(_distances(plan, range(rounds[-1].start, step + 1))) <= slots:
+            rounds[-1] = range(rounds[-1].start, step + 1)
+        else:
+            rounds.append(range(step, step + 1))
+    return rounds
+
+
+def _distances(plan: Plan, steps: range) -> range:
+    return range(plan.distances[steps.start].start, plan.distances[steps.stop - 1].stop)
+
+
+def _beside_each_other(numbers: list[int]) -> list[range]:
+    """Ascending numbers as ranges without gaps."""
+    found: list[range] = []
+    for number in numbers:
+        if found and found[-1].stop == number:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
