@@ -384,7 +384,13 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], tuple[Tensor, 
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
+def _rows_of(q: Tensor, _call: Call) -> tuple[int, ...]:
+    return q.shape[0], q.shape[2], q.shape[1]
+
+
+def attention_op(
+    name: str, forward: Forward, backward: Backward, lse_shape: Callable[[Tensor, Call], tuple[int, ...]] = _rows_of
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Registers `longctx::<name>(q, k, v, sink, *call)` and its gradient.
 
     `forward(q, k, v, sink, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and
@@ -413,9 +419,8 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     )
 
     @op.register_fake
-    def _(q, k, v, *_others):
-        batch, n_queries, heads, _ = q.shape
-        lse = q.new_empty((batch, heads, n_queries), dtype=reference.accumulation_dtype(q.dtype))
+    def _(q, k, v, sink, *call):
+        lse = q.new_empty(lse_shape(q, Call(*call)), dtype=reference.accumulation_dtype(q.dtype))
         return q.new_empty(q.shape), lse
 
     @backward_op.register_fake

@@ -19,9 +19,9 @@ class Attend(nn.Module):
         super().__init__()
         self.implementation = implementation
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-        """q (batch, sequence, heads, head_dim), k and v with kv_heads -> out like q, lse (batch, heads, sequence)."""
-        return attention(q, k, v, mask, implementation=self.implementation)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> Tensor:
+        """q (batch, sequence, heads, head_dim), k and v with kv_heads -> out like q."""
+        return attention(q, k, v, mask, implementation=self.implementation)[0]
 
 
 class Attention(nn.Module):
@@ -47,5 +47,5 @@ class Attention(nn.Module):
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotates:
             q, k = apply_rotary_to_both(q, k, *rotation, implementation=self.fused_ops)
-        out, _ = self.attend(q, k, v, mask)
+        out = self.attend(q, k, v, mask)
         return self.output(torch.flatten(out, 2))

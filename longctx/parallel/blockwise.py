@@ -17,7 +17,8 @@ from longctx.kernels.attention.interface import BackwardInBlocks, Call, Gradient
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
-from longctx.parallel.transport import Transport, Wait, transport_of
+from longctx.parallel.sequence import in_ranks_order
+from longctx.parallel.transport import PieceOf, Transport, Wait, transport_of
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,9 @@ class Schedule:
     steps: list[Step]
 
 
-def schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
-    """For the mask of a split sequence, whose rows are in the ranks' order; computed once a mask."""
-    if mask.start is None or mask.query_position is None:
-        raise ValueError("the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask")
-    return _schedule_of(mask, rank, size, tokens_of_a_step, device)
-
-
 @once_a_mask
 def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
+    """For the mask of a split sequence, whose rows are in the ranks' order."""
     start, end = mask.bounds(device)
     position = mask.positions(device)[0]
     order = position[0].long().cpu()
@@ -69,20 +64,27 @@ def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int
 
 
 class _Pass:
-    """The keys and values of one step after the other: of step 0 the rank's own, of the others fetched in time."""
+    """The keys and values of one step after the other: of step 0 the rank's own, of the others fetched in time.
+
+    A shard is (batch, tokens, 2, kv_heads, head_dim): keys and values of a token beside each other.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, schedule: Schedule, transport: Transport) -> None:
         self.schedule, self.transport = schedule, transport
-        self.shard = transport.publish(k, v)
+        self.name = transport.in_turn("shard")  # what was shared the time before may still be read
+        batch, tokens, heads, width = k.shape
+        self.shard = transport.share(self.name, (1, batch, tokens, 2, heads, width), k)[0]
+        self.shard[:, :, 0].copy_(k)
+        self.shard[:, :, 1].copy_(v)
+        transport.meet()
         self.next = self._fetch(1)
 
     def _fetch(self, number: int) -> tuple[Tensor, Wait] | None:
         if number >= len(self.schedule.steps):
             return None
         step, (batch, _, *rest) = self.schedule.steps[number], self.shard.shape
-        shape = batch, step.n_keys, *rest
-        buffer = self.transport.scratch(f"keys {number % 2}", shape, self.shard.dtype, self.shard.device)
-        return buffer, self.transport.fetch(step.moves, self.shard, buffer)
+        buffer = self.transport.scratch(f"keys {number % 2}", (batch, step.n_keys, *rest), self.shard)
+        return buffer, self.transport.fetch(self.name, step.moves, lambda _move: 0, buffer)
 
     def keys_values(self, number: int) -> Tensor:
         """(batch, keys of the step, 2, kv_heads, head_dim); begins to fetch those of the step after."""
@@ -136,20 +138,23 @@ def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total
     if steps.start:
         transport.meet()  # all have added up those of the round before
     slots = _distances(plan, steps)
-    transport.open_inbox(len(slots), total)
+    inbox = transport.share("inbox", (len(slots), *total.shape), total)
+
+    def slot(move: Move) -> int:
+        return slots.index(move.distance(plan.size))
+
     waits: list[Wait] = []
     for number in steps:
         step, (k, v) = keys.schedule.steps[number], keys.keys_values(number).unbind(2)
-        if gradient.writes_to_homes and transport.reaches_inboxes and step.is_aligned:
-            gradient.add_to_homes(k, v, step.mask, _homes(step, slots, total, transport))
+        if gradient.writes_to_homes and transport.reaches_others and step.is_aligned:
+            gradient.add_to_homes(k, v, step.mask, _homes(step, slots, slot, inbox, transport))
             continue
-        shape = total.shape[0], step.n_keys, *total.shape[2:]
-        given = transport.scratch(f"gradients {number % 2}", shape, total.dtype, total.device)
+        given = transport.scratch(f"gradients {number % 2}", (total.shape[0], step.n_keys, *total.shape[2:]), total)
         if len(waits) > 1:
             waits[-2]()  # of those that were in this buffer
         given.zero_()
         gradient.add(k, v, step.mask, (given[:, :, 0], given[:, :, 1]))
-        waits.append(transport.give(step.moves, given, slots))
+        waits.append(transport.give("inbox", step.moves, slot, given))
     for wait in waits:
         wait()
     transport.meet()
@@ -159,7 +164,7 @@ def _add_up(steps: range, plan: Plan, total: Tensor, transport: Transport) -> No
     """What the ranks have given in a round, in the order of the distances; the first round is the first to write."""
     slots = _distances(plan, steps)
     for places, distances in plan.readers(transport.rank, slots):
-        found = transport.inbox[:, :, places.start : places.stop]
+        found = transport.shared["inbox"][:, :, places.start : places.stop]
         mine = total[:, places.start : places.stop]
         for number, near in enumerate(_beside_each_other(distances)):
             part = found[near.start - slots.start : near.stop - slots.start]
@@ -169,23 +174,25 @@ def _add_up(steps: range, plan: Plan, total: Tensor, transport: Transport) -> No
                 mine += part.sum(0)
 
 
-def _homes(step: Step, slots: range, total: Tensor, transport: Transport) -> GradientHomes:
+def _homes(step: Step, slots: range, slot: PieceOf, inbox: Tensor, transport: Transport) -> GradientHomes:
     """Where kernels write the gradients of a step's keys; found once for a mask and its buffers."""
-    key = transport.generation, slots.start, len(slots), total.shape
+    key = transport.generation, slots, inbox.shape
     if key not in step.homes:
-        addresses = []
-        row_bytes = total.stride(1) * total.element_size()
-        for address, length in transport.addresses(step.moves, slots):
-            addresses += [address + row * row_bytes for row in range(0, length, ALIGNMENT)]
-        step.homes[key] = torch.tensor(addresses, dtype=torch.int64).to(total.device)
-    return GradientHomes(step.homes[key], transport.inbox[0])
+        row_bytes = inbox.stride(2) * inbox.element_size()
+        addresses = [
+            address + row * row_bytes
+            for address, length in transport.addresses("inbox", step.moves, slot)
+            for row in range(0, length, ALIGNMENT)
+        ]
+        step.homes[key] = torch.tensor(addresses, dtype=torch.int64).to(inbox.device)
+    return GradientHomes(step.homes[key], inbox[0])
 
 
 def _setting(q: Tensor, call: Call, tokens_of_a_step: int) -> tuple[Transport, Schedule]:
     transport = transport_of(call.group_name)
     length = q.shape[1] * transport.size
-    mask = call.intervals(length, length)
-    return transport, schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, q.device)
+    mask = in_ranks_order(call.intervals(length, length))
+    return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, q.device)
 
 
 def _rounds(plan: Plan, slots: int) -> list[range]:

@@ -1,4 +1,4 @@
-"""What ring and gather share: an attention over a split sequence as one custom op, and the module that calls it.
+"""What all strategies share: an attention over a split sequence as one custom op, and the module that calls it.
 
 One op for the whole exchange, so that a recompute policy can keep its results (`attention_saved`) and never runs it
 twice, and torch.compile sees no graph break.
@@ -45,11 +45,11 @@ class ContextAttend(nn.Module):
         super().__init__()
         self.attend, self.group, self.op = attend, group, op
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> Tensor:
+        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q.
 
         The rows of `mask` are in the ranks' order, see `Split.mask`.
         """
         options = Options(q.shape[-1] ** -0.5)
         call = Call.of(mask, options, str(self.attend.implementation), self.group.group_name)
-        return self.op(q.contiguous(), k.contiguous(), v.contiguous(), None, *call)
+        return self.op(q.contiguous(), k.contiguous(), v.contiguous(), None, *call)[0]

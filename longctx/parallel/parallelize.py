@@ -12,9 +12,9 @@ from longctx.parallel.recompute import apply_recompute
 from longctx.parallel.ring import ring
 from longctx.parallel.shard import materialize, shard_parameters
 from longctx.parallel.tensor import apply_tensor_parallelism
-from longctx.parallel.ulysses import Ulysses
+from longctx.parallel.ulysses import ulysses
 
-STRATEGIES = {Strategy.ring: ring, Strategy.gather: gather, Strategy.ulysses: Ulysses}
+STRATEGIES = {Strategy.ring: ring, Strategy.gather: gather, Strategy.ulysses: ulysses}
 
 
 def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Transformer:

@@ -10,13 +10,14 @@ from torch.distributed._composable import checkpoint
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from longctx.config import Recompute
-from longctx.parallel import gather, ring  # noqa: F401  registers the ops named below
+from longctx.parallel import gather, ring, ulysses  # noqa: F401  registers the ops named below
 
 
 def attention_ops() -> set:
     """The ops whose results `attention_saved` keeps."""
     ops = torch.ops.longctx
-    return {ops.attention.default, ops.ring_attention.default, ops.gather_attention.default}
+    names = "attention", "ring_attention", "gather_attention", "ulysses_attention"
+    return {getattr(ops, name).default for name in names}
 
 
 def _keep_attention(_context, op, *_args, **_kwargs) -> CheckpointPolicy:

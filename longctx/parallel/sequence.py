@@ -48,6 +48,13 @@ class Split:
         return mask if self.size == 1 else _in_order(mask, self, device)
 
 
+def in_ranks_order(mask: KeyIntervals) -> KeyIntervals:
+    """The mask, if it is one that `Split.mask` has made; else ValueError."""
+    if mask.start is None or mask.query_position is None:
+        raise ValueError("the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask")
+    return mask
+
+
 @once_a_mask
 def _in_order(mask: KeyIntervals, split: Split, device: torch.device) -> KeyIntervals:
     return mask.rows(split.order.to(device))

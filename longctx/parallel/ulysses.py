@@ -1,61 +1,244 @@
 """Ulysses: trades tokens for heads, so that each rank attends over the whole sequence with its share of the heads.
 
-(Jacobs et al. 2023, DeepSpeed Ulysses.) Where the axis is larger than the number of key/value heads, each of those is
-repeated just often enough that every rank has one.
+(Jacobs et al. 2023, DeepSpeed Ulysses.) A rank's heads are taken in groups: while it attends with one, the next one's
+tokens arrive and the last one's results leave, and it holds no more than two (as UPipe does, Ghadia et al. 2025). Where
+the axis is larger than the number of key/value heads, ranks share these, and the gradients of each are added up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from longctx.kernels import reference
+from longctx.kernels.attention import interface
+from longctx.kernels.attention.interface import BackwardInBlocks, Call, attention_op
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
-from longctx.kernels.reference import repeat_heads
+from longctx.kernels.reference import accumulation_dtype
+from longctx.parallel.context_op import ContextAttend
+from longctx.parallel.exchange import Move, runs_of
+from longctx.parallel.sequence import in_ranks_order
+from longctx.parallel.transport import Wait, transport_of
+
+MOST_GROUPS = 4
 
 
-class Ulysses(nn.Module):
-    """`attend` over a split sequence: q, k and v are one rank's tokens, the mask is that of the whole sequence."""
+@dataclass(frozen=True)
+class Heads:
+    """How `size` ranks share the heads: rank by rank, and each rank's group by group."""
 
-    def __init__(self, attend: nn.Module, group: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.attend, self.group, self.size = attend, group, dist.get_world_size(group)
+    heads: int
+    kv_heads: int
+    size: int
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> tuple[Tensor, Tensor]:
-        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads; out and lse of the same rows."""
-        kv_heads = max(k.shape[2], self.size)
-        k, v = repeat_heads(k, kv_heads), repeat_heads(v, kv_heads)
-        whole, to_sequence, to_ranks = in_sequence_order(mask)
-        out, lse = self.attend(*(self._heads_for_tokens(x, to_sequence) for x in (q, k, v)), whole)
-        lse = self._tokens_for_heads(lse.transpose(1, 2).unsqueeze(-1), to_ranks)
-        return self._tokens_for_heads(out, to_ranks), lse.squeeze(-1).transpose(1, 2)
+    @cached_property
+    def groups(self) -> int:
+        """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
+        of_rank, kv_of_rank = self.heads // self.size, max(1, self.kv_heads // self.size)
+        fitting = [n for n in range(1, MOST_GROUPS + 1) if of_rank % n == 0]
+        return max(n for n in fitting if kv_of_rank % n == 0 or n % kv_of_rank == 0)
 
-    def _exchange(self, x: Tensor) -> Tensor:
-        """Piece i of dim 0 goes to rank i, which receives them in the order of the ranks."""
-        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
+    @cached_property
+    def kv_pieces(self) -> int:
+        """Into how many pieces a rank's key/value heads are cut."""
+        return min(self.groups, max(1, self.kv_heads // self.size))
 
-    def _heads_for_tokens(self, x: Tensor, to_sequence: Tensor) -> Tensor:
-        """(batch, sequence / size, heads, dim) -> (batch, sequence, heads / size, dim)."""
-        pieces = x.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4)  # rank, token, batch, head, dim
-        received = self._exchange(pieces.flatten(0, 1))  # tokens of rank 0, of rank 1, ...
-        return received[to_sequence].transpose(0, 1).contiguous()
+    @property
+    def sharers(self) -> int:
+        """Ranks that share a key/value head."""
+        return max(1, self.size // self.kv_heads)
 
-    def _tokens_for_heads(self, x: Tensor, to_ranks: Tensor) -> Tensor:
-        """(batch, sequence, heads / size, dim) -> (batch, sequence / size, heads, dim)."""
-        received = self._exchange(x.transpose(0, 1)[to_ranks])
-        pieces = received.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3, 4)  # batch, token, rank, head, dim
-        return pieces.flatten(2, 3).contiguous()
+    def query_piece(self, rank: int, group: int) -> int:
+        return rank * self.groups + group
+
+    def kv_piece(self, rank: int, group: int) -> int:
+        """Of those that are shared; see `gradient_piece`."""
+        return self.gradient_piece(rank, group) // self.sharers
+
+    def gradient_piece(self, rank: int, group: int) -> int:
+        """As `kv_piece`, one for each rank that shares it."""
+        return rank * self.kv_pieces + group * self.kv_pieces // self.groups
+
+    def starts_piece(self, group: int) -> bool:
+        """Whether the groups before had other key/value heads."""
+        return group == 0 or self.gradient_piece(0, group) != self.gradient_piece(0, group - 1)
+
+    def ends_piece(self, group: int) -> bool:
+        return group + 1 == self.groups or self.starts_piece(group + 1)
+
+
+def _pieces(x: Tensor, n: int) -> Tensor:
+    """(batch, tokens, heads, ...) -> (n, batch, tokens, heads / n, ...), a view."""
+    return x.unflatten(2, (n, -1)).movedim(2, 0)
+
+
+def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back, as a copy."""
+    n, batch, tokens, heads, width = pieces.shape
+    x = pieces.new_empty((batch, tokens, n * heads, width), dtype=dtype)
+    _pieces(x, n).copy_(pieces)
+    return x
 
 
 @once_a_mask
-def in_sequence_order(mask: KeyIntervals) -> tuple[KeyIntervals, Tensor, Tensor]:
-    """Of a mask whose rows are in the ranks' order: the same in the sequence's, and both orders as indices.
+def _in_sequence_order(mask: KeyIntervals, size: int) -> tuple[KeyIntervals, list[Move]]:
+    """Of a mask whose rows are in the ranks' order: the same in the sequence's, and how its tokens come there."""
+    assert mask.query_position is not None
+    order = mask.query_position[0].long()
+    runs = runs_of(order.cpu(), size)
+    moves = [Move(r.owner, r.place, reader, r.first, r.first, r.length) for reader in range(size) for r in runs]
+    return mask.rows(torch.argsort(order)), moves
 
-    `by_rank[to_sequence]` is in the sequence's order, `by_sequence[to_ranks]` in the ranks'.
+
+class _Exchange:
+    """What both passes share: the mask of the whole sequence, and how heads travel.
+
+    The buffers of the transport have a piece for each group of each rank: "queries" and what is like them by
+    `Heads.query_piece`, "keys" (keys and values of a token beside each other) by `kv_piece`, their gradients by
+    `gradient_piece`.
     """
-    if mask.start is None or mask.query_position is None:
-        raise ValueError("the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask")
-    to_ranks = mask.query_position[0].long()
-    to_sequence = torch.argsort(to_ranks)
-    return mask.rows(to_sequence), to_sequence, to_ranks
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+        self.transport = transport_of(call.group_name)
+        self.rank, size = self.transport.rank, self.transport.size
+        self.length = q.shape[1] * size
+        self.mask, self.moves = _in_sequence_order(in_ranks_order(call.intervals(self.length, self.length)), size)
+        self.heads = Heads(q.shape[2], k.shape[2], size)
+        self.waits: list[Wait] = []
+        self.leaving: list[Tensor] = []  # which must live until they have left
+        self.share("queries", q)
+        n = size * self.heads.kv_pieces // self.heads.sharers
+        keys = torch.stack((_pieces(k, n), _pieces(v, n)), 4).transpose(3, 4)
+        self.transport.share("keys", tuple(keys.shape), k).copy_(keys)
+
+    def share(self, name: str, x: Tensor) -> None:
+        """Lets others fetch x (batch, tokens, heads, width), each its heads."""
+        pieces = _pieces(x, self.heads.size * self.heads.groups)
+        self.transport.share(name, tuple(pieces.shape), x).copy_(pieces)
+
+    def arriving(self, *names: str) -> Iterator[tuple[int, list[Tensor]]]:
+        """Group by group, of this rank's heads all tokens of what others share by these names.
+
+        While one is worked on, the next is on its way.
+        """
+        here: dict[str, Tensor] = {}
+        coming = self._fetch(0, names)
+        for group in range(self.heads.groups):
+            for name, (tensor, wait) in coming.items():
+                wait()
+                here[name] = tensor
+            coming = self._fetch(group + 1, names) if group + 1 < self.heads.groups else {}
+            yield group, [here[name] for name in names]
+
+    def _fetch(self, group: int, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Wait]]:
+        fetched = {}
+        for name in names:
+            if name == "keys" and not self.heads.starts_piece(group):
+                continue
+            piece_of = self.heads.kv_piece if name == "keys" else self.heads.query_piece
+            turn = self.heads.gradient_piece(0, group) if name == "keys" else group
+            shared = self.transport.shared[name]
+            shape = shared.shape[1], self.length, *shared.shape[3:]
+            into = self.transport.scratch(f"{name} {turn % 2}", shape, shared)
+            wait = self.transport.fetch(name, self.moves, lambda move, of=piece_of: of(move.reader, group), into)
+            fetched[name] = into, wait
+        return fetched
+
+    def give(self, name: str, piece_of: Callable[[int, int], int], group: int, x: Tensor) -> None:
+        """Sends all tokens of this rank's heads of a group to who holds them."""
+        self.leaving.append(x)
+        self.waits.append(self.transport.give(name, self.moves, lambda move: piece_of(move.reader, group), x))
+
+    def finish(self) -> None:
+        """Waits until all has left and arrived."""
+        for wait in self.waits:
+            wait()
+        self.transport.meet()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, _sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    exchange = _Exchange(q, k, v, call)
+    transport, heads = exchange.transport, exchange.heads
+    transport.share("outs", tuple(transport.shared["queries"].shape), q)
+    transport.meet()
+    parts = []
+    for group, (queries, keys) in exchange.arriving("queries", "keys"):
+        of_keys = keys[:, :, 0], keys[:, :, 1]
+        out, lse = interface.forward(queries, *of_keys, exchange.mask, call.options(), call.implementation)
+        exchange.give("outs", heads.query_piece, group, out)
+        parts.append(lse)
+    exchange.finish()
+    return _heads(transport.shared["outs"], q.dtype), torch.cat(parts, 1)
+
+
+def _backward(dout, _dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    exchange = _Exchange(q, k, v, call)
+    transport, heads = exchange.transport, exchange.heads
+    head_dim = q.shape[3]
+    exchange.share("douts", _with_delta(dout, reference.attention_delta(dout, None, out)))
+    of_queries, of_keys = transport.shared["queries"], transport.shared["keys"]
+    pieces = heads.size * heads.kv_pieces
+    compute = accumulation_dtype(q.dtype)
+    transport.share("dqueries", tuple(of_queries.shape), q)
+    transport.share("dkeys", (pieces, *of_keys.shape[1:]), k, k.dtype if heads.sharers == 1 else compute)
+    transport.meet()
+    lse_of_groups = lse.chunk(heads.groups, 1)
+    zeros = q.new_zeros(head_dim).expand(*of_queries.shape[1:2], exchange.length, *of_queries.shape[3:])
+    dkeys = None
+    for group, (queries, keys, douts) in exchange.arriving("queries", "keys", "douts"):
+        delta = _delta_of(douts, head_dim, compute)
+        gradient = BackwardInBlocks(  # which takes delta as the gradient of lse, where out is 0
+            douts[..., :head_dim], -delta, queries, zeros, lse_of_groups[group], call.options(), call.implementation
+        )
+        if dkeys is None:
+            dkeys = torch.zeros(keys.shape, dtype=compute, device=q.device)
+        gradient.add(keys[:, :, 0], keys[:, :, 1], exchange.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
+        exchange.give("dqueries", heads.query_piece, group, gradient.dq())
+        if heads.ends_piece(group):
+            exchange.give("dkeys", heads.gradient_piece, group, dkeys.to(transport.shared["dkeys"].dtype))
+            dkeys = None
+    exchange.finish()
+    of_heads = transport.shared["dkeys"].unflatten(0, (-1, heads.sharers))
+    of_heads = of_heads.sum(1) if heads.sharers > 1 else of_heads.squeeze(1)
+    dk, dv = (_heads(x, k.dtype) for x in of_heads.unbind(3))
+    return _heads(transport.shared["dqueries"], q.dtype), dk, dv
+
+
+def _with_delta(dout: Tensor, delta: Tensor) -> Tensor:
+    """dout (batch, tokens, heads, head_dim) and behind it delta (batch, heads, tokens), in rows of whole 16 bytes."""
+    at, width = _place_of_delta(dout.shape[3], dout.dtype, delta.dtype)
+    both = dout.new_empty((*dout.shape[:3], width))
+    both[..., : dout.shape[3]] = dout
+    both.view(delta.dtype)[..., at] = delta.transpose(1, 2)
+    return both
+
+
+def _delta_of(both: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    at, _ = _place_of_delta(head_dim, both.dtype, dtype)
+    return both.view(dtype)[..., at].transpose(1, 2)
+
+
+def _place_of_delta(head_dim: int, dtype: torch.dtype, delta_dtype: torch.dtype) -> tuple[int, int]:
+    """Where delta is in a row, counted in its own dtype, and how wide a row is, in that of dout."""
+    begin = -(-head_dim * dtype.itemsize // 16) * 16
+    return begin // delta_dtype.itemsize, (begin + 16) // dtype.itemsize
+
+
+def _lse_shape(q: Tensor, call: Call) -> tuple[int, ...]:
+    """Of all tokens, of this rank's heads: as the backward pass needs it."""
+    size = dist.get_world_size(_resolve_process_group(GroupName(call.group_name)))
+    return q.shape[0], q.shape[2] // size, q.shape[1] * size
+
+
+_ulysses_attention = attention_op("ulysses_attention", _forward, _backward, _lse_shape)
+
+
+def ulysses(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
+    """Wraps `attend` so that it works on a sequence split over `group`, which divides the query heads."""
+    return ContextAttend(attend, group, _ulysses_attention)

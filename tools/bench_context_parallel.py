@@ -1,0 +1,250 @@
+"""Attention over a sequence that several GPUs share: all strategies beside the same work without communication.
+
+    torchrun --nproc-per-node 8 tools/bench_context_parallel.py                       # minutes
+    torchrun --nproc-per-node 8 tools/bench_context_parallel.py --cases 64k --contenders alone,ring --trace
+
+Each strategy's results are first compared with one GPU's over the whole of a short sequence; one that is wrong ends the
+run without a figure. TFLOP/s are those of one GPU: 4 x head_dim a pair of a query and a key it sees and a head forward,
+2.5 x that backward, shared evenly over the GPUs, in the time of the slowest. `alone`: a rank's rows with all the keys
+they see at hand, `share`: of its rate. Times are of several calls in a row, as layers follow each other in training.
+GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import benchmarking
+import torch
+import torch.distributed as dist
+from benchmarking import Row
+from torch import Tensor
+
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.model.attention import Attend
+from longctx.parallel import transport
+from longctx.parallel.gather import gather
+from longctx.parallel.ring import ring
+from longctx.parallel.sequence import Split, balanced, imbalance, zigzag
+from longctx.parallel.ulysses import ulysses
+
+HEAD_DIM = 128
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of `length` tokens, causal, or packed documents whose lengths are log-normal."""
+
+    name: str
+    length: int
+    heads: int = 32
+    kv_heads: int = 8
+    median: int = 0  # tokens of a document; 0: one document
+
+    def starts(self) -> Tensor:
+        """(1, length): where each token's document begins."""
+        starts, at = torch.zeros(1, self.length, dtype=torch.int64), 0
+        generator = torch.Generator().manual_seed(0)
+        while self.median and at < self.length:
+            starts[0, at:] = at
+            at += max(1, int(self.median * torch.randn((), generator=generator).exp()))
+        return starts
+
+    def split(self, size: int) -> Split:
+        work = torch.arange(self.length) - self.starts()[0] + 1
+        return balanced(work, size) if self.median else zigzag(self.length, size)
+
+    def pairs(self) -> float:
+        return float((torch.arange(self.length) - self.starts()[0] + 1).double().sum())
+
+
+CASES = [
+    Case("64k", 1 << 16),
+    Case("256k", 1 << 18),
+    Case("1M", 1 << 20),
+    Case("64k MHA", 1 << 16, 32, 32),
+    Case("256k documents 2k", 1 << 18, median=2048),
+    Case("256k documents 16k", 1 << 18, median=16384),
+    Case("1M documents 16k", 1 << 20, median=16384),
+]
+PARITY = [Case("parity", 1 << 14), Case("parity, documents", 1 << 14, median=700)]
+
+Attention = Callable[[Tensor, Tensor, Tensor, KeyIntervals], Tensor]
+STRATEGIES = {"ring": ring, "gather": gather, "ulysses": ulysses}
+CONTENDERS = ["alone", *STRATEGIES, *(f"{name}-messages" for name in STRATEGIES)]
+
+
+def contender(name: str) -> Attention:
+    strategy, _, form = name.partition("-")
+    group = dist.group.WORLD
+    assert group is not None
+    transport.use(transport.Messages(group) if form else transport.choose(group))
+    return STRATEGIES[strategy](Attend("auto"), group)
+
+
+def inputs(case: Case, size: int, seed: int) -> list[Tensor]:
+    """q, k, v and dout of one rank."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(1, case.length // size, heads, HEAD_DIM) for heads in (case.heads, case.kv_heads, case.kv_heads)]
+    made = [torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in (*shapes, shapes[0])]
+    return [x.requires_grad_(i < 3) for i, x in enumerate(made)]
+
+
+def results(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> list[Tensor]:
+    q, k, v, dout = tensors
+    out = attend(q, k, v, mask)
+    return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+def check(name: str, case: Case, rank: int, size: int) -> str:
+    """Errors against one GPU's results, largest over ranks; ends the run if they are not those of rounding."""
+    device, split = torch.device("cuda"), case.split(size)
+    whole = inputs(case, 1, 0)
+    expected = results(Attend("auto"), whole, KeyIntervals.documents(case.starts()).to(device))
+    mine = [split.shard(x.detach(), rank).contiguous().requires_grad_(x.requires_grad) for x in whole]
+    found = results(contender(name), mine, split.mask(case.starts(), device))
+    wanted = [split.shard(x, rank).float() for x in expected]
+    errors = torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)])
+    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+    shown = " ".join(f"{e:.1e}" for e in errors.tolist())
+    if not bool((errors < 1e-2).all()):
+        sys.exit(f"{name}, {case.name}: errors of out, dq, dk, dv {shown}: no figures of what is wrong")
+    return shown
+
+
+def alone(case: Case, rank: int, size: int) -> tuple[Attention, list[Tensor], KeyIntervals]:
+    """A rank's rows and all the keys they see, without the others."""
+    tensors = inputs(case, size, rank)
+    if not case.median:  # the same number of pairs, in a rectangle
+        keys = inputs(Case("", case.length // 2, case.heads, case.kv_heads), 1, rank)[1:3]
+        mask = KeyIntervals.full(case.length // size, case.length // 2)
+    else:
+        keys = inputs(case, 1, rank)[1:3]
+        whole = KeyIntervals.documents(case.starts()).to("cuda")
+        mask = whole.rows(case.split(size).held(rank).cuda())
+    return Attend("auto"), [tensors[0], *keys, tensors[3]], mask
+
+
+def timed_ms(call: Callable[[], object], seconds: float) -> float:
+    """Of a call among several in a row, on the slowest rank: the median of five such rows."""
+    call()
+    first = _row_ms(call, 1)
+    calls = max(1, min(10, int(seconds * 1e3 / 5 / first)))
+    return sorted(_row_ms(call, calls) for _ in range(5))[2]
+
+
+def _row_ms(call: Callable[[], object], calls: int) -> float:
+    dist.barrier()
+    torch.cuda.synchronize()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    for _ in range(calls):
+        call()
+    after.record()
+    torch.cuda.synchronize()
+    longest = torch.tensor(before.elapsed_time(after) / calls, device="cuda")
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return float(longest)
+
+
+def measure(name: str, case: Case, rank: int, size: int, seconds: float) -> Row:
+    if name == "alone":
+        attend, tensors, mask = alone(case, rank, size)
+    else:
+        attend, tensors = contender(name), inputs(case, size, rank)
+        mask = case.split(size).mask(case.starts(), torch.device("cuda"))
+    q, k, v, dout = tensors
+    gib = benchmarking.peak_gib(lambda: results(attend, tensors, mask), torch.device("cuda"))
+    assert gib is not None
+    if name != "alone":
+        assert dist.group.WORLD is not None
+        of_transport = transport.transport_of(dist.group.WORLD.group_name)
+        gib += of_transport.shared_bytes() / GIB
+    with torch.no_grad():
+        forward = timed_ms(lambda: attend(q, k, v, mask), seconds)
+    out = attend(q, k, v, mask)
+    backward = timed_ms(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), seconds)
+    tflop = 4 * HEAD_DIM * case.heads * case.pairs() / size / 1e12
+    return {
+        "forward ms": forward, "backward ms": backward, "forward": tflop / forward * 1e3,
+        "backward": 2.5 * tflop / backward * 1e3, "GiB": gib,
+        "imbalance": imbalance(torch.arange(case.length) - case.starts()[0] + 1, case.split(size)),
+    }  # fmt: skip
+
+
+def trace(name: str, case: Case, rank: int, size: int, folder: Path) -> None:
+    """A timeline of one forward and backward pass on rank 0, for Perfetto or chrome://tracing."""
+    attend, tensors = contender(name), inputs(case, size, rank)
+    mask = case.split(size).mask(case.starts(), torch.device("cuda"))
+    results(attend, tensors, mask)
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        results(attend, tensors, mask)
+        torch.cuda.synchronize()
+    if rank == 0:
+        profile.export_chrome_trace(str(folder / f"{name}_{case.name}.json".replace(" ", "_")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="", help="those whose name has one of these in it, separated by commas")
+    parser.add_argument("--contenders", default="alone,ring,gather,ulysses", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    parser.add_argument("--trace", action="store_true", help="write a timeline of each strategy")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_context_parallel"), help="folder of the files")
+    arguments = parser.parse_args()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    names = arguments.contenders.split(",")
+    if unknown := set(names) - set(CONTENDERS):
+        sys.exit(f"contenders {', '.join(unknown)}: must be of {', '.join(CONTENDERS)}")
+    cases = [case for case in CASES if any(part in case.name for part in arguments.cases.split(","))]
+    about = benchmarking.setting(device) | {"gpus": size}
+
+    def say(message: object) -> None:
+        if rank == 0:
+            print(message, flush=True)
+
+    say("  ".join(f"{name} {value}" for name, value in about.items()))
+    for name in names[names[0] == "alone" :]:
+        for case in PARITY:
+            say(f"{name}, {case.name}: errors of out, dq, dk, dv {check(name, case, rank, size)}")
+    rows: list[Row] = []
+    for case in cases:
+        for name in names:
+            try:
+                rows.append({"case": case.name, "contender": name} | measure(name, case, rank, size, arguments.seconds))
+            except torch.OutOfMemoryError:
+                rows.append({"case": case.name, "contender": name, "error": "out of memory"})
+            reference = next((row for row in rows if row["case"] == case.name and row["contender"] == "alone"), {})
+            for which in ("forward", "backward"):
+                rate, free = rows[-1].get(which), reference.get(which)
+                if isinstance(rate, float) and isinstance(free, float):
+                    rows[-1][f"{which} share"] = rate / free
+            say(rows[-1])
+            gc.collect()
+            torch.cuda.empty_cache()
+        if arguments.trace:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            for name in names[names[0] == "alone" :]:
+                trace(name, case, rank, size, arguments.output)
+    if rank == 0:
+        shown = ["forward ms", "backward ms", "forward", "backward", "forward share", "backward share", "GiB"]
+        print(benchmarking.table(rows, ["case", "contender", *shown]))
+        benchmarking.write(
+            arguments.output, "context_parallel", about, rows, ["forward", "backward"], "TFLOP/s of a GPU"
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
