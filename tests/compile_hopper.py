@@ -20,16 +20,26 @@ from longctx.kernels.attention.options import Options
 N = 4096
 
 
-def compile_case(head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool = False, deterministic=False) -> None:
+def compile_case(
+    head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool = False, deterministic=False, blocks=False
+) -> None:
     bound = torch.empty(1, N, dtype=torch.int32, device="meta")
     mask = KeyIntervals(N, N, False, bound, torch.empty_like(bound))
     q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
     empty = partial(torch.empty, dtype=torch.float32, device="meta")
     lse, options = empty(1, 4, N), Options(0.1, deterministic=deterministic)
-    out = (empty(q.shape), lse) if into else None
+    out = (empty(q.shape), lse) if into or blocks else None
+    homes = hopper_backward.GradientHomes(
+        torch.empty(1, dtype=torch.int64, device="meta"), empty((1, N, 2, 2, head_dim))
+    )
     gradients = (empty(q.shape), empty(k.shape), empty(v.shape)) if into else None
 
     def call():
+        if blocks:
+            hopper_forward.forward(q, k, v, mask, options, out, is_first=True)
+            hopper_forward.forward(q, k, v, mask, options, out, is_last=True)
+            hopper_backward.BackwardInBlocks(q, lse, q, q, lse, options).add(k, v, mask, homes)
+            return
         if not deterministic:
             hopper_forward.forward(q, k, v, mask, options, out)
         if head_dim <= 128:
@@ -43,7 +53,7 @@ def compile_case(head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool 
             json.dumps(
                 {
                     "kernel": kernel.name, "triton": triton.__version__, "head_dim": head_dim, "dtype": str(dtype),
-                    "into": into, "deterministic": deterministic, "registers": kernel.registers,
+                    "into": into, "blocks": blocks, "deterministic": deterministic, "registers": kernel.registers,
                     "spills": kernel.spill_bytes, "shared": kernel.shared_bytes, "warnings": kernel.warnings,
                     "loops": [
                         {
@@ -65,6 +75,7 @@ def main() -> None:
     for head_dim in (64, 128):
         compile_case(head_dim, into=True)
         compile_case(head_dim, deterministic=True)
+        compile_case(head_dim, blocks=True)
     torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
     compile_case(128, torch.float16)
 

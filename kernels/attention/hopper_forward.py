@@ -121,7 +121,7 @@ def _consumer(
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    out_descriptor, out, lse, start, end, strides, bounds_batch, n_queries, head_dim, heads, row_blocks, factor = rows
+    out_descriptor, sums, lse, start, end, strides, bounds_batch, n_queries, head_dim, heads, row_blocks, factor = rows
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
@@ -193,12 +193,13 @@ def _consumer(
             row_lse = merged
         gl.store(lse_row, row_lse, mask=is_row)
         acc = acc * gl.convert_layout(share, acc_row)[:, None]
-        if WIDE:
+        if MERGE or WIDE:
             pointers, inside = pointers_to(
-                out, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
+                sums, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
             )
-            if MERGE:
-                acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
+        if MERGE:
+            acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
+        if WIDE:
             gl.store(pointers, acc, mask=inside)
         else:
             tma.store_wait(0)  # of the item before
@@ -218,7 +219,7 @@ def _consumer(
 @gluon.jit
 def _producer(
     descriptors, box, query_ring, key_ring, value_ring, work,
-    MERGE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items, says which, and copies their queries, keys and values."""
     query_descriptor, key_descriptor, value_descriptor = descriptors
@@ -233,7 +234,7 @@ def _producer(
         pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
         first, full_first, full_last, last = visit
         is_empty = first >= last
-        if not (MERGE and is_empty):  # nothing to merge
+        if not (MERGE and WIDE and is_empty):  # nothing to merge
             if is_empty:  # one tile, of which no row sees anything
                 first = gl.maximum(first - 1, 0)
                 full_first, full_last, last = first + 1, first + 1, first + 1
@@ -268,8 +269,8 @@ def _producer(
 
 @gluon.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    query_descriptor, key_descriptor, value_descriptor, out_descriptor, out, lse, start, end, order, tiles, counter,
-    out_batch, out_row, out_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,
+    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles, counter,
+    sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,
     together, row_blocks, factor,
     MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -288,7 +289,7 @@ def _forward_kernel(
     value_ring = values, barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     rows = (
-        out_descriptor, out, lse, start, end, (out_batch, out_row, out_head), bounds_batch, n_queries, head_dim,
+        out_descriptor, sums, lse, start, end, (sums_batch, sums_row, sums_head), bounds_batch, n_queries, head_dim,
         heads, row_blocks, factor
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
@@ -299,7 +300,7 @@ def _forward_kernel(
                          OWN_OUT, PING_PONG)),
             (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, MERGE, WIDE, BLOCK_K, BLOCK_D, STAGES,
                          OWN_OUT, PING_PONG)),
-            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, MERGE, BLOCK_K, STAGES)),
+            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, MERGE, WIDE, BLOCK_K, STAGES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
@@ -314,15 +315,21 @@ def forward(
     options: Options,
     into: tuple[Tensor, Tensor] | None = None,
     is_first: bool = False,
+    is_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`.
+
+    What `into` holds before the first block does not matter; with the last, out comes like q.
+    """
     batch, n_queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if into is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        is_first = is_last = True
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
+        out = sums = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     else:
-        out, lse = into
+        sums, lse = into
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if is_last else sums
     q, k, v = (addressable(x) for x in (q, k, v))
     blocks, width = launch.hopper_forward(q), launch.hopper_head_dim(q)
     rows = 2 * ROWS.value
@@ -333,14 +340,14 @@ def forward(
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
     n_items = order.numel() * heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, q if into is not None else out))
+    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, out if is_last else q))
     keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
     with launch.on_device(q):
         _forward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
-            queries, keys, values, outs, out, lse, start, end, order, tiles, counter, *out.stride()[:3],
+            queries, keys, values, outs, sums, lse, start, end, order, tiles, counter, *sums.stride()[:3],
             launch.shared_stride(start), launch.shared_stride(tiles), n_queries, head_dim, heads, heads // kv_heads,
             n_items, order.numel(), together, order.numel() // batch, options.scale * LOG2_E.value,
-            MERGE=into is not None and not is_first, WIDE=into is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
+            MERGE=not is_first, WIDE=not is_last, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
         )  # fmt: skip

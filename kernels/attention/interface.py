@@ -211,29 +211,21 @@ def forward(
     implementation: str,
     sink: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
-    is_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One block of attention without autograd: what the ops of this file and of context parallelism are made of.
 
     `into`: contiguous out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which
-    this block is merged in place, and which are returned; what they hold before the first block does not matter.
-    `implementation`: see `choose`.
+    this block is merged in place, and which are returned. `implementation`: see `choose`.
     """
     implementation = choose(implementation, q, mask, options)
     is_empty = not q.numel() or not k.numel()
-    if is_empty and into is not None and not is_first and sink is None:
-        return into
-    is_hopper = implementation == "hopper" and sink is None and not is_empty
-    if is_hopper and into is not None and isinstance(mask, KeyIntervals):
-        return hopper.forward(q, k, v, mask, options, into, is_first)
-    if is_first and into is not None:
-        into[0].zero_()
-        into[1].fill_(-torch.inf)
     if implementation == "triton" and not is_empty:
         return triton_forward.forward(q, k, v, mask, options, sink, into)
     if is_empty:
         out, lse = _without_keys(q)
     elif implementation == "hopper" and isinstance(mask, KeyIntervals):
+        if sink is None:
+            return hopper.forward(q, k, v, mask, options, into)
         out, lse = hopper.forward(q, k, v, mask, options)
     elif implementation == "sdpa" and isinstance(mask, KeyIntervals):
         out, lse = sdpa.forward(q, k, v, mask, options.scale)
@@ -286,6 +278,41 @@ def backward(
     else:
         gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
     return reference.added(gradients, into)
+
+
+def delta(dout: Tensor, out: Tensor) -> Tensor:
+    """rowsum(dout * out), (batch, heads, n_queries) in the dtype of sums."""
+    if launch.choose("auto", dout) == "triton":
+        return triton_backward.delta(dout, out)
+    return reference.attention_delta(dout, None, out)
+
+
+class ForwardInBlocks:
+    """The forward pass over keys that come block by block, merged by their log-sum-exp; at least one of them has keys.
+
+    `out` is like q once the last one has come, `lse` (batch, heads, n_queries) in the dtype of sums.
+    """
+
+    def __init__(self, q: Tensor, options: Options, implementation: str) -> None:
+        self.q, self.options = q, options
+        self.implementation = choose(implementation, q, KeyIntervals.full(1, 1), options)
+        compute = reference.accumulation_dtype(q.dtype)
+        self.out = torch.empty(q.shape, dtype=compute, device=q.device)
+        self.lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
+        self.is_first = True
+
+    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, is_last: bool) -> None:
+        """One block of keys and values."""
+        q, sums = self.q, (self.out, self.lse)
+        if self.implementation == "hopper" and q.numel() and k.numel():
+            self.out, self.lse = hopper.forward(q, k, v, mask, self.options, sums, self.is_first, is_last)
+        else:
+            if self.is_first:
+                self.out.zero_()
+                self.lse.fill_(-torch.inf)
+            forward(q, k, v, mask, self.options, self.implementation, into=sums)
+            self.out = self.out.to(q.dtype) if is_last else self.out
+        self.is_first = False
 
 
 class BackwardInBlocks:

@@ -304,6 +304,15 @@ def statistics(
     return exponent, delta
 
 
+def delta(dout: Tensor, out: Tensor) -> Tensor:
+    """rowsum(dout * out), (batch, heads, n_queries) float32."""
+    batch, n_queries, heads, _ = dout.shape
+    sums = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=dout.device)
+    with launch.on_device(dout):
+        _launch_delta(dout, out, None, sums, sums, None, 1.0)
+    return sums
+
+
 def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None, scale: float) -> None:
     dout, out = launch.readable(dout), launch.readable(out)
     batch, n_queries, heads, head_dim = dout.shape

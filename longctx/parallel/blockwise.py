@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention import interface
-from longctx.kernels.attention.interface import BackwardInBlocks, Call, GradientHomes
+from longctx.kernels.attention.interface import BackwardInBlocks, Call, ForwardInBlocks, GradientHomes
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
@@ -97,22 +96,17 @@ class _Pass:
         return buffer
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call, tokens_of_a_step: int
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tokens_of_a_step: int) -> tuple[Tensor, Tensor]:
     """One rank's rows: out like q, lse (batch, heads, tokens) in the dtype of sums."""
     transport, schedule = _setting(q, call, tokens_of_a_step)
-    compute = accumulation_dtype(q.dtype)
-    out = torch.empty(q.shape, dtype=compute, device=q.device)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
+    attention = ForwardInBlocks(q, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
+    last = max(number for number, step in enumerate(schedule.steps) if step.n_keys or not number)
     for number, step in enumerate(schedule.steps):
         step_k, step_v = keys.keys_values(number).unbind(2)
-        interface.forward(
-            q, step_k, step_v, step.mask, call.options(), call.implementation, None if number else sink,
-            into=(out, lse), is_first=number == 0,
-        )  # fmt: skip
-    return out.to(q.dtype), lse
+        if number <= last:
+            attention.add(step_k, step_v, step.mask, number == last)
+    return attention.out, attention.lse
 
 
 def backward(

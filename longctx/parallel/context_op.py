@@ -28,8 +28,8 @@ def context_op(name: str, step_bytes: int, inbox_bytes: int) -> Callable[..., tu
     def tokens_of_a_step(k: Tensor) -> int:
         return step_bytes // (2 * k[:, :1].nbytes)
 
-    def forward(q, k, v, sink, call: Call):
-        return blockwise.forward(q, k, v, sink, call, tokens_of_a_step(k))
+    def forward(q, k, v, _sink, call: Call):
+        return blockwise.forward(q, k, v, call, tokens_of_a_step(k))
 
     def backward(dout, dlse, q, k, v, out, lse, call: Call):
         slots = inbox_bytes // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize)

@@ -12,6 +12,7 @@ rank, or for each group of heads, as its user likes. A rank fills one and lets t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from longctx.parallel.exchange import Move
 
 Wait = Callable[[], None]  # returns, or lets the device's queue go on, once the data is there
 PieceOf = Callable[[Move], int]
+_generations = itertools.count()
 
 
 class Transport(ABC):
@@ -39,7 +41,7 @@ class Transport(ABC):
         self.buffers: dict[str, Tensor] = {}
         self.shared: dict[str, Tensor] = {}  # by name, as its user has last asked for it
         self.turns: dict[str, int] = {}
-        self.generation = 0  # how often buffers have moved
+        self.generation = next(_generations)  # another number whenever buffers have moved
         self.is_timed = False  # whether waits are measured
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.waited_s = 0.0
@@ -79,7 +81,7 @@ class Transport(ABC):
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             self.buffers.pop(name, None)
-            self.generation += 1
+            self.generation = next(_generations)
             with torch.inference_mode(False):  # what validation makes, training may use
                 buffer = self.buffers[name] = make(size)
         return buffer[:size].view(shape)

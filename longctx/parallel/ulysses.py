@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from longctx.kernels import reference
 from longctx.kernels.attention import interface
-from longctx.kernels.attention.interface import BackwardInBlocks, Call, attention_op
+from longctx.kernels.attention.interface import BackwardInBlocks, Call, attention_op, delta
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.context_op import ContextAttend
@@ -112,15 +111,20 @@ class _Exchange:
         self.heads = Heads(q.shape[2], k.shape[2], size)
         self.waits: list[Wait] = []
         self.leaving: list[Tensor] = []  # which must live until they have left
-        self.share("queries", q)
+        self.share("queries", q.shape[3], q)[...] = self.of_queries(q)
         n = size * self.heads.kv_pieces // self.heads.sharers
-        keys = torch.stack((_pieces(k, n), _pieces(v, n)), 4).transpose(3, 4)
-        self.transport.share("keys", tuple(keys.shape), k).copy_(keys)
+        for number, x in enumerate((k, v)):
+            pieces = _pieces(x, n)
+            shape = *pieces.shape[:3], 2, *pieces.shape[3:]
+            self.transport.share("keys", shape, k)[:, :, :, number] = pieces
 
-    def share(self, name: str, x: Tensor) -> None:
-        """Lets others fetch x (batch, tokens, heads, width), each its heads."""
-        pieces = _pieces(x, self.heads.size * self.heads.groups)
-        self.transport.share(name, tuple(pieces.shape), x).copy_(pieces)
+    def of_queries(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads, ...) in the pieces of queries, a view."""
+        return _pieces(x, self.heads.size * self.heads.groups)
+
+    def share(self, name: str, width: int, like: Tensor) -> Tensor:
+        """The pieces of a buffer with rows like those of queries."""
+        return self.transport.share(name, (*self.of_queries(like).shape[:-1], width), like)
 
     def arriving(self, *names: str) -> Iterator[tuple[int, list[Tensor]]]:
         """Group by group, of this rank's heads all tokens of what others share by these names.
@@ -165,7 +169,7 @@ class _Exchange:
 def _forward(q: Tensor, k: Tensor, v: Tensor, _sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     exchange = _Exchange(q, k, v, call)
     transport, heads = exchange.transport, exchange.heads
-    transport.share("outs", tuple(transport.shared["queries"].shape), q)
+    outs = exchange.share("outs", q.shape[3], q)
     transport.meet()
     parts = []
     for group, (queries, keys) in exchange.arriving("queries", "keys"):
@@ -174,49 +178,47 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, _sink: Tensor | None, call: Call) 
         exchange.give("outs", heads.query_piece, group, out)
         parts.append(lse)
     exchange.finish()
-    return _heads(transport.shared["outs"], q.dtype), torch.cat(parts, 1)
+    return _heads(outs, q.dtype), torch.cat(parts, 1)
 
 
 def _backward(dout, _dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     exchange = _Exchange(q, k, v, call)
     transport, heads = exchange.transport, exchange.heads
     head_dim = q.shape[3]
-    exchange.share("douts", _with_delta(dout, reference.attention_delta(dout, None, out)))
-    of_queries, of_keys = transport.shared["queries"], transport.shared["keys"]
-    pieces = heads.size * heads.kv_pieces
     compute = accumulation_dtype(q.dtype)
-    transport.share("dqueries", tuple(of_queries.shape), q)
-    transport.share("dkeys", (pieces, *of_keys.shape[1:]), k, k.dtype if heads.sharers == 1 else compute)
+    _share_with_delta(exchange, dout, delta(dout, out))
+    dqueries = exchange.share("dqueries", head_dim, q)
+    shape = heads.size * heads.kv_pieces, *transport.shared["keys"].shape[1:]
+    shared_dkeys = transport.share("dkeys", shape, k, k.dtype if heads.sharers == 1 else compute)
     transport.meet()
     lse_of_groups = lse.chunk(heads.groups, 1)
-    zeros = q.new_zeros(head_dim).expand(*of_queries.shape[1:2], exchange.length, *of_queries.shape[3:])
+    zeros = q.new_zeros(head_dim).expand(q.shape[0], exchange.length, *dqueries.shape[3:])
     dkeys = None
     for group, (queries, keys, douts) in exchange.arriving("queries", "keys", "douts"):
-        delta = _delta_of(douts, head_dim, compute)
-        gradient = BackwardInBlocks(  # which takes delta as the gradient of lse, where out is 0
-            douts[..., :head_dim], -delta, queries, zeros, lse_of_groups[group], call.options(), call.implementation
+        dlse = -_delta_of(douts, head_dim, compute)  # which stands for delta where out is 0
+        gradient = BackwardInBlocks(
+            douts[..., :head_dim], dlse, queries, zeros, lse_of_groups[group], call.options(), call.implementation
         )
         if dkeys is None:
             dkeys = torch.zeros(keys.shape, dtype=compute, device=q.device)
         gradient.add(keys[:, :, 0], keys[:, :, 1], exchange.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
         exchange.give("dqueries", heads.query_piece, group, gradient.dq())
         if heads.ends_piece(group):
-            exchange.give("dkeys", heads.gradient_piece, group, dkeys.to(transport.shared["dkeys"].dtype))
+            exchange.give("dkeys", heads.gradient_piece, group, dkeys.to(shared_dkeys.dtype))
             dkeys = None
     exchange.finish()
-    of_heads = transport.shared["dkeys"].unflatten(0, (-1, heads.sharers))
+    of_heads = shared_dkeys.unflatten(0, (-1, heads.sharers))
     of_heads = of_heads.sum(1) if heads.sharers > 1 else of_heads.squeeze(1)
     dk, dv = (_heads(x, k.dtype) for x in of_heads.unbind(3))
-    return _heads(transport.shared["dqueries"], q.dtype), dk, dv
+    return _heads(dqueries, q.dtype), dk, dv
 
 
-def _with_delta(dout: Tensor, delta: Tensor) -> Tensor:
+def _share_with_delta(exchange: _Exchange, dout: Tensor, of_rows: Tensor) -> None:
     """dout (batch, tokens, heads, head_dim) and behind it delta (batch, heads, tokens), in rows of whole 16 bytes."""
-    at, width = _place_of_delta(dout.shape[3], dout.dtype, delta.dtype)
-    both = dout.new_empty((*dout.shape[:3], width))
-    both[..., : dout.shape[3]] = dout
-    both.view(delta.dtype)[..., at] = delta.transpose(1, 2)
-    return both
+    at, width = _place_of_delta(dout.shape[3], dout.dtype, of_rows.dtype)
+    both = exchange.share("douts", width, dout)
+    both[..., : dout.shape[3]] = exchange.of_queries(dout)
+    both.view(of_rows.dtype)[..., at] = exchange.of_queries(of_rows.transpose(1, 2))
 
 
 def _delta_of(both: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
