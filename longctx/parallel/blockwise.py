@@ -17,7 +17,7 @@ from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
 from longctx.parallel.sequence import in_ranks_order
-from longctx.parallel.transport import PieceOf, Transport, Wait, transport_of
+from longctx.parallel.transport import PieceOf, Transport, Wait, copy_rows, transport_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class _Pass:
         self.name = transport.in_turn("shard")  # what was shared the time before may still be read
         batch, tokens, heads, width = k.shape
         self.shard = transport.share(self.name, (1, batch, tokens, 2, heads, width), k)[0]
-        self.shard[:, :, 0].copy_(k)
-        self.shard[:, :, 1].copy_(v)
+        copy_rows(self.shard[:, :, 0], k)
+        copy_rows(self.shard[:, :, 1], v)
         transport.meet()
         self.next = self._fetch(1)
 

@@ -23,7 +23,7 @@ from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.context_op import ContextAttend
 from longctx.parallel.exchange import Move, runs_of
 from longctx.parallel.sequence import in_ranks_order
-from longctx.parallel.transport import Wait, transport_of
+from longctx.parallel.transport import Wait, copy_rows, transport_of
 
 MOST_GROUPS = 4
 
@@ -81,7 +81,7 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
     """The way back, as a copy."""
     n, batch, tokens, heads, width = pieces.shape
     x = pieces.new_empty((batch, tokens, n * heads, width), dtype=dtype)
-    _pieces(x, n).copy_(pieces)
+    (copy_rows if dtype == pieces.dtype else torch.Tensor.copy_)(_pieces(x, n), pieces)
     return x
 
 
@@ -111,12 +111,12 @@ class _Exchange:
         self.heads = Heads(q.shape[2], k.shape[2], size)
         self.waits: list[Wait] = []
         self.leaving: list[Tensor] = []  # which must live until they have left
-        self.share("queries", q.shape[3], q)[...] = self.of_queries(q)
+        copy_rows(self.share("queries", q.shape[3], q), self.of_queries(q))
         n = size * self.heads.kv_pieces // self.heads.sharers
         for number, x in enumerate((k, v)):
             pieces = _pieces(x, n)
             shape = *pieces.shape[:3], 2, *pieces.shape[3:]
-            self.transport.share("keys", shape, k)[:, :, :, number] = pieces
+            copy_rows(self.transport.share("keys", shape, k)[:, :, :, number], pieces)
 
     def of_queries(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads, ...) in the pieces of queries, a view."""
@@ -217,7 +217,7 @@ def _share_with_delta(exchange: _Exchange, dout: Tensor, of_rows: Tensor) -> Non
     """dout (batch, tokens, heads, head_dim) and behind it delta (batch, heads, tokens), in rows of whole 16 bytes."""
     at, width = _place_of_delta(dout.shape[3], dout.dtype, of_rows.dtype)
     both = exchange.share("douts", width, dout)
-    both[..., : dout.shape[3]] = exchange.of_queries(dout)
+    copy_rows(both[..., : dout.shape[3]], exchange.of_queries(dout))
     both.view(of_rows.dtype)[..., at] = exchange.of_queries(of_rows.transpose(1, 2))
 
 
