@@ -75,9 +75,11 @@ class DataSource(StrEnum):
 
 
 class Strategy(StrEnum):
+    auto = "auto"
     ring = "ring"
     gather = "gather"
     ulysses = "ulysses"
+    ulysses_ring = "ulysses_ring"
 
 
 class Recompute(StrEnum):
@@ -187,7 +189,9 @@ class ParallelConfig:
     shard: int = -1  # ranks that share parameters and read different data (FSDP2); -1: all that are left
     context: int = 1  # ranks that share a sequence; they share parameters too
     tensor: int = 1  # ranks that share every matrix product
-    strategy: Strategy = Strategy.ring  # how attention crosses the context axis
+    strategy: Strategy = Strategy.auto  # how attention crosses the context axis; auto: by its size, heads and machines
+    ulysses: int = 0  # strategy=ulysses_ring: ranks that trade heads, a divisor of context; 0: most that a machine has
+    verify: bool = True  # before the first step of a layout, compare it with attention on whole sequences
     recompute: Recompute = Recompute.none  # what the backward pass computes again to save memory
     compile: bool = False  # torch.compile each block
     timeout_seconds: int = 600  # a collective that takes longer ends the run
@@ -427,20 +431,36 @@ def _check_sharing(config: Config) -> list[str]:
         for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
         if count % parallel.tensor
     ]
-    if problems or parallel.strategy != Strategy.ulysses or parallel.context == 1:
+    if problems or parallel.context == 1:
         return problems
     heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
-    if heads % parallel.context:
+    if parallel.strategy == Strategy.ulysses:
+        axis, size = "context", parallel.context
+    elif parallel.strategy == Strategy.ulysses_ring and parallel.ulysses:
+        axis, size = "ulysses", parallel.ulysses
+    else:
+        return problems
+    if parallel.context % size:
         problems.append(
-            f"parallel.context={parallel.context} with strategy=ulysses does not divide the {heads} query heads a "
+            f"parallel.ulysses={size} does not divide parallel.context={parallel.context}; "
+            f"use {_divisors(parallel.context)}"
+        )
+    if heads % size:
+        problems.append(
+            f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads a "
             f"tensor rank has; use {_divisors(heads)}, or strategy=ring or gather"
         )
-    elif kv_heads % parallel.context and parallel.context % kv_heads:
+    elif not shares_heads(heads, kv_heads, size):
         problems.append(
-            f"parallel.context={parallel.context} with strategy=ulysses neither divides nor is a multiple of the "
+            f"parallel.{axis}={size} with strategy={parallel.strategy} neither divides nor is a multiple of the "
             f"{kv_heads} key/value heads a tensor rank has; use strategy=ring or gather"
         )
     return problems
+
+
+def shares_heads(heads: int, kv_heads: int, size: int) -> bool:
+    """Whether `size` ranks can trade tokens for heads."""
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
 def _divisors(n: int) -> str:

@@ -27,6 +27,10 @@ class Runtime:
     device: torch.device
 
     @property
+    def ranks_of_a_machine(self) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

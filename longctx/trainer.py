@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from longctx import runtime as runtime_module
 from longctx.checkpoint import Checkpoints, state_tensors
-from longctx.config import Config, DataSource, Strategy, UserError, check
+from longctx.config import Config, DataSource, UserError, check
 from longctx.data import builtin
 from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
 from longctx.data.packing import IGNORE_INDEX
@@ -32,6 +32,9 @@ from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.sequence import Split, balanced, zigzag
+from longctx.parallel.strategy import choose_strategy
+from longctx.parallel.transport import in_use as transports_in_use
+from longctx.parallel.verify import verify_layout
 from longctx.runtime import Runtime
 
 GIB = 2.0**30
@@ -82,7 +85,8 @@ class Trainer:
         compute = getattr(torch, config.precision.compute)
         self.attention = attention_implementation(config.model, runtime.device, compute)
         self.fused_ops = fused_implementation(config.model, runtime.device, compute)
-        self.model = parallelize(config, self.mesh, runtime.device)
+        self.context = choose_strategy(config, runtime.ranks_of_a_machine)
+        self.model = parallelize(config, self.mesh, self.context, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime)
@@ -94,7 +98,12 @@ class Trainer:
         self.checkpoint_stall_s = 0.0
         self.saved_step: int | None = None
         self.origin: str | None = None  # the checkpoint of which this run is a branch
-        self._resume()
+        is_known_layout = self._resume()
+        if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
+            difference = verify_layout(self.model, config, self.mesh, runtime.device)
+            runtime.say(f"split and whole sequences agree: gradients within {difference:.1e} of their norm")
+        for transport in transports_in_use():
+            transport.is_timed = True
         self.metrics = runtime.together(
             lambda: Metrics(
                 config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
@@ -178,7 +187,7 @@ class Trainer:
     def _split(self, batch: Batch) -> Split:
         """Which rank of the context axis holds which tokens: so that attention is as much work on each."""
         length, size = batch.positions.shape[1], self.mesh.size("context")
-        if size == 1 or self.config.parallel.strategy == Strategy.ulysses:  # which gives each rank all tokens
+        if size == 1 or self.context.splits_heads:
             return zigzag(length, size)
         return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
 
@@ -196,7 +205,7 @@ class Trainer:
 
     def _attention_pairs(self, batch: Batch, split: Split) -> float:
         """Pairs of a query and a key whose attention this rank computes; with Ulysses, its share of the heads."""
-        if self.config.parallel.strategy == Strategy.ulysses:
+        if self.context.splits_heads:
             return attention_pairs(self.config.model, batch.positions) / split.size
         return attention_pairs(self.config.model, split.shard(batch.positions, self.mesh.rank("context")))
 
@@ -225,6 +234,7 @@ class Trainer:
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
             "data/tokens": self.consumed * config.data.sequence_length,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
+            "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
             "data/attention_imbalance": counts.most_pairs / (counts.pairs / world_size),
         }
         if self.peak_tflops:
@@ -261,8 +271,8 @@ class Trainer:
             "skipped": self.skipped,
             "data": self._data_order(),
             "resumed_from": self.origin,
-            "layout": asdict(self.config.parallel),
-            "world_size": self.runtime.world_size,
+            "layout": self._layout()[0],
+            "world_size": self._layout()[1],
             "torch": torch.__version__,
             "configuration": self.as_written,
         }
@@ -276,8 +286,11 @@ class Trainer:
         # own are the gathered copies in the compute dtype.
         return state_tensors(self.parameters, self.optimizer.state())
 
-    def _resume(self) -> None:
-        """Continues from the newest checkpoint of this run, or from the one `checkpoint.resume` names."""
+    def _resume(self) -> bool:
+        """Continues from the newest checkpoint of this run, or from the one `checkpoint.resume` names.
+
+        Returns whether there is one, made by the layout of this run.
+        """
         resume = self.config.checkpoint.resume
         newest = self.checkpoints.newest()
         if resume == "never" and newest:
@@ -289,7 +302,7 @@ class Trainer:
             if not newest or newest[1]["facts"]["resumed_from"] != resume:  # else a restart: go on where it was
                 newest = Path(resume), self.checkpoints.verify(Path(resume))
         if not newest:
-            return
+            return False
         path, manifest = newest
         facts = manifest["facts"]
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
@@ -301,6 +314,10 @@ class Trainer:
         self.checkpoints.set_aside_after(self.step if is_own else -1)
         self.saved_step = self.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
+        return self._layout() == (facts.get("layout"), facts.get("world_size"))
+
+    def _layout(self) -> tuple[dict[str, Any], int]:
+        return asdict(self.config.parallel), self.runtime.world_size
 
     def _data_order(self) -> dict[str, Any]:
         """All that decides which sequence is number 0, 1, 2 ..."""
@@ -331,9 +348,15 @@ class Trainer:
             f"{_device_name(self.runtime.device)}, {axes}\n"
             f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
             f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
-            f"attention: {self.attention}, other fused ops: {self.fused_ops}\n"
+            f"{self._context()}attention: {self.attention}, other fused ops: {self.fused_ops}\n"
             f"steps {self.step} to {config.optim.steps}, files in {config.run_folder}"
         )
+
+    def _context(self) -> str:
+        if self.mesh.size("context") == 1:
+            return ""
+        how = ", ".join(sorted({transport.description for transport in transports_in_use()}))
+        return f"context: {self.context.strategy} ({self.context.why}) by {how}\n"
 
     def _finish(self) -> None:
         """Validation and samples, unless a signal has stopped the run; the report; where it is and how to go on."""

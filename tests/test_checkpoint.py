@@ -14,13 +14,14 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from longctx.parallel.strategy import choose_strategy
 
 
 def make_state(parallel: ParallelConfig, seed: int):
     mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
     config = Config(model=TINY, parallel=parallel, seed=seed, optim=OptimConfig(optimizer=Optimizer.muon))
     config.precision.compute = config.precision.compute.float32
-    model = parallelize(config, mesh, torch.device("cpu"))
+    model = parallelize(config, mesh, choose_strategy(config, 1), torch.device("cpu"))
     optimizer = Optimizers(model, config.optim)
     tokens = torch.arange(64).reshape(2, 32)
     model(tokens, tokens % 32, KeyIntervals.causal(32), tokens).sum().backward()

@@ -12,6 +12,7 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from longctx.parallel.strategy import choose_strategy
 
 
 def test_schedules():
@@ -31,7 +32,7 @@ def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
     mesh = make_mesh(parallel, world_size, "cpu")
     config = Config(model=TINY, parallel=parallel, optim=OptimConfig(optimizer=optimizer, warmup_steps=0, lr=1e-2))
     config.precision.compute = config.precision.compute.float32
-    model = parallelize(config, mesh, torch.device("cpu"))
+    model = parallelize(config, mesh, choose_strategy(config, 1), torch.device("cpu"))
     optimizers = Optimizers(model, config.optim)
     tokens = torch.randint(8192, (4, 32), generator=torch.Generator().manual_seed(0))
     mine = tokens.chunk(mesh.readers)[mesh.reader]

@@ -30,6 +30,7 @@ from longctx.parallel import exchange
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.sequence import zigzag
+from longctx.parallel.strategy import choose_strategy
 
 LENGTH, BATCH, VOCAB = 64, 4, 97
 IGNORE = -100
@@ -100,7 +101,7 @@ def on_layout(
     mesh = make_mesh(parallel, world_size, device_type)
     config = Config(model=model, parallel=parallel)
     config.precision.compute = ComputeDtype.float32 if device_type == "cpu" else ComputeDtype.bfloat16
-    parallel_model = parallelize(config, mesh, device)
+    parallel_model = parallelize(config, mesh, choose_strategy(config, world_size), device)
     with torch.no_grad():  # a GPU's generator draws other numbers than the CPU's, with which the results are compared
         for name, p in parallel_model.named_parameters():
             whole = initial_value(name, p, model, 0, torch.device("cpu")).to(device)
@@ -151,6 +152,7 @@ def compare(layout, single, truth) -> tuple[float, str]:
 
 STRATEGIES = [Strategy.ring, Strategy.gather, Strategy.ulysses]
 CONTEXT = [(ParallelConfig(context=n, strategy=s), n) for n in (2, 4) for s in STRATEGIES]
+CONTEXT += [(ParallelConfig(context=4, strategy=Strategy.ulysses_ring, ulysses=2), 4)]
 
 
 @pytest.mark.parametrize(("parallel", "ranks"), CONTEXT, ids=lambda x: getattr(x, "strategy", x))
@@ -252,7 +254,8 @@ def compiled(_rank, parallel: ParallelConfig, inputs: Inputs, model: ModelConfig
     for compile_blocks in (False, True):
         config = Config(model=model, parallel=dataclasses.replace(parallel, compile=compile_blocks))
         config.precision.compute = config.precision.compute.float32
-        parallel_model = parallelize(config, mesh, torch.device("cpu"))
+        chosen = choose_strategy(config, torch.distributed.get_world_size())
+        parallel_model = parallelize(config, mesh, chosen, torch.device("cpu"))
         split = zigzag(LENGTH, mesh.size("context"))
         local = Inputs(*(split.shard(x, mesh.rank("context")) for x in inputs))
         calls = []

@@ -8,6 +8,7 @@ and hand those of the keys to their owners in float32, who add them up in the or
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,9 +97,16 @@ class _Pass:
         return buffer
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tokens_of_a_step: int) -> tuple[Tensor, Tensor]:
+class Budget(NamedTuple):
+    """Bytes that a rank holds at a time of what others own."""
+
+    step: int  # keys and values that a step works on; while it does, as many of the next arrive
+    inbox: int  # gradients from other ranks that wait to be added up
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, budget: Budget) -> tuple[Tensor, Tensor]:
     """One rank's rows: out like q, lse (batch, heads, tokens) in the dtype of sums."""
-    transport, schedule = _setting(q, call, tokens_of_a_step)
+    transport, schedule = _setting(q, k, call, budget)
     attention = ForwardInBlocks(q, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
     last = max(number for number, step in enumerate(schedule.steps) if step.n_keys or not number)
@@ -111,15 +119,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tokens_of_a_step: int) 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call,
-    tokens_of_a_step: int, slots: int,
+    budget: Budget,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv of one rank's rows and keys. `slots`: the gradients of how many ranks it holds at a time, or more
-    if one step brings more."""
-    transport, schedule = _setting(q, call, tokens_of_a_step)
+    """dq, dk and dv of one rank's rows and keys."""
+    transport, schedule = _setting(q, k, call, budget)
     gradient = BackwardInBlocks(dout, dlse, q, out, lse, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
     total = torch.empty(keys.shard.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-    for steps in _rounds(schedule.plan, slots):
+    for steps in _rounds(schedule.plan, budget.inbox // total.nbytes):
         _give_gradients(steps, keys, gradient, total)
         _add_up(steps, schedule.plan, total, transport)
     dk, dv = (x.to(k.dtype, copy=True, memory_format=torch.contiguous_format) for x in total.unbind(2))
@@ -182,10 +189,11 @@ def _homes(step: Step, slots: range, slot: PieceOf, inbox: Tensor, transport: Tr
     return GradientHomes(step.homes[key], inbox[0])
 
 
-def _setting(q: Tensor, call: Call, tokens_of_a_step: int) -> tuple[Transport, Schedule]:
+def _setting(q: Tensor, k: Tensor, call: Call, budget: Budget) -> tuple[Transport, Schedule]:
     transport = transport_of(call.group_name)
     length = q.shape[1] * transport.size
     mask = in_ranks_order(call.intervals(length, length))
+    tokens_of_a_step = budget.step // (2 * k[:, :1].nbytes)
     return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, q.device)
 
 

@@ -14,36 +14,33 @@ from torch import Tensor, nn
 from longctx.kernels.attention.interface import Call, attention_op
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel import blockwise
+from longctx.parallel.blockwise import Budget
 
 
-def context_op(name: str, step_bytes: int, inbox_bytes: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Registers `longctx::<name>`: as `attention_op`, on one rank's tokens, with the mask of the whole sequence.
-
-    `step_bytes`: of fetched keys and values that a step works on; while it does, those of the next arrive.
-    `inbox_bytes`: of gradients from other ranks that wait to be added up.
-    """
-
-    def tokens_of_a_step(k: Tensor) -> int:
-        return step_bytes // (2 * k[:, :1].nbytes)
+def context_op(name: str, budget: Budget) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Registers `longctx::<name>`: as `attention_op`, block by block, on one rank's tokens."""
 
     def forward(q, k, v, _sink, call: Call):
-        return blockwise.forward(q, k, v, call, tokens_of_a_step(k))
+        return blockwise.forward(q, k, v, call, budget)
 
     def backward(dout, dlse, q, k, v, out, lse, call: Call):
-        slots = inbox_bytes // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize)
-        return blockwise.backward(dout, dlse, q, k, v, out, lse, call, tokens_of_a_step(k), slots)
+        return blockwise.backward(dout, dlse, q, k, v, out, lse, call, budget)
 
     return attention_op(name, forward, backward)
 
 
 class ContextAttend(nn.Module):
-    """`attend` over a split sequence: q, k and v are one rank's tokens, the mask is that of the whole sequence."""
+    """`attend` over a split sequence: q, k and v are one rank's tokens, the mask is that of the whole sequence.
 
-    def __init__(self, attend: nn.Module, group: dist.ProcessGroup, op: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    `op` works over `groups`, the innermost first.
+    """
+
+    def __init__(
+        self, attend: nn.Module, op: Callable[..., tuple[Tensor, Tensor]], *groups: dist.ProcessGroup
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.attend, self.group, self.op = attend, group, op
+        self.attend, self.op, self.group_names = attend, op, " ".join(group.group_name for group in groups)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> Tensor:
         """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q.
@@ -51,5 +48,5 @@ class ContextAttend(nn.Module):
         The rows of `mask` are in the ranks' order, see `Split.mask`.
         """
         options = Options(q.shape[-1] ** -0.5)
-        call = Call.of(mask, options, str(self.attend.implementation), self.group.group_name)
+        call = Call.of(mask, options, str(self.attend.implementation), self.group_names)
         return self.op(q.contiguous(), k.contiguous(), v.contiguous(), None, *call)[0]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from longctx.parallel.blockwise import Budget
 from longctx.parallel.context_op import ContextAttend, context_op
 
 EVERYTHING = 1 << 60
-_gather_attention = context_op("gather_attention", step_bytes=EVERYTHING, inbox_bytes=EVERYTHING)
+_gather_attention = context_op("gather_attention", Budget(step=EVERYTHING, inbox=EVERYTHING))
 
 
 def gather(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
     """Wraps `attend` so that it works on a sequence split over `group`."""
-    return ContextAttend(attend, group, _gather_attention)
+    return ContextAttend(attend, _gather_attention, group)

@@ -32,6 +32,15 @@ class Mesh:
     def group(self, axis: str) -> dist.ProcessGroup:
         return self.data.get_group(axis)
 
+    def groups_in_context(self, inner: int) -> list[dist.ProcessGroup]:
+        """The context axis as two: `inner` ranks beside each other, and those at the same place in the others' lots.
+
+        To be called by all ranks.
+        """
+        sizes = self.readers, self.size("context") // inner, inner, self.size("tensor")
+        mesh = init_device_mesh(self.data.device_type, sizes, mesh_dim_names=("data", "outer", "inner", "tensor"))
+        return [mesh.get_group("inner"), mesh.get_group("outer")]
+
     @property
     def readers(self) -> int:
         """How many different sequences are read at a time."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from longctx.parallel.blockwise import Budget
 from longctx.parallel.context_op import ContextAttend, context_op
 
 MIB = 1 << 20
-_ring_attention = context_op("ring_attention", step_bytes=256 * MIB, inbox_bytes=2048 * MIB)
+BUDGET = Budget(step=256 * MIB, inbox=2048 * MIB)
+_ring_attention = context_op("ring_attention", BUDGET)
 
 
 def ring(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
     """Wraps `attend` so that it works on a sequence split over `group`."""
-    return ContextAttend(attend, group, _ring_attention)
+    return ContextAttend(attend, _ring_attention, group)

@@ -35,6 +35,7 @@ class Transport(ABC):
     """What both forms share: the buffers, and how long the device has waited for others."""
 
     reaches_others = False  # whether kernels can write to other ranks' buffers
+    description: str
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
@@ -113,6 +114,7 @@ class SymmetricMemory(Transport):
     """One-sided copies between the GPUs of a machine."""
 
     reaches_others = True
+    description = "one-sided copies out of symmetric memory"
 
     def __init__(self, group: dist.ProcessGroup, timeout_ms: int = 0) -> None:
         super().__init__(group)
@@ -190,6 +192,10 @@ def _copy(source: Tensor, destination: Tensor) -> None:
 
 class Messages(Transport):
     """Sends and receives in pairs."""
+
+    def __init__(self, group: dist.ProcessGroup, reason: str = "as asked for") -> None:
+        super().__init__(group)
+        self.description = f"sends and receives ({reason})"
 
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         self.shared[name] = self.scratch(name, shape, like, dtype)
@@ -285,7 +291,13 @@ def use(transport: Transport) -> None:
 
 def choose(group: dist.ProcessGroup, timeout_ms: int = 0) -> Transport:
     """Symmetric memory where all ranks of a group have it. To be called by all of them."""
-    return Messages(group) if why_no_symmetric_memory(group) else SymmetricMemory(group, timeout_ms)
+    reason = why_no_symmetric_memory(group)
+    return Messages(group, f"no symmetric memory: {reason}") if reason else SymmetricMemory(group, timeout_ms)
+
+
+def in_use() -> list[Transport]:
+    """The transports of all groups."""
+    return list(_transports.values())
 
 
 def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:

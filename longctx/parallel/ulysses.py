@@ -20,6 +20,7 @@ from longctx.kernels.attention import interface
 from longctx.kernels.attention.interface import BackwardInBlocks, Call, attention_op, delta
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 from longctx.kernels.reference import accumulation_dtype
+from longctx.parallel import blockwise, ring
 from longctx.parallel.context_op import ContextAttend
 from longctx.parallel.exchange import Move, runs_of
 from longctx.parallel.sequence import in_ranks_order
@@ -86,29 +87,49 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @once_a_mask
-def _in_sequence_order(mask: KeyIntervals, size: int) -> tuple[KeyIntervals, list[Move]]:
-    """Of a mask whose rows are in the ranks' order: the same in the sequence's, and how its tokens come there."""
+def _in_groups_order(mask: KeyIntervals, size: int, groups: int, group: int) -> tuple[KeyIntervals, list[Move]]:
+    """For the ranks of `group` of `groups`, each of `size` ranks beside each other, which trade heads.
+
+    Of a mask whose rows are in the ranks' order: the same with the tokens of each group ascending, and how those of
+    this group come there. A single group has the whole sequence, in its order.
+    """
     assert mask.query_position is not None
-    order = mask.query_position[0].long()
-    runs = runs_of(order.cpu(), size)
-    moves = [Move(r.owner, r.place, reader, r.first, r.first, r.length) for reader in range(size) for r in runs]
-    return mask.rows(torch.argsort(order)), moves
+    order = mask.query_position[0].long().view(groups, -1)
+    ascending = torch.argsort(order, 1)
+    first_rows = torch.arange(groups, device=order.device).unsqueeze(1) * order.shape[1]
+    mine = order[group].cpu()
+    runs = runs_of(mine, size)
+    positions = torch.searchsorted(mine.sort().values, torch.tensor([run.first for run in runs])).tolist()
+    moves = [
+        Move(run.owner, run.place, reader, position, run.first, run.length)
+        for reader in range(size)
+        for run, position in zip(runs, positions, strict=True)
+    ]
+    return mask.rows((ascending + first_rows).flatten()), moves
 
 
 class _Exchange:
-    """What both passes share: the mask of the whole sequence, and how heads travel.
+    """What both passes share: the mask of the tokens that a group has together, and how heads travel.
 
-    The buffers of the transport have a piece for each group of each rank: "queries" and what is like them by
+    The buffers of the transport have a piece for each group of heads of each rank: "queries" and what is like them by
     `Heads.query_piece`, "keys" (keys and values of a token beside each other) by `kv_piece`, their gradients by
     `gradient_piece`.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-        self.transport = transport_of(call.group_name)
-        self.rank, size = self.transport.rank, self.transport.size
+        inner, *outer = call.group_name.split()
+        self.transport = transport_of(inner)
+        beyond = transport_of(outer[0]) if outer else None
+        group, groups = (beyond.rank, beyond.size) if beyond else (0, 1)
+        size = self.transport.size
         self.length = q.shape[1] * size
-        self.mask, self.moves = _in_sequence_order(in_ranks_order(call.intervals(self.length, self.length)), size)
+        whole = in_ranks_order(call.intervals(self.length * groups, self.length * groups))
+        self.mask, self.moves = _in_groups_order(whole, size, groups, group)
         self.heads = Heads(q.shape[2], k.shape[2], size)
+        self.call = call
+        if beyond:  # over which the tokens of this group are one shard
+            self.call = Call.of(self.mask, call.options(), call.implementation, outer[0])
+        self.is_whole = beyond is None
         self.waits: list[Wait] = []
         self.leaving: list[Tensor] = []  # which must live until they have left
         copy_rows(self.share("queries", q.shape[3], q), self.of_queries(q))
@@ -117,6 +138,26 @@ class _Exchange:
             pieces = _pieces(x, n)
             shape = *pieces.shape[:3], 2, *pieces.shape[3:]
             copy_rows(self.transport.share("keys", shape, k)[:, :, :, number], pieces)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of a group's heads."""
+        if self.is_whole:
+            return interface.forward(q, k, v, self.mask, self.call.options(), self.call.implementation)
+        return blockwise.forward(q, k, v, self.call, ring.BUDGET)
+
+    def backward(
+        self, dout: Tensor, of_rows: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dkeys: Tensor
+    ) -> Tensor:  # fmt: skip
+        """dq; the gradients of keys and values are added to `dkeys`. `of_rows`: delta."""
+        out = q.new_zeros(q.shape[3]).expand(q.shape)  # then -delta stands for delta as the gradient of lse
+        if self.is_whole:
+            call = self.call
+            gradient = BackwardInBlocks(dout, -of_rows, q, out, lse, call.options(), call.implementation)
+            gradient.add(k, v, self.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
+            return gradient.dq()
+        dq, *gradients = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET)
+        dkeys += torch.stack(gradients, 2)
+        return dq
 
     def of_queries(self, x: Tensor) -> Tensor:
         """(batch, tokens, heads, ...) in the pieces of queries, a view."""
@@ -173,8 +214,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, _sink: Tensor | None, call: Call) 
     transport.meet()
     parts = []
     for group, (queries, keys) in exchange.arriving("queries", "keys"):
-        of_keys = keys[:, :, 0], keys[:, :, 1]
-        out, lse = interface.forward(queries, *of_keys, exchange.mask, call.options(), call.implementation)
+        out, lse = exchange.forward(queries, keys[:, :, 0], keys[:, :, 1])
         exchange.give("outs", heads.query_piece, group, out)
         parts.append(lse)
     exchange.finish()
@@ -192,17 +232,15 @@ def _backward(dout, _dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tenso
     shared_dkeys = transport.share("dkeys", shape, k, k.dtype if heads.sharers == 1 else compute)
     transport.meet()
     lse_of_groups = lse.chunk(heads.groups, 1)
-    zeros = q.new_zeros(head_dim).expand(q.shape[0], exchange.length, *dqueries.shape[3:])
     dkeys = None
     for group, (queries, keys, douts) in exchange.arriving("queries", "keys", "douts"):
-        dlse = -_delta_of(douts, head_dim, compute)  # which stands for delta where out is 0
-        gradient = BackwardInBlocks(
-            douts[..., :head_dim], dlse, queries, zeros, lse_of_groups[group], call.options(), call.implementation
-        )
         if dkeys is None:
             dkeys = torch.zeros(keys.shape, dtype=compute, device=q.device)
-        gradient.add(keys[:, :, 0], keys[:, :, 1], exchange.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
-        exchange.give("dqueries", heads.query_piece, group, gradient.dq())
+        of_rows = _delta_of(douts, head_dim, compute)
+        dq = exchange.backward(
+            douts[..., :head_dim], of_rows, queries, keys[:, :, 0], keys[:, :, 1], lse_of_groups[group], dkeys
+        )
+        exchange.give("dqueries", heads.query_piece, group, dq)
         if heads.ends_piece(group):
             exchange.give("dkeys", heads.gradient_piece, group, dkeys.to(shared_dkeys.dtype))
             dkeys = None
@@ -234,7 +272,7 @@ def _place_of_delta(head_dim: int, dtype: torch.dtype, delta_dtype: torch.dtype)
 
 def _lse_shape(q: Tensor, call: Call) -> tuple[int, ...]:
     """Of all tokens, of this rank's heads: as the backward pass needs it."""
-    size = dist.get_world_size(_resolve_process_group(GroupName(call.group_name)))
+    size = dist.get_world_size(_resolve_process_group(GroupName(call.group_name.split()[0])))
     return q.shape[0], q.shape[2] // size, q.shape[1] * size
 
 
@@ -243,4 +281,13 @@ _ulysses_attention = attention_op("ulysses_attention", _forward, _backward, _lse
 
 def ulysses(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
     """Wraps `attend` so that it works on a sequence split over `group`, which divides the query heads."""
-    return ContextAttend(attend, group, _ulysses_attention)
+    return ContextAttend(attend, _ulysses_attention, group)
+
+
+def ulysses_ring(attend: nn.Module, inner: dist.ProcessGroup, outer: dist.ProcessGroup) -> ContextAttend:
+    """Wraps `attend`: ranks of `inner` trade heads, and keys go over `outer` as in a ring.
+
+    (Fang and Zhao 2024, USP.) A sequence is split over the ranks of `inner` of the first rank of `outer`, then of the
+    second, ...
+    """
+    return ContextAttend(attend, _ulysses_attention, inner, outer)

@@ -1,0 +1,78 @@
+"""How attention crosses the context axis: the strategy that is configured, or the one that suits the machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from longctx.config import Config, Strategy, shares_heads
+from longctx.parallel import transport
+from longctx.parallel.gather import gather
+from longctx.parallel.mesh import Mesh
+from longctx.parallel.ring import ring
+from longctx.parallel.ulysses import ulysses, ulysses_ring
+
+GIB = 1 << 30
+MOST_GATHERED = 4 * GIB  # of keys, values and their gradients on a rank
+
+
+class Chosen(NamedTuple):
+    """What is used, and why."""
+
+    strategy: Strategy
+    ulysses: int  # ranks that trade heads
+    why: str
+
+    @property
+    def splits_heads(self) -> bool:
+        """Whether each rank attends from all tokens of the sequence, with its share of the heads."""
+        return self.strategy == Strategy.ulysses
+
+
+def choose_strategy(config: Config, ranks_of_a_machine: int) -> Chosen:
+    """The strategy of a checked configuration. Axes count fastest along `tensor`, so that a machine has whole ones."""
+    parallel = config.parallel
+    near = _most_trading_heads(config, ranks_of_a_machine // parallel.tensor)
+    if parallel.strategy == Strategy.ulysses:
+        return Chosen(Strategy.ulysses, parallel.context, "as configured")
+    if parallel.strategy == Strategy.ulysses_ring:
+        return Chosen(Strategy.ulysses_ring, parallel.ulysses or near, "as configured")
+    if parallel.strategy != Strategy.auto:
+        return Chosen(parallel.strategy, 1, "as configured")
+    if parallel.context * parallel.tensor > ranks_of_a_machine:
+        if near > 1:
+            return Chosen(Strategy.ulysses_ring, near, f"{near} ranks of a machine trade heads, keys go between these")
+        return Chosen(Strategy.ring, 1, "the axis spans machines, and heads cannot be shared inside one")
+    gathered = _gathered_bytes(config)
+    size = f"keys and values of a sequence and their gradients take {gathered / GIB:.1f} GiB"
+    if gathered <= MOST_GATHERED:
+        return Chosen(Strategy.gather, 1, f"{size}: few large kernels")
+    return Chosen(Strategy.ring, 1, f"{size}: a few shards at a time")
+
+
+def _most_trading_heads(config: Config, most: int) -> int:
+    heads, kv_heads = (n // config.parallel.tensor for n in (config.model.heads, config.model.kv_heads))
+    context = config.parallel.context
+    sizes = [n for n in range(1, min(most, context) + 1) if context % n == 0 and shares_heads(heads, kv_heads, n)]
+    return max(sizes, default=1)
+
+
+def _gathered_bytes(config: Config) -> int:
+    tokens = config.data.sequences_per_micro_batch * config.data.sequence_length
+    width = 2 * config.model.kv_heads // config.parallel.tensor * config.model.head_dim
+    return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients
+
+
+def wrapper(chosen: Chosen, mesh: Mesh, timeout_seconds: int) -> Callable[[nn.Module], nn.Module]:
+    """What puts the strategy around an `attend`; the ranks of its groups can reach each other from now on."""
+    strategies = {
+        Strategy.ring: ring, Strategy.gather: gather, Strategy.ulysses: ulysses, Strategy.ulysses_ring: ulysses_ring,
+    }  # fmt: skip
+    groups = [mesh.group("context")]
+    if chosen.strategy == Strategy.ulysses_ring:
+        groups = mesh.groups_in_context(chosen.ulysses)
+    for group in groups:
+        transport.use(transport.choose(group, 1000 * timeout_seconds))
+    return lambda attend: strategies[chosen.strategy](attend, *groups)

@@ -1,0 +1,138 @@
+"""Ring and gather in many steps and rounds, waits, and the check before a run: on gloo ranks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from test_parity import DOCUMENTS, GQA, LENGTH, make_inputs
+
+from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy, UserError
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.mask import KeyIntervals
+from longctx.model.attention import Attend
+from longctx.parallel import exchange, transport
+from longctx.parallel.blockwise import Budget
+from longctx.parallel.context_op import ContextAttend, context_op
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.parallel.sequence import zigzag
+from longctx.parallel.strategy import choose_strategy
+from longctx.parallel.verify import verify_layout
+
+SHARD = LENGTH // 4 * 2 * 2 * 8 * 4  # bytes of the keys and values of two sequences on one of 4 ranks, in float32
+BUDGETS = {
+    "a step an owner, a round a step": Budget(step=SHARD, inbox=SHARD),
+    "two owners a step": Budget(step=2 * SHARD, inbox=SHARD),
+    "two steps a round": Budget(step=SHARD, inbox=2 * SHARD),
+    "all at once": Budget(step=9 * SHARD, inbox=9 * SHARD),
+}
+
+
+def tensors() -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(2, LENGTH, heads, 8) for heads in (4, 2, 2, 4)]
+    return [torch.randn(shape, generator=generator) for shape in shapes], make_inputs(DOCUMENTS[:2]).document_start
+
+
+def in_blocks(rank: int, window: int) -> dict[str, list[torch.Tensor]]:
+    """out, dq, dk and dv of this rank for each budget."""
+    whole, start = tensors()
+    split, group, results = zigzag(LENGTH, 4), torch.distributed.group.WORLD, {}
+    mask = split.mask(start, torch.device("cpu"))
+    mask = mask.window(window, "cpu") if window else mask
+    for number, (name, budget) in enumerate(BUDGETS.items()):
+        attend = ContextAttend(Attend("reference"), context_op(f"test_blocks_{number}", budget), group)
+        q, k, v, dout = (split.shard(x, rank).requires_grad_() for x in whole)
+        out = attend(q, k, v, mask)
+        results[name] = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    return results
+
+
+@pytest.mark.parametrize("window", [0, 11])
+def test_steps_and_rounds(window):
+    (q, k, v, dout), start = tensors()
+    mask = KeyIntervals.documents(start)
+    mask = mask.window(window, "cpu") if window else mask
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, mask, implementation="reference")[0]
+    expected = [out, *torch.autograd.grad(out, inputs, dout)]
+    of_ranks, split = run_on_ranks(4, in_blocks, window), zigzag(LENGTH, 4)
+    for name in BUDGETS:
+        for rank, results in enumerate(of_ranks):
+            for found, whole in zip(results[name], expected, strict=True):
+                torch.testing.assert_close(found, split.shard(whole, rank), rtol=2e-5, atol=2e-6)
+
+
+def test_a_mask_in_the_order_of_the_sequence_is_refused():
+    message = run_on_ranks(2, refused)[0]
+    assert message == "the mask of a split sequence must have its rows in the ranks' order: make it by Split.mask"
+
+
+def refused(_rank: int) -> str:
+    op = context_op("test_refused", Budget(1, 1))
+    x = torch.zeros(1, 8, 1, 4)
+    try:
+        ContextAttend(Attend("reference"), op, torch.distributed.group.WORLD)(x, x, x, KeyIntervals.causal(16))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def waited(rank: int) -> float:
+    """Seconds that are counted as waiting while the other rank comes half a second late."""
+    made = transport.Messages(torch.distributed.group.WORLD)
+    made.is_timed = True
+    shard, into = made.share("x", (1, 1, 4, 2), torch.ones(1)), torch.zeros(1, 4, 2)
+    shard.fill_(rank)
+    time.sleep(0.5 * rank)
+    moves = [exchange.Move(1 - reader, 0, reader, 0, 0, 4) for reader in range(2)]
+    made.fetch("x", moves, lambda _move: 0, into)()
+    assert bool((into == 1 - rank).all())
+    return made.take_waited_s()
+
+
+def test_waiting_for_others_is_measured():
+    early, late = run_on_ranks(2, waited)
+    assert 0.4 < early < 5
+    assert late < 0.3
+
+
+# the check before a run ----------------------------------------------------------------------------------------------
+
+
+def verified(_rank: int, parallel: ParallelConfig, broken: str) -> float | str:
+    if broken == "dropped hop":
+        within = exchange._within
+        exchange._within = lambda run, ranges: [] if run.owner == 1 else within(run, ranges)
+    config = Config(model=GQA, parallel=parallel)
+    config.precision.compute = ComputeDtype.float32
+    mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
+    chosen = choose_strategy(config, torch.distributed.get_world_size())
+    model = parallelize(config, mesh, chosen, torch.device("cpu"))
+    try:
+        return verify_layout(model, config, mesh, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+
+
+LAYOUTS = {
+    "ring": ParallelConfig(context=2, strategy=Strategy.ring),
+    "gather, tensor": ParallelConfig(context=2, tensor=2, strategy=Strategy.gather),
+    "ulysses, shard": ParallelConfig(context=2, shard=2, strategy=Strategy.ulysses),
+    "ulysses x ring": ParallelConfig(context=4, strategy=Strategy.ulysses_ring, ulysses=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_right_layout_is_verified(name):
+    ranks = 2 if name == "ring" else 4
+    assert all(0 < found < 1e-4 for found in run_on_ranks(ranks, verified, LAYOUTS[name], ""))
+
+
+def test_a_wrong_layout_is_refused():
+    for message in run_on_ranks(2, verified, LAYOUTS["ring"], "dropped hop"):
+        assert "of a batch split over 2 ranks differs from that of the whole batch" in message
+        assert "use another parallel.strategy, or parallel.context=1" in message
