@@ -270,11 +270,18 @@ def compiled(_rank, parallel: ParallelConfig, inputs: Inputs, model: ModelConfig
 
 
 @pytest.mark.parametrize(
-    ("recompute", "forwards"), [(Recompute.none, 4), (Recompute.attention_saved, 4), (Recompute.full, 8)]
+    ("strategy", "recompute", "forwards"),
+    [
+        (Strategy.ring, Recompute.none, 4),
+        (Strategy.ring, Recompute.attention_saved, 4),
+        (Strategy.ring, Recompute.full, 8),
+        (Strategy.gather, Recompute.attention_saved, 4),
+        (Strategy.ulysses, Recompute.attention_saved, 4),
+    ],
 )
-def test_compiled_blocks(recompute, forwards):
-    """The same gradients; and with `attention_saved` the two hops of the two layers' rings run once, not twice."""
-    parallel = ParallelConfig(context=2, recompute=recompute)
+def test_compiled_blocks(strategy, recompute, forwards):
+    """The same gradients; and with `attention_saved` the two steps, or groups of heads, of the two layers run once."""
+    parallel = ParallelConfig(context=2, strategy=strategy, recompute=recompute)
     for (plain, plain_calls), (fast, fast_calls) in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), GQA):
         assert plain_calls == fast_calls == forwards
         for a, b in zip(plain, fast, strict=True):

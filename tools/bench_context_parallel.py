@@ -6,7 +6,8 @@
 Each strategy's results are first compared with one GPU's over the whole of a short sequence; one that is wrong ends the
 run without a figure. TFLOP/s are those of one GPU: 4 x head_dim a pair of a query and a key it sees and a head forward,
 2.5 x that backward, shared evenly over the GPUs, in the time of the slowest. `alone`: a rank's rows with all the keys
-they see at hand, `share`: of its rate. Times are of several calls in a row, as layers follow each other in training.
+they see at hand, `share`: of its rate, both in turns. Times are of several calls in a row, as layers follow each other
+in training.
 GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
 """
 
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import benchmarking
 import torch
@@ -26,16 +28,17 @@ import torch.distributed as dist
 from benchmarking import Row
 from torch import Tensor
 
+from longctx.config import Config, ParallelConfig, Strategy
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.model.attention import Attend
 from longctx.parallel import transport
-from longctx.parallel.gather import gather
-from longctx.parallel.ring import ring
+from longctx.parallel.mesh import make_mesh
 from longctx.parallel.sequence import Split, balanced, imbalance, zigzag
-from longctx.parallel.ulysses import ulysses
+from longctx.parallel.strategy import choose_strategy, wrapper
 
 HEAD_DIM = 128
 GIB = 2.0**30
+ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,24 @@ CASES = [
 PARITY = [Case("parity", 1 << 14), Case("parity, documents", 1 << 14, median=700)]
 
 Attention = Callable[[Tensor, Tensor, Tensor, KeyIntervals], Tensor]
-STRATEGIES = {"ring": ring, "gather": gather, "ulysses": ulysses}
+STRATEGIES = "ring", "gather", "ulysses", "ulysses_ring"
 CONTENDERS = ["alone", *STRATEGIES, *(f"{name}-messages" for name in STRATEGIES)]
 
 
 def contender(name: str) -> Attention:
+    """A strategy; of the product, two GPUs trade heads."""
     strategy, _, form = name.partition("-")
-    group = dist.group.WORLD
-    assert group is not None
-    transport.use(transport.Messages(group) if form else transport.choose(group))
-    return STRATEGIES[strategy](Attend("auto"), group)
+    torch.cuda.synchronize()
+    dist.barrier()
+    transport.forget()
+    size = dist.get_world_size()
+    parallel = ParallelConfig(context=size, strategy=Strategy(strategy), ulysses=2)
+    mesh = make_mesh(parallel, size, "cuda")
+    wrap = wrapper(choose_strategy(Config(parallel=parallel), size), mesh, timeout_seconds=60)
+    if form:
+        for made in transport.in_use():
+            transport.use(transport.Messages(made.group))
+    return wrap(Attend("auto"))
 
 
 def inputs(case: Case, size: int, seed: int) -> list[Tensor]:
@@ -132,15 +143,17 @@ def alone(case: Case, rank: int, size: int) -> tuple[Attention, list[Tensor], Ke
     return Attend("auto"), [tensors[0], *keys, tensors[3]], mask
 
 
-def timed_ms(call: Callable[[], object], seconds: float) -> float:
-    """Of a call among several in a row, on the slowest rank: the median of five such rows."""
+def timed(call: Callable[[], object], free: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """ms of a call, and its share of the rate of `free`: medians of rows of calls that take turns, as clocks vary."""
+    free()
     call()
-    first = _row_ms(call, 1)
-    calls = max(1, min(10, int(seconds * 1e3 / 5 / first)))
-    return sorted(_row_ms(call, calls) for _ in range(5))[2]
+    calls = max(1, min(10, int(seconds * 1e3 / ROWS / 2 / _row_ms(call, 1))))
+    pairs = [(_row_ms(free, calls), _row_ms(call, calls)) for _ in range(ROWS)]
+    return median([mine for _, mine in pairs]), median([without / mine for without, mine in pairs])
 
 
 def _row_ms(call: Callable[[], object], calls: int) -> float:
+    """Of a call, on the slowest rank."""
     dist.barrier()
     torch.cuda.synchronize()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -154,29 +167,36 @@ def _row_ms(call: Callable[[], object], calls: int) -> float:
     return float(longest)
 
 
+def passes(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> list[Callable[[], object]]:
+    """The forward pass and the backward pass, to be called many times."""
+    q, k, v, dout = tensors
+    out = attend(q, k, v, mask)
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend(q, k, v, mask)
+
+    return [forward, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)]
+
+
 def measure(name: str, case: Case, rank: int, size: int, seconds: float) -> Row:
+    free = alone(case, rank, size)
     if name == "alone":
-        attend, tensors, mask = alone(case, rank, size)
+        attend, tensors, mask = free
     else:
         attend, tensors = contender(name), inputs(case, size, rank)
         mask = case.split(size).mask(case.starts(), torch.device("cuda"))
-    q, k, v, dout = tensors
     gib = benchmarking.peak_gib(lambda: results(attend, tensors, mask), torch.device("cuda"))
     assert gib is not None
     if name != "alone":
-        assert dist.group.WORLD is not None
-        of_transport = transport.transport_of(dist.group.WORLD.group_name)
-        gib += of_transport.shared_bytes() / GIB
-    with torch.no_grad():
-        forward = timed_ms(lambda: attend(q, k, v, mask), seconds)
-    out = attend(q, k, v, mask)
-    backward = timed_ms(lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), seconds)
+        gib += sum(made.shared_bytes() for made in transport.in_use()) / GIB
     tflop = 4 * HEAD_DIM * case.heads * case.pairs() / size / 1e12
-    return {
-        "forward ms": forward, "backward ms": backward, "forward": tflop / forward * 1e3,
-        "backward": 2.5 * tflop / backward * 1e3, "GiB": gib,
-        "imbalance": imbalance(torch.arange(case.length) - case.starts()[0] + 1, case.split(size)),
-    }  # fmt: skip
+    row: Row = {"GiB": gib, "imbalance": imbalance(torch.arange(case.length) - case.starts()[0] + 1, case.split(size))}
+    both = zip(("forward", "backward"), passes(attend, tensors, mask), passes(*free), (1.0, 2.5), strict=True)
+    for which, mine, without, factor in both:
+        ms, share = timed(mine, without, seconds)
+        row |= {f"{which} ms": ms, which: factor * tflop / ms * 1e3, f"{which} share": share}
+    return row
 
 
 def trace(name: str, case: Case, rank: int, size: int, folder: Path) -> None:
@@ -225,11 +245,6 @@ def main() -> None:
                 rows.append({"case": case.name, "contender": name} | measure(name, case, rank, size, arguments.seconds))
             except torch.OutOfMemoryError:
                 rows.append({"case": case.name, "contender": name, "error": "out of memory"})
-            reference = next((row for row in rows if row["case"] == case.name and row["contender"] == "alone"), {})
-            for which in ("forward", "backward"):
-                rate, free = rows[-1].get(which), reference.get(which)
-                if isinstance(rate, float) and isinstance(free, float):
-                    rows[-1][f"{which} share"] = rate / free
             say(rows[-1])
             gc.collect()
             torch.cuda.empty_cache()

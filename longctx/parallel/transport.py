@@ -295,6 +295,11 @@ def choose(group: dist.ProcessGroup, timeout_ms: int = 0) -> Transport:
     return Messages(group, f"no symmetric memory: {reason}") if reason else SymmetricMemory(group, timeout_ms)
 
 
+def forget() -> None:
+    """Drops all transports and their buffers. To be called by all ranks, none of which still works with them."""
+    _transports.clear()
+
+
 def in_use() -> list[Transport]:
     """The transports of all groups."""
     return list(_transports.values())
