@@ -1,28 +1,31 @@
 """Whether a layout computes what a single rank would: loss and gradients of a short batch, split and whole.
 
 What context parallelism gets wrong it gets wrong silently (targets lost at the ends of shards, documents that see each
-other, a hop left out), so the first step of a layout is preceded by this. Parameters and optimizer stay as they are.
+other, a hop left out), so the first step of a layout is preceded by this. How much rounding may explain is measured:
+the whole batch once more, with attention's results off by half a unit. Parameters and optimizer stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longctx.config import ComputeDtype, Config, UserError
+from longctx.kernels.attention.mask import KeyIntervals
 from longctx.model.transformer import Block, Transformer
 from longctx.parallel.context_op import ContextAttend
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import Split, zigzag
 
 TOKENS = 512  # of the batch, or as many as the axes need
-TOLERANCE = {ComputeDtype.float32: 1e-2}  # relative; an error of this kind is of the size of the values themselves
-TOLERANCE_OF_16_BITS = 1e-1
+TOLERANCE = {ComputeDtype.float32: 1e-3}  # relative; an error of this kind is of the size of the values themselves
+TOLERANCE_OF_16_BITS = 2e-2
+NOISE = 5  # times what rounding attention's results otherwise changes; of keys' weights that can be 0.1 in 16 bits
 
 
 def verify_layout(model: Transformer, config: Config, mesh: Mesh, device: torch.device) -> float:
@@ -34,23 +37,26 @@ def verify_layout(model: Transformer, config: Config, mesh: Mesh, device: torch.
     pieces = 2 * size * mesh.size("tensor")
     length = min(config.data.sequence_length, max(1, TOKENS // pieces) * pieces)
     split = _loss_and_gradients(model, config, mesh, zigzag(length, size), device)
-    with torch.compiler.set_stance("force_eager"), _without_context(model):
-        whole = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
-    squares = torch.stack(
-        [torch.stack(((a - b).square().sum(), b.square().sum())) for a, b in zip(split, whole, strict=True)]
-    )
+    with torch.compiler.set_stance("force_eager"):
+        with _attending(model, lambda attend: attend.attend):
+            whole = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
+        with _attending(model, lambda attend: _RoundedOtherwise(attend.attend)):
+            rounded = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
+    squares = [(a - b).square().sum() for other in (split, rounded) for a, b in zip(other, whole, strict=True)]
+    squares = torch.stack(squares + [x.square().sum() for x in whole]).view(3, -1)
     dist.all_reduce(squares)
-    differences = (squares[:, 0] / squares[:, 1].clamp(min=1e-30)).sqrt()
-    worst, at = differences.max(0)
-    tolerance = TOLERANCE.get(config.precision.compute, TOLERANCE_OF_16_BITS)
-    if not worst <= tolerance:  # NaN too
+    differences, noise = (squares[:2] / squares[2].clamp(min=1e-30)).sqrt()
+    tolerance = NOISE * noise + TOLERANCE.get(config.precision.compute, TOLERANCE_OF_16_BITS)
+    worst, at = (differences / tolerance).max(0)
+    if not worst <= 1:  # NaN too
         names = ["the loss", *(f"the gradient of {name}" for name, _ in model.named_parameters())]
         raise UserError(
             f"parallel.verify: {names[int(at)]} of a batch split over {size} ranks differs from that of the whole "
-            f"batch by {float(worst):.3g} of its norm; rounding explains {tolerance}. This layout would train wrong: "
-            f"use another parallel.strategy, or parallel.context=1, and report this with the configuration"
+            f"batch by {float(differences[at]):.3g} of its norm; rounding explains {float(tolerance[at]):.2g}. This "
+            f"layout would train wrong: use another parallel.strategy, or parallel.context=1, and report this with the "
+            f"configuration"
         )
-    return float(worst)
+    return float(differences.max())
 
 
 def _loss_and_gradients(
@@ -81,14 +87,28 @@ def _loss_and_gradients(
     return [total, *gradients]
 
 
+class _RoundedOtherwise(nn.Module):
+    """An `attend` whose results are off by half a unit in the last place, up or down."""
+
+    def __init__(self, attend: nn.Module) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> Tensor:
+        out = self.attend(q, k, v, mask)
+        generator = torch.Generator(out.device).manual_seed(0)
+        up = torch.randint(2, out.shape, generator=generator, device=out.device)
+        return (out.float() * (1 + torch.finfo(out.dtype).eps * (up - 0.5))).to(out.dtype)
+
+
 @contextmanager
-def _without_context(model: Transformer) -> Iterator[None]:
-    """While in it, every rank attends over whole sequences by itself."""
+def _attending(model: Transformer, replaced: Callable[[ContextAttend], nn.Module]) -> Iterator[None]:
+    """While in it, attention is what `replaced` makes of the split one."""
     layers = [block.attention for block in model.blocks if isinstance(block, Block)]
     wrapped = [layer.attend for layer in layers]
     for layer, attend in zip(layers, wrapped, strict=True):
         assert isinstance(attend, ContextAttend)
-        layer.attend = attend.attend
+        layer.attend = replaced(attend)
     try:
         yield
     finally:
