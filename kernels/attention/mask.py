@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class KeyIntervals:
     def to(self, device: torch.device | str) -> KeyIntervals:
         """The same mask on another device."""
         tensors = {
-            name: tensor.to(device, non_blocking=True)
+            name: to_device(tensor, device)
             for name in ("start", "end", "query_position", "key_position")
             if (tensor := getattr(self, name)) is not None
         }
@@ -181,6 +181,13 @@ class KeyIntervals:
             self.n_queries, index.numel(), start=kept_before(start), end=kept_before(end),
             query_position=query_position, key_position=key_position[index],
         )  # fmt: skip
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on a device; on the way from the CPU to a GPU nobody waits for what the GPU still has to do."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def sequence_of_rows(cu_seqlens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
@@ -279,14 +286,21 @@ def _make_sized_mask(
 _sized_mask = lru_cache(maxsize=64)(_make_sized_mask)
 
 
-def once_a_mask(compute: Callable[..., T]) -> Callable[..., T]:
+class once_a_mask(Generic[T]):  # noqa: N801  a decorator
     """Keeps the results of `compute(mask, *arguments)` as long as the mask's bounds live: all layers share one."""
 
-    def cached(mask: KeyIntervals, *arguments: Hashable) -> T:
-        if mask.start is None:
-            return compute(mask, *arguments)
-        others = (mask.end, mask.query_position, mask.key_position)
-        key = (compute, mask.n_keys, *arguments)
-        return remember(mask.start, others, key, lambda: compute(mask, *arguments))
+    def __init__(self, compute: Callable[..., T]) -> None:
+        self.compute = compute
 
-    return cached
+    def __call__(self, mask: KeyIntervals, *arguments: Hashable) -> T:
+        return self._kept(mask, arguments, lambda: self.compute(mask, *arguments))
+
+    def keep(self, mask: KeyIntervals, result: T) -> None:
+        """The result for `mask`, known without computing it."""
+        self._kept(mask, (), lambda: result)
+
+    def _kept(self, mask: KeyIntervals, arguments: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
+        if mask.start is None:
+            return compute()
+        others = (mask.end, mask.query_position, mask.key_position)
+        return remember(mask.start, others, (self.compute, mask.n_keys, *arguments), compute)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.attention.interface import BackwardInBlocks, Call, ForwardInBlocks, GradientHomes
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, to_device
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
-from longctx.parallel.sequence import in_ranks_order
+from longctx.parallel.sequence import in_ranks_order, on_cpu
 from longctx.parallel.transport import PieceOf, Transport, Wait, copy_rows, transport_of
 
 
@@ -43,10 +43,9 @@ class Schedule:
 @once_a_mask
 def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
     """For the mask of a split sequence, whose rows are in the ranks' order."""
-    start, end = mask.bounds(device)
-    position = mask.positions(device)[0]
-    order = position[0].long().cpu()
-    plan = make_plan(order, start.cpu(), end.cpu(), size, tokens_of_a_step)
+    here = on_cpu(mask)
+    plan = make_plan(here.positions("cpu")[0][0].long(), *here.bounds("cpu"), size, tokens_of_a_step)
+    (start, end), (position, _) = mask.bounds(device), mask.positions(device)
     share = mask.n_queries // size
     mine = torch.arange(rank * share, (rank + 1) * share, device=device)
     rows = KeyIntervals(
@@ -56,7 +55,7 @@ def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int
     for step, moves in enumerate(plan.moves):
         tokens = plan.tokens(step, rank)
         is_aligned = all(move.length % ALIGNMENT == 0 for move in plan.fetched(step, rank))
-        steps.append(Step(moves, len(tokens), rows.keys(tokens.to(device)), is_aligned))
+        steps.append(Step(moves, len(tokens), rows.keys(to_device(tokens, device)), is_aligned))
     return Schedule(plan, steps)
 
 
@@ -185,7 +184,7 @@ def _homes(step: Step, slots: range, slot: PieceOf, inbox: Tensor, transport: Tr
             for address, length in transport.addresses("inbox", step.moves, slot)
             for row in range(0, length, ALIGNMENT)
         ]
-        step.homes[key] = torch.tensor(addresses, dtype=torch.int64).to(inbox.device)
+        step.homes[key] = to_device(torch.tensor(addresses, dtype=torch.int64), inbox.device)
     return GradientHomes(step.homes[key], inbox[0])
 
 

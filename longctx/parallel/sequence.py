@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, sized_mask
+from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, sized_mask, to_device
 
 TOLERANCE = 1.02  # most to mean work over ranks, above which smaller chunks are tried
 SMALLEST_CHUNK = 128  # tokens; a tile of the attention kernels
@@ -32,7 +32,7 @@ class Split:
 
     def shard(self, tokens: Tensor, rank: int) -> Tensor:
         """The share of `tokens` (batch, sequence, ...) that `rank` holds: (batch, sequence / size, ...)."""
-        return tokens if self.size == 1 else tokens[:, self.held(rank).to(tokens.device)]
+        return tokens if self.size == 1 else tokens[:, to_device(self.held(rank), tokens.device)]
 
     def mask(self, document_start: Tensor, device: torch.device) -> KeyIntervals:
         """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU.
@@ -44,8 +44,14 @@ class Split:
             if self.size == 1:  # the compile-time case
                 return KeyIntervals.causal(length)
             return _in_order(sized_mask(length, length, True, None, None, device), self, device)
-        mask = KeyIntervals.documents(document_start).to(device)
-        return mask if self.size == 1 else _in_order(mask, self, device)
+        mask = KeyIntervals.documents(document_start)
+        if self.size == 1:
+            return mask.to(device)
+        here = mask.rows(self.order)
+        there = here.to(device)
+        if device.type != "cpu":
+            _copied_back.keep(there, here)
+        return there
 
 
 def in_ranks_order(mask: KeyIntervals) -> KeyIntervals:
@@ -55,9 +61,19 @@ def in_ranks_order(mask: KeyIntervals) -> KeyIntervals:
     return mask
 
 
+def on_cpu(mask: KeyIntervals) -> KeyIntervals:
+    """The same mask on the CPU; of documents that `Split.mask` knows of, without waiting for the device."""
+    return mask if mask.start is not None and mask.start.device.type == "cpu" else _copied_back(mask)
+
+
+@once_a_mask
+def _copied_back(mask: KeyIntervals) -> KeyIntervals:
+    return mask.to("cpu")
+
+
 @once_a_mask
 def _in_order(mask: KeyIntervals, split: Split, device: torch.device) -> KeyIntervals:
-    return mask.rows(split.order.to(device))
+    return mask.rows(to_device(split.order, device))
 
 
 @lru_cache(maxsize=64)

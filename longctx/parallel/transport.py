@@ -29,6 +29,7 @@ from longctx.parallel.exchange import Move
 Wait = Callable[[], None]  # returns, or lets the device's queue go on, once the data is there
 PieceOf = Callable[[Move], int]
 _generations = itertools.count()
+MOST_VIEWS = 256  # of other ranks' buffers that are kept
 
 
 class Transport(ABC):
@@ -122,6 +123,7 @@ class SymmetricMemory(Transport):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.side = torch.cuda.Stream()
         self.handles: dict[str, symmetric_memory._SymmetricMemory] = {}
+        self.theirs: dict[tuple, Tensor] = {}  # views of other ranks' buffers
         self.door = symmetric_memory.rendezvous(symmetric_memory.empty(1, device=self.device), group)
 
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -165,8 +167,12 @@ class SymmetricMemory(Transport):
     def _place(self, name: str, move: Move, piece_of: PieceOf) -> Tensor:
         """(batch, tokens of the move, ...) in the owner's buffer."""
         mine = self.shared[name]
-        theirs = self.handles[name].get_buffer(move.owner, mine.shape, mine.dtype)
-        return theirs[piece_of(move)][:, move.place : move.place + move.length]
+        key = self.generation, name, move.owner, mine.shape, mine.dtype
+        if key not in self.theirs:
+            if len(self.theirs) > MOST_VIEWS:
+                self.theirs.clear()
+            self.theirs[key] = self.handles[name].get_buffer(move.owner, mine.shape, mine.dtype)
+        return self.theirs[key][piece_of(move)][:, move.place : move.place + move.length]
 
     def _beside(self, copy: Callable[[Move], None], moves: list[Move]) -> Wait:
         """Does this rank's copies beside the kernels that follow, after those before."""

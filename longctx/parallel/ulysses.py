@@ -23,7 +23,7 @@ from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel import blockwise, ring
 from longctx.parallel.context_op import ContextAttend
 from longctx.parallel.exchange import Move, runs_of
-from longctx.parallel.sequence import in_ranks_order
+from longctx.parallel.sequence import in_ranks_order, on_cpu
 from longctx.parallel.transport import Wait, copy_rows, transport_of
 
 MOST_GROUPS = 4
@@ -97,7 +97,8 @@ def _in_groups_order(mask: KeyIntervals, size: int, groups: int, group: int) -> 
     order = mask.query_position[0].long().view(groups, -1)
     ascending = torch.argsort(order, 1)
     first_rows = torch.arange(groups, device=order.device).unsqueeze(1) * order.shape[1]
-    mine = order[group].cpu()
+    here = on_cpu(mask).positions("cpu")[0][0]
+    mine = here.long().view(groups, -1)[group]
     runs = runs_of(mine, size)
     positions = torch.searchsorted(mine.sort().values, torch.tensor([run.first for run in runs])).tolist()
     moves = [
