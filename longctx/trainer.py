@@ -36,6 +36,7 @@ from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
 from longctx.runtime import Runtime
+from longctx.watch import Watch
 
 GIB = 2.0**30
 
@@ -47,11 +48,15 @@ def train(config: Config, as_written: str, overrides: list[str]) -> bool:
     """
     check(config, runtime_module.world_size())
     runtime = runtime_module.start(config.parallel.timeout_seconds)
-    trainer = Trainer(config, as_written, overrides, runtime)
+    watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds)
     try:
-        trainer.run()
+        trainer = Trainer(config, as_written, overrides, runtime)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
     finally:
-        trainer.close()
+        watch.stop()
     return not trainer.is_stopped
 
 

@@ -343,6 +343,46 @@ def test_two_jobs_of_one_multirun(tmp_path, corpus):
     assert not {"outputs", "multirun", "multirun.yaml", "train.log"} & {p.name for p in ROOT.iterdir()}
 
 
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_no_longer_runs_ends_the_job(tmp_path, corpus, how):
+    """In the middle of a ring: within the timeout and ten seconds, by name."""
+    timeout_seconds = 15
+    words = [
+        "recipe=gpt_tiny", f"folder={tmp_path}", "name=a", "data=prepared", f"data.folder={corpus}",
+        "logging=no_wandb", "data.sequence_length=64", "optim.steps=1000000", "logging.sample_tokens=0",
+        "model.width=32", "logging.every_steps=1", "parallel.context=2", "parallel.strategy=ring",
+        f"parallel.timeout_seconds={timeout_seconds}",
+    ]  # fmt: skip
+    job = subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", "2", "train.py", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("step 5/"):
+            break
+    process = next(pid for pid in _children(job.pid) if _environment(pid).get("RANK") == "1")
+    os.kill(process, how)
+    started = time.monotonic()
+    output, _ = job.communicate(timeout=timeout_seconds + 30)
+    assert job.returncode != 0
+    assert time.monotonic() - started < timeout_seconds + 10
+    if how == signal.SIGSTOP:
+        assert f"rank 1 (process {process} on {socket.gethostname()}) has given no sign of life for" in output
+    assert re.search(rf"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9 \(pid: {process}\)", output)
+
+
+def _children(parent: int) -> list[int]:
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+def _environment(process: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
 def test_recall_loss_falls_with_context(tmp_path):
     """A key's first value costs log(values) nats; a model that uses its context pays less at later positions."""
     config = small_config(
