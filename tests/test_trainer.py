@@ -21,6 +21,7 @@ from distributed import run_on_ranks
 from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 
+from longctx import trainer as trainer_module
 from longctx.config import (
     AttentionImplementation,
     ComputeDtype,
@@ -139,6 +140,31 @@ def test_resume_is_bit_equal(tmp_path, corpus, optimizer, parallel, ranks):
     first = run_on_ranks(ranks, run_and_save, config, 10)[0]
     second = run_on_ranks(ranks, run_steps, config, 20)[0]
     assert first + second == whole
+
+
+def verifications(_rank, config) -> tuple[int, float]:
+    """How often a run has compared split and whole sequences, and how long it then waited for others, in seconds."""
+    calls = []
+    original = trainer_module.verify_layout
+    trainer_module.verify_layout = lambda *arguments: calls.append(1) or original(*arguments)
+    with trainer_of(config) as trainer:
+        waited_s = trainer.train_step()[0]["time/context_exposed_s"]
+        trainer.save()
+        return len(calls), waited_s
+
+
+def test_a_layout_is_verified_once(tmp_path, corpus):
+    parallel = ParallelConfig(context=2, strategy=Strategy.ring)
+    for changed, expected in (
+        (parallel, 1),
+        (parallel, 0),  # resumed
+        (dataclasses.replace(parallel, strategy=Strategy.ulysses), 1),
+        (dataclasses.replace(parallel, verify=False), 0),
+    ):
+        config = small_config(tmp_path, corpus, parallel=changed)
+        for calls, waited_s in run_on_ranks(2, verifications, config):
+            assert calls == expected
+            assert 0 < waited_s < 30
 
 
 def test_resume_on_another_layout(tmp_path, corpus):
