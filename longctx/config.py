@@ -303,9 +303,9 @@ _AT_LEAST_ONE = (
     "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
-    "model.window", "model.full_attention_every", "model.max_positions", "data.validation_sequences", "optim.lr",
-    "optim.muon_lr", "optim.weight_decay", "optim.clip_norm", "optim.warmup_steps", "checkpoint.every_steps",
-    "logging.validate_every_steps", "logging.sample_tokens", "seed",
+    "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions",
+    "data.validation_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip_norm",
+    "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_tokens", "seed",
 )  # fmt: skip
 _FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum")

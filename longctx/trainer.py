@@ -27,12 +27,13 @@ from longctx.data.tokens import DataError, TokenFolder
 from longctx.evaluate import Held, generate, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
-from longctx.model.transformer import attention_pairs, keys_seen, palm_flops, training_flops
+from longctx.model.transformer import keys_seen, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.sequence import Split, balanced, zigzag
 from longctx.parallel.strategy import choose_strategy
+from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
 from longctx.runtime import Runtime
@@ -66,12 +67,11 @@ class StepCounts(NamedTuple):
     valid_targets: float
     tflops: float  # of forward and backward
     documents: float
-    pairs: float  # of a query and a key it sees, whose attention a rank computes
-    most_pairs: float  # the same of the most loaded rank
+    imbalance: float  # of attention: work of the most loaded rank of a context axis over the mean
     stop_signal: float  # that some rank has received; 0: none
 
 
-SUMMED = 4
+SUMMED = 3
 
 
 class Trainer:
@@ -202,21 +202,24 @@ class Trainer:
 
     def _count(self, batches: list[Batch], splits: list[Split]) -> StepCounts:
         """Of this rank, before ranks have added them up."""
-        pairs = sum(self._attention_pairs(b, split) for b, split in zip(batches, splits, strict=True))
         return StepCounts(
             valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
             tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
             documents=sum(float((b.positions == 0).sum()) for b in batches),
-            pairs=pairs,
-            most_pairs=pairs,
+            imbalance=self._imbalance(batches, splits),
             stop_signal=self.stop_signal,
         )
 
-    def _attention_pairs(self, batch: Batch, split: Split) -> float:
-        """Pairs of a query and a key whose attention this rank computes; with Ulysses, its share of the heads."""
-        if self.context.splits_heads:
-            return attention_pairs(self.config.model, batch.positions) / split.size
-        return attention_pairs(self.config.model, split.shard(batch.positions, self.mesh.rank("context")))
+    def _imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
+        """Attention of this rank over the mean of its context axis; ranks that trade heads share theirs."""
+        size, together = self.mesh.size("context"), self.context.ulysses
+        first = self.mesh.rank("context") // together * together
+        mine, whole = 0.0, 0.0
+        for batch, split in zip(batches, splits, strict=True):
+            keys = keys_seen(self.config.model, batch.positions)
+            mine += sum(float(split.shard(keys, rank).sum()) for rank in range(first, first + together))
+            whole += float(keys.sum())
+        return mine / together / (whole / size)
 
     def _skip(self, loss: float, norm: float) -> None:
         self.skipped += 1
@@ -244,13 +247,14 @@ class Trainer:
             "data/tokens": self.consumed * config.data.sequence_length,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
             "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
-            "data/attention_imbalance": counts.most_pairs / (counts.pairs / world_size),
+            "data/attention_imbalance": counts.imbalance,
         }
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
             values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
         if self.runtime.device.type == "cuda":
-            values["mem/peak_alloc_gib"] = torch.cuda.max_memory_allocated() / GIB
+            beside = sum(transport.shared_bytes() for transport in transports_in_use())
+            values["mem/peak_alloc_gib"] = (torch.cuda.max_memory_allocated() + beside) / GIB
             values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         else:  # of the whole process
             values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
@@ -263,6 +267,8 @@ class Trainer:
         bytes_of = self.tokens.token_bytes if self.tokens else None
         results = validate(self.model, self.validation, self.validation.size, self.mesh, self.runtime.device, bytes_of)
         self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
+        for transport in transports_in_use():
+            transport.take_waited_s()  # which no training step has waited
         if results:
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""
@@ -280,8 +286,7 @@ class Trainer:
             "skipped": self.skipped,
             "data": self._data_order(),
             "resumed_from": self.origin,
-            "layout": self._layout()[0],
-            "world_size": self._layout()[1],
+            **self._layout(),
             "torch": torch.__version__,
             "configuration": self.as_written,
         }
@@ -323,10 +328,15 @@ class Trainer:
         self.checkpoints.set_aside_after(self.step if is_own else -1)
         self.saved_step = self.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
-        return self._layout() == (facts.get("layout"), facts.get("world_size"))
+        return self._layout() == {key: facts.get(key) for key in self._layout()}
 
-    def _layout(self) -> tuple[dict[str, Any], int]:
-        return asdict(self.config.parallel), self.runtime.world_size
+    def _layout(self) -> dict[str, Any]:
+        """What decides how a step is computed on these ranks."""
+        return {
+            "layout": asdict(self.config.parallel),
+            "world_size": self.runtime.world_size,
+            "context": self._context(),
+        }
 
     def _data_order(self) -> dict[str, Any]:
         """All that decides which sequence is number 0, 1, 2 ..."""
@@ -403,6 +413,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends logging; the run can be resumed from what it has saved."""
+        forget_transports()
         self.metrics.close()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import datetime
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 
 from torch.distributed import DistError, TCPStore
+
+from longctx.machine import this_machine
 
 LEFT = "left"
 
@@ -49,7 +50,7 @@ class Watch:
         try:
             while not self.ended.wait(self.period_s):
                 number += 1
-                self.store.set(_key(self.rank), f"{number} {socket.gethostname()} {os.getpid()}")
+                self.store.set(_key(self.rank), f"{number} {this_machine()} {os.getpid()}")
                 found = self.store.get(_key(self.other)).decode() if self.store.check([_key(self.other)]) else ""
                 if found != sign or found in ("", LEFT):
                     sign, seen_at = found, time.monotonic()
@@ -60,13 +61,14 @@ class Watch:
             pass
 
     def _end(self, sign: str, silent_s: float) -> None:
-        _, host, process = sign.split()
+        _, machine, process = sign.split()
         print(
-            f"rank {self.other} (process {process} on {host}) has given no sign of life for {silent_s:.0f} s "
-            f"(parallel.timeout_seconds={self.timeout_seconds:g}): the job ends; start it again to resume",
+            f"rank {self.other} (process {process} on {machine.split('/')[0]}) has given no sign of life for "
+            f"{silent_s:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g}): the job ends; start it again to "
+            f"resume",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        if host == socket.gethostname():  # a stopped process would not end by itself
+        if machine == this_machine():  # a stopped process would not end by itself
             os.kill(int(process), signal.SIGKILL)
         os._exit(1)
 

@@ -235,7 +235,8 @@ def main() -> None:
             print(message, flush=True)
 
     say("  ".join(f"{name} {value}" for name, value in about.items()))
-    for name in names[names[0] == "alone" :]:
+    strategies = [name for name in names if name != "alone"]
+    for name in strategies:
         for case in PARITY:
             say(f"{name}, {case.name}: errors of out, dq, dk, dv {check(name, case, rank, size)}")
     rows: list[Row] = []
@@ -250,7 +251,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         if arguments.trace:
             arguments.output.mkdir(parents=True, exist_ok=True)
-            for name in names[names[0] == "alone" :]:
+            for name in strategies:
                 trace(name, case, rank, size, arguments.output)
     if rank == 0:
         shown = ["forward ms", "backward ms", "forward", "backward", "forward share", "backward share", "GiB"]

@@ -287,6 +287,9 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
     return reference.attention_delta(dout, None, out)
 
 
+_INTERVALS = KeyIntervals.documents(torch.zeros(1, 1, dtype=torch.int64))  # a mask of the kind that a block's is
+
+
 class ForwardInBlocks:
     """The forward pass over keys that come block by block, merged by their log-sum-exp; at least one of them has keys.
 
@@ -295,7 +298,7 @@ class ForwardInBlocks:
 
     def __init__(self, q: Tensor, options: Options, implementation: str) -> None:
         self.q, self.options = q, options
-        self.implementation = choose(implementation, q, KeyIntervals.full(1, 1), options)
+        self.implementation = choose(implementation, q, _INTERVALS, options)
         compute = reference.accumulation_dtype(q.dtype)
         self.out = torch.empty(q.shape, dtype=compute, device=q.device)
         self.lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
@@ -328,7 +331,7 @@ class BackwardInBlocks:
         self.rows = dout, dlse, q
         self.results = out, lse
         self.options = options
-        self.implementation = choose(implementation, q, KeyIntervals.full(1, 1), options)
+        self.implementation = choose(implementation, q, _INTERVALS, options)
         self.writes_to_homes = self.implementation == "hopper" and hopper.has_own_backward(q)
         if self.writes_to_homes:
             self.blocks = hopper.BackwardInBlocks(dout, dlse, q, out, lse, options)

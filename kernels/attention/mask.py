@@ -2,7 +2,8 @@
 
 Full, causal, sliding-window and packed-document masks, and each of them cut into the shards of a sequence that is
 split over processes, are all of this form. Query row `i` sees the keys `start[i] <= j < end[i]`; a row with
-`start >= end` sees none. Both bounds never decrease with `i`.
+`start >= end` sees none. Both bounds never decrease with `i`, but for a mask whose rows are in the order of ranks: that
+one is only cut, and never reaches a kernel.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class KeyIntervals:
         return replace(self, is_causal=False, start=first, end=end)
 
     def rows(self, index: Tensor) -> KeyIntervals:
-        """The mask of the query rows `index` (ascending) over the same keys: one rank's share."""
+        """The mask of the query rows `index` over the same keys: ascending ones, such as one rank's, for a kernel."""
         start, end = self.bounds(index.device)
         position = self.positions(index.device)[0]
         return replace(

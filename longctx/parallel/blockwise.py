@@ -119,8 +119,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, budget: Budget) -> tupl
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call,
     budget: Budget,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv of one rank's rows and keys."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq of one rank's rows, like q; dk and dv of its keys, (batch, tokens, 2, kv_heads, head_dim) in the dtype of
+    sums."""
     transport, schedule = _setting(q, k, call, budget)
     gradient = BackwardInBlocks(dout, dlse, q, out, lse, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
@@ -128,8 +129,7 @@ def backward(
     for steps in _rounds(schedule.plan, budget.inbox // total.nbytes):
         _give_gradients(steps, keys, gradient, total)
         _add_up(steps, schedule.plan, total, transport)
-    dk, dv = (x.to(k.dtype, copy=True, memory_format=torch.contiguous_format) for x in total.unbind(2))
-    return gradient.dq(), dk, dv
+    return gradient.dq(), total
 
 
 def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total: Tensor) -> None:
@@ -149,9 +149,10 @@ def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total
         if gradient.writes_to_homes and transport.reaches_others and step.is_aligned:
             gradient.add_to_homes(k, v, step.mask, _homes(step, slots, slot, inbox, transport))
             continue
-        given = transport.scratch(f"gradients {number % 2}", (total.shape[0], step.n_keys, *total.shape[2:]), total)
         if len(waits) > 1:
             waits[-2]()  # of those that were in this buffer
+        shape = total.shape[0], step.n_keys, *total.shape[2:]
+        given = transport.scratch(f"gradients {len(waits) % 2}", shape, total)
         given.zero_()
         gradient.add(k, v, step.mask, (given[:, :, 0], given[:, :, 1]))
         waits.append(transport.give("inbox", step.moves, slot, given))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,7 +26,9 @@ def context_op(name: str, budget: Budget) -> Callable[..., tuple[Tensor, Tensor]
         return blockwise.forward(q, k, v, call, budget)
 
     def backward(dout, dlse, q, k, v, out, lse, call: Call):
-        return blockwise.backward(dout, dlse, q, k, v, out, lse, call, budget)
+        dq, dkeys = blockwise.backward(dout, dlse, q, k, v, out, lse, call, budget)
+        dk, dv = (x.to(k.dtype, copy=True, memory_format=torch.contiguous_format) for x in dkeys.unbind(2))
+        return dq, dk, dv
 
     return attention_op(name, forward, backward)
 

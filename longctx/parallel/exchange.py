@@ -1,8 +1,8 @@
 """Which keys each rank needs of which other, and in what order it fetches them: pure functions, without processes.
 
 Ranks take the others by their distance: rank r first works with its own keys, then with those of r + 1, r + 2, ...
-(modulo the number of ranks), so that at any time each rank is read by one other. A step takes as many owners as its
-buffer holds. Of each owner only the tokens are fetched that some row of the rank can see.
+(modulo the number of ranks), and copies come in that order too, so that no two begin with the same. A step takes as
+many owners as its buffer holds. Of each owner only the tokens are fetched that some row of the rank can see.
 """
 
 from __future__ import annotations

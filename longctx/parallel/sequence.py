@@ -83,7 +83,7 @@ def zigzag(length: int, size: int) -> Split:
         return Split(torch.arange(length), 1)
     if length % (2 * size):
         raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
-    return _of_owners([min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)], length, size)
+    return _of_owners(tuple(min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)), length, size)
 
 
 def balanced(work: Tensor, size: int) -> Split:
@@ -95,7 +95,7 @@ def balanced(work: Tensor, size: int) -> Split:
     best, least = zigzag(length, size), imbalance(work, zigzag(length, size))
     pieces = 2
     while least > TOLERANCE and length % (2 * size * pieces * SMALLEST_CHUNK) == 0:
-        owners = _least_loaded(work.view(2 * size * pieces, -1).sum(1).tolist(), size)
+        owners = _owners(work.view(2 * size * pieces, -1).sum(1).tolist(), size)
         split = _of_owners(owners, length, size)
         if (found := imbalance(work, split)) < least:
             best, least = split, found
@@ -109,7 +109,7 @@ def imbalance(work: Tensor, split: Split) -> float:
     return float(of_ranks.max() / of_ranks.mean()) if of_ranks.any() else 1.0
 
 
-def _least_loaded(work: list[float], size: int) -> list[int]:
+def _owners(work: list[float], size: int) -> tuple[int, ...]:
     """An owner for each chunk: from the largest on, the least loaded rank that has room. (Graham 1969)"""
     room, load, owners = [len(work) // size] * size, [0.0] * size, [0] * len(work)
     for chunk in sorted(range(len(work)), key=lambda chunk: -work[chunk]):
@@ -117,10 +117,11 @@ def _least_loaded(work: list[float], size: int) -> list[int]:
         owners[chunk] = owner
         room[owner] -= 1
         load[owner] += work[chunk]
-    return owners
+    return tuple(owners)
 
 
-def _of_owners(owners: list[int], length: int, size: int) -> Split:
+@lru_cache(maxsize=64)  # masks are known by their splits
+def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
     """Chunks of equal length, given the rank of each."""
     chunks = torch.arange(length).view(len(owners), -1)
     return Split(torch.cat([chunks[torch.tensor(owners) == rank].flatten() for rank in range(size)]), size)

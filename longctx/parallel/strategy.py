@@ -34,6 +34,8 @@ class Chosen(NamedTuple):
 def choose_strategy(config: Config, ranks_of_a_machine: int) -> Chosen:
     """The strategy of a checked configuration. Axes count fastest along `tensor`, so that a machine has whole ones."""
     parallel = config.parallel
+    if parallel.context == 1:
+        return Chosen(Strategy.gather, 1, "a rank has whole sequences")
     near = _most_trading_heads(config, ranks_of_a_machine // parallel.tensor)
     if parallel.strategy == Strategy.ulysses:
         return Chosen(Strategy.ulysses, parallel.context, "as configured")

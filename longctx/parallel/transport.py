@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from longctx.machine import this_machine
 from longctx.parallel.exchange import Move
 
 Wait = Callable[[], None]  # returns, or lets the device's queue go on, once the data is there
@@ -44,6 +44,7 @@ class Transport(ABC):
         self.shared: dict[str, Tensor] = {}  # by name, as its user has last asked for it
         self.turns: dict[str, int] = {}
         self.generation = next(_generations)  # another number whenever buffers have moved
+        self.is_on_gpu = False
         self.is_timed = False  # whether waits are measured
         self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.waited_s = 0.0
@@ -61,6 +62,10 @@ class Transport(ABC):
         """Begins to copy what this rank reads, of all ranks' `moves`, from owners' buffers to (batch, tokens, ...)."""
 
     @abstractmethod
+    def shared_bytes(self) -> int:
+        """Of the buffers that torch's allocator does not count."""
+
+    @abstractmethod
     def give(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
         """The way back, from (batch, tokens, ...) to owners' buffers. `source` must not change before it is done."""
 
@@ -75,7 +80,7 @@ class Transport(ABC):
 
     def scratch(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of this rank alone that stays: the same for each call with a name, larger where it must be."""
-        dtype = dtype or like.dtype
+        dtype, self.is_on_gpu = dtype or like.dtype, like.is_cuda
         return self._grown(name, shape, dtype, lambda size: torch.empty(size, dtype=dtype, device=like.device))
 
     def _grown(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[int], Tensor]) -> Tensor:
@@ -93,7 +98,7 @@ class Transport(ABC):
         """Measures how long the device waits for what is in it, if `is_timed`."""
         if not self.is_timed:
             yield
-        elif torch.cuda.is_available():
+        elif self.is_on_gpu:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
             yield
@@ -124,7 +129,9 @@ class SymmetricMemory(Transport):
         self.side = torch.cuda.Stream()
         self.handles: dict[str, symmetric_memory._SymmetricMemory] = {}
         self.theirs: dict[tuple, Tensor] = {}  # views of other ranks' buffers
-        self.door = symmetric_memory.rendezvous(symmetric_memory.empty(1, device=self.device), group)
+        self.door_buffer = symmetric_memory.empty(1, device=self.device)
+        self.door = symmetric_memory.rendezvous(self.door_buffer, group)
+        self.is_on_gpu = True
 
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or like.dtype
@@ -161,7 +168,6 @@ class SymmetricMemory(Transport):
         return [(self._place(name, move, piece_of).data_ptr(), move.length) for move in mine]
 
     def shared_bytes(self) -> int:
-        """Of the buffers that torch's allocator does not count."""
         return sum(self.buffers[name].nbytes for name in self.handles)
 
     def _place(self, name: str, move: Move, piece_of: PieceOf) -> Tensor:
@@ -178,7 +184,7 @@ class SymmetricMemory(Transport):
         """Does this rank's copies beside the kernels that follow, after those before."""
         self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):
-            for move in moves:
+            for move in sorted(moves, key=lambda move: move.distance(self.size)):  # no two from or to one at a time
                 if move.reader == self.rank:
                     copy(move)
             done = torch.cuda.Event()
@@ -202,6 +208,7 @@ class Messages(Transport):
     def __init__(self, group: dist.ProcessGroup, reason: str = "as asked for") -> None:
         super().__init__(group)
         self.description = f"sends and receives ({reason})"
+        dist.barrier(group)  # NCCL connects all ranks of a group at its first use, and a first exchange may be of some
 
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         self.shared[name] = self.scratch(name, shape, like, dtype)
@@ -229,7 +236,6 @@ class Messages(Transport):
         )
 
     def shared_bytes(self) -> int:
-        """Of the buffers that torch's allocator does not count."""
         return 0
 
     def _place(self, name: str, move: Move, piece_of: PieceOf) -> Tensor:
@@ -313,13 +319,13 @@ def in_use() -> list[Transport]:
 
 def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:
     """Why the ranks of a group cannot reach each other's GPU memory; None if they can. To be called by all of them."""
-    hosts: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, socket.gethostname() if torch.cuda.is_available() else None, group=group)
-    if None in hosts:
+    machines: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(machines, this_machine() if torch.cuda.is_available() else None, group=group)
+    if None in machines:
         return "not all ranks have a GPU"
-    if len(set(hosts)) > 1:
-        return f"the ranks are on {len(set(hosts))} machines"
-    problems: list[str | None] = [None] * len(hosts)
+    if len(set(machines)) > 1:
+        return f"the ranks are on {len(set(machines))} machines"
+    problems: list[str | None] = [None] * len(machines)
     problem = None
     try:
         torch.cuda.init()

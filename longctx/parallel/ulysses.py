@@ -1,8 +1,9 @@
 """Ulysses: trades tokens for heads, so that each rank attends over the whole sequence with its share of the heads.
 
 (Jacobs et al. 2023, DeepSpeed Ulysses.) A rank's heads are taken in groups: while it attends with one, the next one's
-tokens arrive and the last one's results leave, and it holds no more than two (as UPipe does, Ghadia et al. 2025). Where
-the axis is larger than the number of key/value heads, ranks share these, and the gradients of each are added up.
+tokens arrive and the last one's results leave, and it holds no more than two of whole sequences (as UPipe does, Ghadia
+et al. 2025), besides what it shares of its own tokens. Where the axis is larger than the number of key/value heads,
+ranks share these, and the gradients of each are added up.
 """
 
 from __future__ import annotations
@@ -131,8 +132,7 @@ class _Exchange:
         if beyond:  # over which the tokens of this group are one shard
             self.call = Call.of(self.mask, call.options(), call.implementation, outer[0])
         self.is_whole = beyond is None
-        self.waits: list[Wait] = []
-        self.leaving: list[Tensor] = []  # which must live until they have left
+        self.leaving: list[tuple[Tensor, Wait]] = []  # which must live until they have left
         copy_rows(self.share("queries", q.shape[3], q), self.of_queries(q))
         n = size * self.heads.kv_pieces // self.heads.sharers
         for number, x in enumerate((k, v)):
@@ -156,8 +156,8 @@ class _Exchange:
             gradient = BackwardInBlocks(dout, -of_rows, q, out, lse, call.options(), call.implementation)
             gradient.add(k, v, self.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
             return gradient.dq()
-        dq, *gradients = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET)
-        dkeys += torch.stack(gradients, 2)
+        dq, of_keys = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET)
+        dkeys += of_keys
         return dq
 
     def of_queries(self, x: Tensor) -> Tensor:
@@ -198,12 +198,13 @@ class _Exchange:
 
     def give(self, name: str, piece_of: Callable[[int, int], int], group: int, x: Tensor) -> None:
         """Sends all tokens of this rank's heads of a group to who holds them."""
-        self.leaving.append(x)
-        self.waits.append(self.transport.give(name, self.moves, lambda move: piece_of(move.reader, group), x))
+        while len(self.leaving) > 2:  # dQ and dK and dV of the group before
+            self.leaving.pop(0)[1]()
+        self.leaving.append((x, self.transport.give(name, self.moves, lambda move: piece_of(move.reader, group), x)))
 
     def finish(self) -> None:
         """Waits until all has left and arrived."""
-        for wait in self.waits:
+        for _, wait in self.leaving:
             wait()
         self.transport.meet()
 

@@ -19,10 +19,10 @@ from longctx.config import ComputeDtype, Config, UserError
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.model.transformer import Block, Transformer
 from longctx.parallel.context_op import ContextAttend
+from longctx.parallel.exchange import ALIGNMENT
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import Split, zigzag
 
-TOKENS = 512  # of the batch, or as many as the axes need
 TOLERANCE = {ComputeDtype.float32: 1e-3}  # relative; an error of this kind is of the size of the values themselves
 TOLERANCE_OF_16_BITS = 2e-2
 NOISE = 5  # times what rounding attention's results otherwise changes; of keys' weights that can be 0.1 in 16 bits
@@ -34,10 +34,10 @@ def verify_layout(model: Transformer, config: Config, mesh: Mesh, device: torch.
     Raises `UserError` on all ranks if it is more than rounding explains.
     """
     size = mesh.size("context")
-    pieces = 2 * size * mesh.size("tensor")
-    length = min(config.data.sequence_length, max(1, TOKENS // pieces) * pieces)
-    split = _loss_and_gradients(model, config, mesh, zigzag(length, size), device)
+    # chunks of whole tiles, whose gradients kernels give to other ranks; graphs are compiled for the lengths to come
+    length = min(config.data.sequence_length, 2 * size * mesh.size("tensor") * ALIGNMENT)
     with torch.compiler.set_stance("force_eager"):
+        split = _loss_and_gradients(model, config, mesh, zigzag(length, size), device)
         with _attending(model, lambda attend: attend.attend):
             whole = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
         with _attending(model, lambda attend: _RoundedOtherwise(attend.attend)):
@@ -67,7 +67,8 @@ def _loss_and_gradients(
     generator = torch.Generator().manual_seed(mesh.reader)
     stream = torch.randint(config.model.vocab_size, (1, length + 1), generator=generator)
     start = torch.zeros(1, length, dtype=torch.int64)
-    for border in (length // 3, length // 2, length // 2 + 1):  # inside a shard, at its end, and one token long
+    chunk = length // (2 * mesh.size("context"))
+    for border in sorted({length // 3, chunk, chunk + 1}):  # inside a shard, at its end, and after one token
         start[:, border:] = border
     rank = mesh.rank("context") if split.size > 1 else 0
     tokens, targets, positions = (
