@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longctx.data.loader import Batch, Source, collate
 from longctx.data.packing import IGNORE_INDEX
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.mask import KeyIntervals, to_device
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import Split, zigzag
 
@@ -30,7 +30,7 @@ class Held(NamedTuple):
     @staticmethod
     def of(batch: Batch, split: Split, mesh: Mesh, device: torch.device) -> Held:
         tokens, positions, targets = (
-            split.shard(x, mesh.rank("context")).to(device, non_blocking=True)
+            to_device(split.shard(x, mesh.rank("context")), device)
             for x in (batch.tokens, batch.positions, batch.targets)
         )
         return Held(tokens, positions, split.mask(batch.document_start, device), targets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from precision import relative_error
 
 from longctx.kernels.attention.interface import Call, attention
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.mask import KeyIntervals, windowed
 from longctx.kernels.attention.options import Options
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(1))]
@@ -153,3 +155,14 @@ def test_bad_calls(change, message):
     arguments = {"q": q, "k": kv, "v": kv, "mask": KeyIntervals.causal(8), "implementation": "auto"} | change
     with pytest.raises(ValueError, match=message):
         attention(**arguments)
+
+
+def test_the_window_of_a_mask_is_made_once():
+    mask = KeyIntervals.documents(torch.tensor([[0, 0, 0, 3, 3, 3]]))
+    first = windowed(mask, 2, torch.device("cpu"))
+    assert windowed(mask, 2, torch.device("cpu")) is first
+    assert first.dense("cpu").equal(mask.window(2, "cpu").dense("cpu"))
+    assert windowed(mask, 3, torch.device("cpu")) is not first
+    last = weakref.ref(mask.start)
+    del mask, first
+    assert last() is None

@@ -305,3 +305,13 @@ class once_a_mask(Generic[T]):  # noqa: N801  a decorator
             return compute()
         others = (mask.end, mask.query_position, mask.key_position)
         return remember(mask.start, others, (self.compute, mask.n_keys, *arguments), compute)
+
+
+def windowed(mask: KeyIntervals, size: int, device: torch.device) -> KeyIntervals:
+    """`mask.window(size, device)`: for the same mask the same one, for `once_a_mask` to know."""
+    return mask.window(size, device) if torch.compiler.is_compiling() else _windowed(mask, size, device)
+
+
+@once_a_mask
+def _windowed(mask: KeyIntervals, size: int, device: torch.device) -> KeyIntervals:
+    return mask.window(size, device)
