@@ -137,6 +137,7 @@ class SymmetricMemory(Transport):
         dtype = dtype or like.dtype
 
         def make(size: int) -> Tensor:
+            self.theirs.clear()
             buffer = symmetric_memory.empty(size, dtype=dtype, device=self.device)
             self.handles[name] = symmetric_memory.rendezvous(buffer, self.group)
             return buffer
