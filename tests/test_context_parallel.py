@@ -206,6 +206,15 @@ def refused(_rank: int) -> str:
     return ""
 
 
+def chosen(_rank: int) -> str:
+    return transport.choose(torch.distributed.group.WORLD).description
+
+
+def test_without_symmetric_memory_messages_are_sent():
+    expected = "sends and receives (no symmetric memory: not all ranks have a GPU)"
+    assert run_on_ranks(2, chosen) == [expected] * 2
+
+
 def waited(rank: int) -> float:
     """Seconds that are counted as waiting while the other rank comes half a second late."""
     made = transport.Messages(torch.distributed.group.WORLD)

@@ -326,15 +326,22 @@ def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:
         return "not all ranks have a GPU"
     if len(set(machines)) > 1:
         return f"the ranks are on {len(set(machines))} machines"
-    problems: list[str | None] = [None] * len(machines)
+    here, count = torch.cuda.current_device(), torch.cuda.device_count()
     problem = None
+    if not all(torch.cuda.can_device_access_peer(here, other) for other in range(count) if other != here):
+        problem = f"GPU {here} cannot reach the memory of all others"
+    if found := _first_problem(problem, group):  # before the others wait for it in the rendezvous
+        return found
     try:
-        torch.cuda.init()
-        here, count = torch.cuda.current_device(), torch.cuda.device_count()
-        if not all(torch.cuda.can_device_access_peer(here, other) for other in range(count) if other != here):
-            problem = f"GPU {here} cannot reach the memory of all others"
-        symmetric_memory.empty(1, device=torch.device("cuda", here))
+        probe = symmetric_memory.empty(1, device=torch.device("cuda", here))
+        symmetric_memory.rendezvous(probe, group)
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
+    return _first_problem(problem, group)
+
+
+def _first_problem(problem: str | None, group: dist.ProcessGroup) -> str | None:
+    """What any of the ranks has found."""
+    problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     return next((f"rank {rank}: {found}" for rank, found in enumerate(problems) if found), None)
