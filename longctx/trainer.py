@@ -213,6 +213,8 @@ class Trainer:
     def _imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
         """Attention of this rank over the mean of its context axis; ranks that trade heads share theirs."""
         size, together = self.mesh.size("context"), self.context.ulysses
+        if size == together:
+            return 1.0
         first = self.mesh.rank("context") // together * together
         mine, whole = 0.0, 0.0
         for batch, split in zip(batches, splits, strict=True):

@@ -92,8 +92,6 @@ class Recorder:
     def add(self, *_arguments) -> None:
         self.writes += 1
 
-    add_to_homes = add
-
     def scratch(self, name, shape, like):
         assert name not in self.leaving, f"{name} is overwritten before it has left"
         self.taken = name

@@ -41,13 +41,8 @@ class Case:
     size: int = 0  # keys of a window, or the median length of the documents
 
     def lengths(self) -> list[int]:
-        """Of the documents of a sequence: log-normal, sigma 1, cut to fill it."""
-        generator = torch.Generator().manual_seed(0)
-        lengths: list[int] = []
-        while sum(lengths) < self.length:
-            drawn = int(self.size * torch.randn((), generator=generator).exp())
-            lengths.append(min(max(drawn, 1), self.length - sum(lengths)))
-        return lengths
+        """Of the documents of a sequence."""
+        return benchmarking.document_lengths(self.length, self.size)
 
     def mask(self, device: torch.device) -> KeyIntervals:
         if self.kind == "full":
@@ -55,8 +50,7 @@ class Case:
         if self.kind == "window":
             return KeyIntervals.causal(self.length).window(self.size, device)
         if self.kind == "documents":
-            lengths = torch.tensor(self.lengths())
-            starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths).expand(self.batch, -1)
+            starts = benchmarking.document_starts(self.lengths()).expand(self.batch, -1)
             return KeyIntervals.documents(starts).to(device)
         return KeyIntervals.causal(self.length)
 

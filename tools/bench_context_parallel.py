@@ -53,19 +53,15 @@ class Case:
 
     def starts(self) -> Tensor:
         """(1, length): where each token's document begins."""
-        starts, at = torch.zeros(1, self.length, dtype=torch.int64), 0
-        generator = torch.Generator().manual_seed(0)
-        while self.median and at < self.length:
-            starts[0, at:] = at
-            at += max(1, int(self.median * torch.randn((), generator=generator).exp()))
-        return starts
+        lengths = benchmarking.document_lengths(self.length, self.median) if self.median else [self.length]
+        return benchmarking.document_starts(lengths)
+
+    def work(self) -> Tensor:
+        """(length,): how many keys each token sees."""
+        return torch.arange(self.length) - self.starts()[0] + 1
 
     def split(self, size: int) -> Split:
-        work = torch.arange(self.length) - self.starts()[0] + 1
-        return balanced(work, size) if self.median else zigzag(self.length, size)
-
-    def pairs(self) -> float:
-        return float((torch.arange(self.length) - self.starts()[0] + 1).double().sum())
+        return balanced(self.work(), size) if self.median else zigzag(self.length, size)
 
 
 CASES = [
@@ -190,8 +186,8 @@ def measure(name: str, case: Case, rank: int, size: int, seconds: float) -> Row:
     assert gib is not None
     if name != "alone":
         gib += sum(made.shared_bytes() for made in transport.in_use()) / GIB
-    tflop = 4 * HEAD_DIM * case.heads * case.pairs() / size / 1e12
-    row: Row = {"GiB": gib, "imbalance": imbalance(torch.arange(case.length) - case.starts()[0] + 1, case.split(size))}
+    tflop = 4 * HEAD_DIM * case.heads * float(case.work().double().sum()) / size / 1e12
+    row: Row = {"GiB": gib, "imbalance": imbalance(case.work(), case.split(size))}
     both = zip(("forward", "backward"), passes(attend, tensors, mask), passes(*free), (1.0, 2.5), strict=True)
     for which, mine, without, factor in both:
         ms, share = timed(mine, without, seconds)

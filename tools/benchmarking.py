@@ -74,6 +74,22 @@ def run(
     print(f"written to {arguments.output}")
 
 
+def document_lengths(total: int, median: int) -> list[int]:
+    """Tokens of each document of a sequence of `total`: log-normal, sigma 1, the last cut to fill it."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while sum(lengths) < total:
+        drawn = int(median * torch.randn((), generator=generator).exp())
+        lengths.append(min(max(drawn, 1), total - sum(lengths)))
+    return lengths
+
+
+def document_starts(lengths: list[int]) -> torch.Tensor:
+    """(1, tokens): where each token's document begins."""
+    tokens = torch.tensor(lengths)
+    return (tokens.cumsum(0) - tokens).repeat_interleave(tokens).unsqueeze(0)
+
+
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
     """Median time of a call: on a GPU of 5 to 50 calls in some `seconds`, after three to warm up; elsewhere of one."""
     if device.type != "cuda":

@@ -338,20 +338,17 @@ class BackwardInBlocks:
         else:
             self.sum = torch.zeros(q.shape, dtype=reference.accumulation_dtype(q.dtype), device=q.device)
 
-    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor]) -> None:
-        """One block of keys and values, whose gradients are added to `into`, dk and dv."""
+    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientHomes) -> None:
+        """One block of keys and values, whose gradients are added to `into`, dk and dv; or, if it `writes_to_homes`,
+        written to these."""
         if not k.numel():
             return
         if self.writes_to_homes:
             self.blocks.add(k, v, mask, into)
             return
+        assert not isinstance(into, GradientHomes)
         gradients = self.sum, *into
         backward(*self.rows, k, v, *self.results, mask, self.options, self.implementation, gradients)
-
-    def add_to_homes(self, k: Tensor, v: Tensor, mask: KeyIntervals, homes: GradientHomes) -> None:
-        """As `add`, with gradients written, not added, to where `homes` says. Only if it `writes_to_homes`."""
-        if k.numel():
-            self.blocks.add(k, v, mask, homes)
 
     def dq(self) -> Tensor:
         q = self.rows[2]

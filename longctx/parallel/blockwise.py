@@ -147,7 +147,7 @@ def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total
     for number in steps:
         step, (k, v) = keys.schedule.steps[number], keys.keys_values(number).unbind(2)
         if gradient.writes_to_homes and transport.reaches_others and step.is_aligned:
-            gradient.add_to_homes(k, v, step.mask, _homes(step, slots, slot, inbox, transport))
+            gradient.add(k, v, step.mask, _homes(step, slots, slot, inbox, transport))
             continue
         if len(waits) > 1:
             waits[-2]()  # of those that were in this buffer

@@ -267,9 +267,9 @@ class Messages(Transport):
 
 
 def copy_rows(destination: Tensor, source: Tensor) -> None:
-    """destination = source, of equal shape and dtype, 16 bytes at a time where the rows of both are made of those."""
+    """destination = source, of equal shape; of equal dtype 16 bytes at a time where rows of both are made of those."""
     to, of = _in_16_bytes(destination), _in_16_bytes(source)
-    if to is None or of is None:
+    if to is None or of is None or destination.dtype != source.dtype:
         destination.copy_(source)
     else:
         to.copy_(of)

@@ -83,7 +83,7 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
     """The way back, as a copy."""
     n, batch, tokens, heads, width = pieces.shape
     x = pieces.new_empty((batch, tokens, n * heads, width), dtype=dtype)
-    (copy_rows if dtype == pieces.dtype else torch.Tensor.copy_)(_pieces(x, n), pieces)
+    copy_rows(_pieces(x, n), pieces)
     return x
 
 
