@@ -27,6 +27,9 @@ class Watch:
         """Under torchrun, which tells where its store is; a process that is alone has nobody to watch."""
         self.rank, self.other, self.timeout_seconds = rank, (rank + 1) % size, timeout_seconds
         self.period_s = min(5.0, timeout_seconds / 10)
+        self.silence_s = (
+            timeout_seconds - 4 * self.period_s
+        )  # seen up to two periods late; collectives must not be first
         self.ended = threading.Event()
         self.store = None
         if size > 1 and "MASTER_PORT" in os.environ:
@@ -34,6 +37,7 @@ class Watch:
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
                 timeout=datetime.timedelta(seconds=timeout_seconds),
             )  # fmt: skip
+            self._give_sign(0)  # at once: a rank that stops before its first period is missed as well
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
 
@@ -50,15 +54,19 @@ class Watch:
         try:
             while not self.ended.wait(self.period_s):
                 number += 1
-                self.store.set(_key(self.rank), f"{number} {this_machine()} {os.getpid()}")
+                self._give_sign(number)
                 found = self.store.get(_key(self.other)).decode() if self.store.check([_key(self.other)]) else ""
                 if found != sign or found in ("", LEFT):
                     sign, seen_at = found, time.monotonic()
-                elif time.monotonic() - seen_at > self.timeout_seconds - 2 * self.period_s:
+                elif time.monotonic() - seen_at > self.silence_s:
                     self._end(sign, time.monotonic() - seen_at)
             self.store.set(_key(self.rank), LEFT)
         except (DistError, RuntimeError):  # the store is gone, and with it the job
             pass
+
+    def _give_sign(self, number: int) -> None:
+        assert self.store is not None
+        self.store.set(_key(self.rank), f"{number} {this_machine()} {os.getpid()}")
 
     def _end(self, sign: str, silent_s: float) -> None:
         _, machine, process = sign.split()

@@ -20,6 +20,7 @@ import torch
 from distributed import run_on_ranks
 from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
+from torch.distributed import TCPStore
 
 from longctx import trainer as trainer_module
 from longctx.config import (
@@ -38,6 +39,7 @@ from longctx.config import (
 from longctx.data.tokens import DataError
 from longctx.metrics import read_metrics
 from longctx.trainer import train
+from longctx.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -397,6 +399,20 @@ def test_a_rank_that_no_longer_runs_ends_the_job(tmp_path, corpus, how):
     if how == signal.SIGSTOP:
         assert f"rank 1 (process {process} on {socket.gethostname()}) has given no sign of life for" in output
     assert re.search(rf"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9 \(pid: {process}\)", output)
+
+
+def test_a_rank_gives_a_sign_of_life_at_once(monkeypatch):
+    """So that one which stops before its first period is missed, and before the collectives of others time out."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    watch = Watch(rank=1, size=2, timeout_seconds=600)
+    assert store.check(["longctx/alive/0/1"])
+    assert store.get("longctx/alive/0/1").decode().split()[0::2] == ["0", str(os.getpid())]
+    assert (watch.period_s, watch.silence_s) == (5, 580)
+    watch.stop()
+    assert store.get("longctx/alive/0/1") == b"left"
 
 
 def _children(parent: int) -> list[int]:
