@@ -23,7 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longctx.config import Config, ConfigError, UserError, all_keys, explain_unknown_key
 
-ConfigStore.instance().store(name="schema", node=Config)
+schema = OmegaConf.structured(Config)
+for mapping in (schema.data.mixture, schema.data.curriculum):  # whose keys are the user's
+    OmegaConf.set_struct(mapping, False)
+ConfigStore.instance().store(name="schema", node=schema)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -46,6 +49,7 @@ def main(composed: DictConfig) -> None:
 def refuse_unknown_keys(composed: DictConfig) -> None:
     """Keys that `+key=value` has added: Hydra lets them pass."""
     known = set(all_keys())
+    groups = {key.rsplit(".", 1)[0] for key in known if "." in key}
 
     def unknown(node: DictConfig, prefix: str) -> list[str]:
         found = []
@@ -53,7 +57,7 @@ def refuse_unknown_keys(composed: DictConfig) -> None:
             path = f"{prefix}{key}"
             if path not in known:
                 found.append(path)
-            elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node._get_node(key)):
+            elif path in groups and not OmegaConf.is_missing(node, key):
                 found += unknown(node[key], f"{path}.")
         return found
 

@@ -170,12 +170,18 @@ class DataConfig:
     """What the model reads."""
 
     source: DataSource = DataSource.builtin
-    folder: str = ""  # source=prepared: a folder that tools/prepare_data.py wrote
+    folder: str = ""  # source=prepared: of tools/prepare_data.py, of Megatron's *.bin and *.idx, or of nanoGPT's *.bin
+    mixture: dict[str, float] = field(default_factory=dict)  # in place of `folder`: several, and their shares
+    tokenizer: str = ""  # tokenizer.json of Megatron's and nanoGPT's files: for samples and bits a byte
+    end_of_document: int = 50256  # id that closes a document in nanoGPT's files, unless `tokenizer` says
     cache_folder: str = "~/.cache/longctx"  # where source=builtin keeps its tokens
     sequence_length: int = 2048  # tokens
     sequences_per_step: int = 8  # over all ranks and accumulation steps
     sequences_per_micro_batch: int = 1  # on one data rank at a time
     separate_documents: bool = True  # attention stays inside a document and positions restart with each
+    # {step: tokens}: from that step on attention is cut every so many tokens; empty: never. Each step reads the same
+    # tokens with or without, so that a short start costs neither order nor batch size
+    curriculum: dict[int, int] = field(default_factory=dict)
     validation_sequences: int = 16
     check_hashes: bool = False  # read every shard in full at start and compare its sha256 with the manifest
     recall: RecallConfig = field(default_factory=RecallConfig)
@@ -347,9 +353,33 @@ def _check_ranges(config: Config) -> list[str]:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         problems.append(f"name={config.name!r} is no folder name; give one without slashes")
-    if config.data.source == DataSource.prepared and not config.data.folder:
+    return problems + _check_data(config.data)
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = []
+    if data.source == DataSource.prepared and not data.folder and not data.mixture:
         problems.append("data.source=prepared needs data.folder=FOLDER, as tools/prepare_data.py writes it")
+    if data.folder and data.mixture:
+        problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
+    problems += [
+        f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
+        for folder, weight in data.mixture.items()
+        if not 0 < weight < math.inf
+    ]
+    problems += [
+        f"data.curriculum: {step}: {span}; give steps from 0 on, and 1 to data.sequence_length={data.sequence_length} "
+        "tokens"
+        for step, span in data.curriculum.items()
+        if step < 0 or not 1 <= span <= data.sequence_length
+    ]
     return problems
+
+
+def attention_span(data: DataConfig, step: int) -> int | None:
+    """Every so many tokens attention is cut in `step` (from 0 on), by the curriculum; None: nowhere."""
+    begun = [first for first in data.curriculum if first <= step]
+    return data.curriculum[max(begun)] if begun else None
 
 
 def _check_model(model: ModelConfig) -> list[str]:

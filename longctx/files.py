@@ -1,10 +1,12 @@
-"""Files that must be whole: hashed, and flushed to the disk."""
+"""Files that must be whole: hashed, flushed to the disk, and manifests that know their own hash."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -21,3 +23,29 @@ def sync(path: Path) -> Path:
     finally:
         os.close(descriptor)
     return path
+
+
+def write_manifest(path: Path, fields: dict[str, Any]) -> None:
+    """Writes `fields` as JSON with the hash of itself, beside `path` first, so that it appears whole."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(_manifest_text(fields))
+    sync(beside)
+    beside.replace(path)
+
+
+def read_manifest(path: Path, form: str) -> dict[str, Any]:
+    """The fields that `write_manifest` wrote. Raises ValueError if one byte is another, or `format` is not `form`."""
+    content = path.read_bytes()
+    fields = json.loads(content)
+    found = fields.get("format") if isinstance(fields, dict) else None
+    if found != form:
+        raise ValueError(f"format {found!r}, this version reads {form!r}")
+    fields.pop("sha256", None)
+    if content != _manifest_text(fields):
+        raise ValueError("its sha256 is not its own: the file was changed")
+    return fields
+
+
+def _manifest_text(fields: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(fields, indent=2).encode()).hexdigest()
+    return json.dumps({**fields, "sha256": digest}, indent=2).encode() + b"\n"

@@ -19,11 +19,13 @@ from tokenizers import Tokenizer
 
 from longctx import runtime as runtime_module
 from longctx.checkpoint import Checkpoints, state_tensors
-from longctx.config import Config, DataSource, UserError, check
+from longctx.config import Config, DataSource, UserError, attention_span, check
 from longctx.data import builtin
-from longctx.data.loader import Batch, Loader, RecallStream, ShuffledTokens, Source, SpacedTokens
+from longctx.data.loader import Batch, Loader, RecallStream, Source
+from longctx.data.mixture import ChainedTokens, Mixture
+from longctx.data.other_formats import open_corpus
 from longctx.data.packing import IGNORE_INDEX
-from longctx.data.tokens import DataError, TokenFolder
+from longctx.data.tokens import DataError
 from longctx.evaluate import Held, generate, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
@@ -153,7 +155,7 @@ class Trainer:
     def train_step(self) -> tuple[dict[str, float], int]:
         """One step: fetch, forward, backward, clip, update. Returns its metrics and the signal that asks to stop."""
         started = time.perf_counter()
-        batches = self.loader.step(self.consumed)
+        batches = self.loader.step(self.consumed, attention_span(self.config.data, self.step))
         splits = [self._split(batch) for batch in batches]
         fetched = time.perf_counter()
 
@@ -363,7 +365,7 @@ class Trainer:
         config, mesh = self.config, self.mesh
         count = sum(p.numel() for p in self.parameters.values())
         axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
-        data = f"{self.tokens.folder} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
+        data = f"{self.tokens} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
         self.runtime.say(
             f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {self.runtime.world_size} x "
             f"{_device_name(self.runtime.device)}, {axes}\n"
@@ -402,11 +404,11 @@ class Trainer:
 
     def _samples(self) -> list[str]:
         logging = self.config.logging
-        if not self.tokens or not logging.sample_tokens or not logging.sample_prompts:
+        if not self.tokens or not self.tokens.tokenizer_file or not logging.sample_tokens or not logging.sample_prompts:
             return []
         tokenizer = Tokenizer.from_file(str(self.tokens.tokenizer_file))
         prompts = [tokenizer.encode(p, add_special_tokens=False).ids or [0] for p in logging.sample_prompts]
-        vocab_size = self.tokens.manifest.vocab_size
+        vocab_size = self.tokens.tokenizer_vocab
         texts = generate(self.model, prompts, logging.sample_tokens, self.mesh, self.runtime.device, vocab_size)
         return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
@@ -424,44 +426,45 @@ class Trainer:
 # the parts that depend on the data source ----------------------------------------------------------------------------
 
 
-def open_tokens(config: Config, runtime: Runtime) -> TokenFolder | None:
-    """The run's token shards, checked, on every rank; None for synthetic data."""
+def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
+    """The run's token files, checked, on every rank; None for synthetic data."""
     data = config.data
     if data.source == DataSource.recall:
         return None
-    folder = Path(data.folder).expanduser()
+    weights = data.mixture or {data.folder: 1.0}
     if data.source == DataSource.builtin:
         folder = builtin.folder(data.cache_folder)
         runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
-    tokens = runtime.together(lambda: TokenFolder(folder, config.model.vocab_size, data.check_hashes))
+        weights = {str(folder): 1.0}
+    folders = [Path(folder).expanduser() for folder in weights]
+    vocab_size, rank, ranks = config.model.vocab_size, runtime.rank, runtime.world_size
+    tokens = runtime.together(
+        lambda: Mixture([open_corpus(f, vocab_size, data, rank, ranks) for f in folders], list(weights.values()))
+    )
     seen_by_main = runtime.on_main(tokens.fingerprint)
 
     def check_same() -> None:  # machines with other versions of Python or torch have other sources
         if tokens.fingerprint() != seen_by_main:
             raise DataError(
-                f"{folder}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
+                f"{tokens}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
             )
 
     runtime.together(check_same)
     return tokens
 
 
-def training_source(config: Config, tokens: TokenFolder | None) -> Source:
-    if tokens is None:
-        return RecallStream(config.data, config.seed)
-    return ShuffledTokens(tokens.splits["train"], config.data, config.seed, f"{tokens.folder}, training split")
+def training_source(config: Config, tokens: Mixture | None) -> Source:
+    return RecallStream(config.data, config.seed) if tokens is None else tokens.training(config.data, config.seed)
 
 
-def validation_source(
-    config: Config, tokens: TokenFolder | None, runtime: Runtime
-) -> SpacedTokens | RecallStream | None:
+def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> ChainedTokens | RecallStream | None:
     """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
     if not config.data.validation_sequences:
         return None
     if tokens is None:
         return RecallStream(config.data, config.seed + 1)
     try:
-        return SpacedTokens(tokens.splits["validation"], config.data, f"{tokens.folder}, validation split")
+        return tokens.validation(config.data)
     except DataError as error:
         runtime.say(f"no validation: {error}")
         return None

@@ -9,15 +9,31 @@ from pathlib import Path
 
 from longctx import runtime
 from longctx.config import ComputeDtype, Config, DataSource, ModelConfig, Optimizer, WandbMode
-from longctx.data.prepare import Document, prepare
+from longctx.data.prepare import prepare
+from longctx.data.text import Document
 from longctx.trainer import Trainer
 
 TINY = ModelConfig(vocab_size=8192, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 
 
+class Documents(list[Document]):
+    """A piece of input for `prepare`, of documents at hand."""
+
+    @property
+    def size(self) -> int:
+        return sum(len(text) for document in self for text in document.pieces)
+
+    @property
+    def identity(self) -> str:
+        return repr(self)
+
+    def documents(self) -> Iterator[Document]:
+        return iter(self)
+
+
 def make_corpus(folder: Path, documents: int = 40) -> Path:
     """Token shards of short numbered texts, every eighth held out."""
-    texts = (
+    texts = Documents(
         Document(
             f"text {i}",
             ["".join(f"def function_{i}_{j}(x):\n    return x + {j}\n\n" for j in range(1 + i % 9))],
@@ -25,7 +41,7 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
         )
         for i in range(documents)
     )
-    prepare(texts, folder)
+    prepare([texts], folder)
     return folder
 
 

@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import train  # noqa: F401  registers the schema
-from longctx.config import Config, ConfigError, check, explain_unknown_key
+import train
+from longctx.config import Config, ConfigError, attention_span, check, explain_unknown_key
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"gpt_tiny": 2, "gpt_32k": 1, "gpt_128k": 8, "llama3_8b_128k": 8, "llama3_8b_1m": 8}
@@ -172,3 +172,24 @@ def test_help_names_the_groups():
     result = run_train("recipe=gpt_tiny", "--help")
     assert result.returncode == 0
     assert "recipe: gpt_128k, gpt_32k, gpt_tiny, llama3_8b_128k, llama3_8b_1m" in result.stdout
+
+
+def test_mixtures_and_curricula():
+    config = composed(
+        "recipe=gpt_tiny", "data=prepared", "data.mixture={corpus/code-1.0: 0.7, /data/books: 3}",
+        "data.curriculum={0: 512, 100: 1024}",
+    )  # fmt: skip
+    assert config.data.mixture == {"corpus/code-1.0": 0.7, "/data/books": 3.0}
+    assert [attention_span(config.data, step) for step in (0, 99, 100, 5000)] == [512, 512, 1024, 1024]
+    assert attention_span(composed("recipe=gpt_tiny").data, 0) is None
+    check(config, 1)
+    config.data.folder, config.data.mixture["/data/books"] = "a", 0.0
+    config.data.curriculum[-1] = 4096
+    with pytest.raises(ConfigError) as caught:
+        check(config, 1)
+    assert set(caught.value.problems) == {
+        "data.folder=a and data.mixture are both given; put the folder into the mixture",
+        "data.mixture: /data/books has the weight 0.0; give one above 0, or leave it out",
+        "data.curriculum: -1: 4096; give steps from 0 on, and 1 to data.sequence_length=2048 tokens",
+    }
+    train.refuse_unknown_keys(OmegaConf.structured(config))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 
 import numpy as np
 import pytest
+from helpers import Documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -16,8 +16,9 @@ from longctx.config import DataConfig
 from longctx.data import builtin
 from longctx.data.loader import Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
 from longctx.data.packing import IGNORE_INDEX, pack
-from longctx.data.prepare import BUILTIN_TOKENIZER, Document, prepare, read_documents
-from longctx.data.tokens import DataError, ShardWriter, TokenFolder
+from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.text import Document, find_pieces
+from longctx.data.tokens import DataError, TokenFolder
 
 VOCAB = 8192
 TEXTS = ["def f(x):\n    return x\n", "import os\n" * 7, "ü €\n", "class A:\n    pass\n"]
@@ -26,7 +27,7 @@ TEXTS = ["def f(x):\n    return x\n", "import os\n" * 7, "ü €\n", "class A:\n
 @pytest.fixture
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
-    prepare([Document(f"{i}", [t], i == 3) for i, t in enumerate(TEXTS)], folder)
+    prepare([Documents(Document(f"{i}", [t], i == 3) for i, t in enumerate(TEXTS))], folder)
     return folder
 
 
@@ -41,11 +42,10 @@ def test_round_trip(corpus):
     assert tokens.manifest.splits["train"][0].text_bytes == sum(len(t.encode()) for t in TEXTS[:3])
 
 
-def test_documents_keep_together_over_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("longctx.data.prepare.ShardWriter", partial(ShardWriter, shard_tokens=20))
-    prepare([Document(f"{i}", [f"x = {i}\n" * 4], False) for i in range(12)], tmp_path / "many")
+def test_windows_cross_shards(tmp_path):
+    prepare([Documents([Document(f"{i}", [f"x = {i}\n" * 4], False)]) for i in range(12)], tmp_path / "many")
     tokens = TokenFolder(tmp_path / "many", VOCAB)
-    assert len(tokens.manifest.splits["train"]) > 3
+    assert [s.name for s in tokens.manifest.splits["train"]] == [f"train_{i:05d}" for i in range(12)]
     split = tokens.splits["train"]
     whole, starts = split.read(0, len(split))
     assert len(starts) == 11
@@ -59,7 +59,7 @@ def test_folders_and_jsonl(tmp_path):
     (tmp_path / "in" / "b").mkdir(parents=True)
     (tmp_path / "in" / "b" / "one.txt").write_text("one")
     (tmp_path / "in" / "a.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}\n')
-    read = [("".join(d.pieces)) for d in read_documents([tmp_path / "in"])]
+    read = ["".join(d.pieces) for piece in find_pieces([tmp_path / "in"]) for d in piece.documents()]
     assert read == ["two", "three", "one"]
 
 
@@ -74,14 +74,14 @@ def test_folders_and_jsonl(tmp_path):
 def test_bad_jsonl_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
     with pytest.raises(DataError, match=message):
-        list(read_documents([tmp_path / "a.jsonl"]))
+        list(find_pieces([tmp_path / "a.jsonl"])[0].documents())
 
 
 def test_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="no text to train on; every document is empty"):
-        prepare([Document("a", [""])], tmp_path / "empty")
+        prepare([Documents([Document("a", [""])])], tmp_path / "empty")
     with pytest.raises(DataError, match="no text to train on; all 1 documents were held out; lower the validation"):
-        prepare([Document("a", ["x"])], tmp_path / "empty", validation_fraction=1.0)
+        prepare([Documents([Document("a", ["x"])])], tmp_path / "empty", validation_fraction=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,6 +113,11 @@ def damage_manifest(folder):
     (folder / "manifest.json").write_text("{}")
 
 
+def damage_manifest_byte(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"documents": 3', '"documents": 2'))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -122,7 +127,8 @@ def damage_manifest(folder):
         (damage_id, r"train_00000.tokens: "),
         (lambda f: (f / "train_00000.tokens").unlink(), "train_00000.tokens: missing"),
         (lambda f: (f / "manifest.json").unlink(), "no such file"),
-        (damage_manifest, "format None"),
+        (damage_manifest, "manifest.json: format None"),
+        (damage_manifest_byte, "manifest.json: its sha256 is not its own"),
     ],
 )
 def test_damage_is_refused_by_name(corpus, damage, message):
@@ -203,7 +209,7 @@ def test_too_little_text(corpus):
 
 def test_validation_is_spread_over_the_split(corpus):
     split = TokenFolder(corpus, VOCAB).splits["train"]
-    source = SpacedTokens(split, DataConfig(sequence_length=4, validation_sequences=3), "here")
+    source = SpacedTokens(split, DataConfig(sequence_length=4), 3, "here")
     assert source.size == 3
     for number, window in ((0, 0), (1, source.windows // 3), (2, 2 * source.windows // 3), (3, 0)):
         assert np.array_equal(source.sequence(number).tokens, split.read(4 * window, 4)[0])
@@ -239,4 +245,4 @@ def test_shipped_tokenizer():
 def test_manifest_is_plain_json(corpus):
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert manifest["splits"]["train"][0]["documents"] == 3
-    assert dataclasses.asdict(TokenFolder(corpus, VOCAB).manifest) == manifest
+    assert dataclasses.asdict(TokenFolder(corpus, VOCAB).manifest) | {"sha256": manifest["sha256"]} == manifest

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import sysconfig
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from longctx.data.prepare import BUILTIN_TOKENIZER, Document, prepare
-from longctx.data.tokens import DataError
+from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.text import MIB, Document
+from longctx.data.tokens import FORMAT, DataError
 from longctx.files import sha256
 
 MAX_DOCUMENT_TOKENS = 3_000_000
@@ -52,16 +56,43 @@ def read_package(name: str, files: list[Path]) -> Iterator[str]:
         yield f"# {name.split('/', maxsplit=1)[0]}: {'/'.join(inside)}\n{text}\n"
 
 
-def documents() -> Iterator[Document]:
-    """The packages as documents, the held-out ones marked."""
+@dataclass(frozen=True)
+class Packages:
+    """A piece of the input: some packages, a document each."""
+
+    names: tuple[str, ...]
+    files: tuple[tuple[Path, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for files in self.files for path in files)
+
+    @property
+    def identity(self) -> str:
+        return repr(self.names)
+
+    def documents(self) -> Iterator[Document]:
+        """The packages as documents, the held-out ones marked."""
+        for name, files in zip(self.names, self.files, strict=True):
+            yield Document(name, read_package(name, list(files)), name in HELD_OUT)
+
+
+def pieces(limit: int = 4 * MIB) -> list[Packages]:
+    """All packages, in order, in pieces of some `limit` bytes."""
+    found, open_packages = [], {}
     for name, files in packages().items():
-        yield Document(name, read_package(name, files), name in HELD_OUT)
+        open_packages[name] = tuple(files)
+        piece = Packages(tuple(open_packages), tuple(open_packages.values()))
+        if piece.size >= limit:
+            found.append(piece)
+            open_packages = {}
+    return [*found, Packages(tuple(open_packages), tuple(open_packages.values()))] if open_packages else found
 
 
 def fingerprint() -> str:
-    """Changes with the tokenizer, the files and their sizes."""
+    """Changes with the format, the tokenizer, the files and their sizes."""
     names = [(name, [(p.name, p.stat().st_size) for p in files]) for name, files in packages().items()]
-    return hashlib.sha256(repr((sha256(BUILTIN_TOKENIZER), sorted(HELD_OUT), names)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((FORMAT, sha256(BUILTIN_TOKENIZER), sorted(HELD_OUT), names)).encode()).hexdigest()[:12]
 
 
 def folder(cache_folder: str) -> Path:
@@ -75,8 +106,11 @@ def build(target: Path) -> None:
         return
     print(f"tokenizing the Python sources of this machine into {target}, once", flush=True)
     source = "Python sources of the standard library and torch"
+    work = target.with_name(f"{target.name}.preparing-{uuid.uuid4().hex[:8]}")
     try:
-        prepare(documents(), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source)
+        prepare(pieces(), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source, work=work)
     except (DataError, OSError):
         if not target.exists():  # else another machine was faster, on a disk that both see
             raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

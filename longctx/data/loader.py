@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longctx.config import DataConfig
-from longctx.data.packing import Sequence, pack
+from longctx.data.packing import Sequence, cut_attention, pack
 from longctx.data.recall import recall_sequence
 from longctx.data.tokens import DataError, TokenSplit
 
@@ -89,9 +89,9 @@ class ShuffledTokens(TokenWindows):
 class SpacedTokens(TokenWindows):
     """Validation order: windows spread evenly over the split, the same ones each time."""
 
-    def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
+    def __init__(self, split: TokenSplit, data: DataConfig, sequences: int, where: str) -> None:
         super().__init__(split, data, where)
-        self.size = min(self.windows, data.validation_sequences)
+        self.size = min(self.windows, sequences)
 
     def sequence(self, number: int) -> Sequence:
         return self.window(number % self.size * self.windows // self.size)
@@ -117,7 +117,14 @@ class Loader:
         self.micro_batch = data.sequences_per_micro_batch
         self.accumulation = data.sequences_per_step // (ranks * self.micro_batch)
 
-    def step(self, consumed: int) -> list[Batch]:
-        """This rank's micro-batches of the step that begins when `consumed` sequences are done."""
+    def step(self, consumed: int, span: int | None = None) -> list[Batch]:
+        """This rank's micro-batches of the step that begins when `consumed` sequences are done.
+
+        Attention is cut at every multiple of `span` tokens; None: not at all.
+        """
         firsts = (consumed + (part * self.ranks + self.rank) * self.micro_batch for part in range(self.accumulation))
-        return [collate([self.source.sequence(first + i) for i in range(self.micro_batch)]) for first in firsts]
+        return [collate([self._sequence(first + i, span) for i in range(self.micro_batch)]) for first in firsts]
+
+    def _sequence(self, number: int, span: int | None) -> Sequence:
+        sequence = self.source.sequence(number)
+        return sequence if span is None else cut_attention(sequence, span)

@@ -38,3 +38,10 @@ def pack(ids: np.ndarray, new_documents: np.ndarray, separate_documents: bool = 
     starts = np.concatenate(([0], new_documents[new_documents < length]))
     document_start = np.repeat(starts, np.diff(np.append(starts, length)))
     return Sequence(ids[:-1], targets, index - document_start, document_start)
+
+
+def cut_attention(sequence: Sequence, span: int) -> Sequence:
+    """The same tokens and targets, with attention and positions begun anew at every multiple of `span` tokens."""
+    index = np.arange(len(sequence.tokens))
+    start = np.maximum(sequence.document_start, index // span * span)
+    return sequence._replace(positions=index - start, document_start=start)

@@ -1,124 +1,201 @@
-"""Text to token shards: what `tools/prepare_data.py` runs, and `data=builtin` at its first start."""
+"""Text to token shards: what `tools/prepare_data.py` runs, and `data=builtin` at its first start.
+
+Each piece of the input becomes a shard of its own, by one of several processes. What is done is kept beside the target
+in `<folder>.preparing` until all of it is, so that a preparation which was stopped goes on where it was.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.tokens import DataError, Manifest, ShardWriter
-from longctx.files import sha256
+from longctx.data.text import MIB, Piece
+from longctx.data.tokens import SPLITS, DataError, Manifest, Shard, ShardWriter
+from longctx.files import read_manifest, sha256, sync, write_manifest
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
+PIECE_FORMAT = "longctx-piece-1"
 
 
-class Document(NamedTuple):
-    """One text. `name` decides its split, so it must not change between runs."""
+@dataclass(frozen=True)
+class Recipe:
+    """What makes tokens of a text, beside the text."""
 
-    name: str
-    pieces: Iterable[str]  # the text, in pieces that may be tokenized apart from each other
-    is_validation: bool | None = None  # None: the hash of the name decides
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    end_of_document: int
+    validation_fraction: float
+    max_document_tokens: int | None
 
-
-def read_documents(paths: list[Path], text_field: str = "text") -> Iterator[Document]:
-    """The documents of text files (one each), of `.jsonl` files (one a line) and of folders of both, sorted by path.
-
-    Raises `DataError` naming file and line where a line is not JSON or lacks `text_field`.
-    """
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            name = str(file.relative_to(path.parent))  # the same from wherever it is called
-            if file.suffix == ".jsonl":
-                yield from _read_jsonl(file, name, text_field)
-            else:
-                try:
-                    yield Document(name, [file.read_text(encoding="utf-8")])
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{file}: byte {error.start} is not UTF-8; convert or remove the file") from None
-
-
-def _read_jsonl(file: Path, name: str, text_field: str) -> Iterator[Document]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-                if not isinstance(text, str):
-                    raise DataError(f"{file}:{number}: field {text_field!r} holds no text but {text!r:.40}")
-            except ValueError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error})") from None
-            except (KeyError, TypeError):
-                raise DataError(f"{file}:{number}: no field {text_field!r}; name it with --text-field") from None
-            yield Document(f"{name}:{number}", [text])
+    @property
+    def dtype(self) -> str:
+        return "<u2" if self.vocab_size <= 1 << 16 else "<u4"
 
 
 def prepare(
-    documents: Iterable[Document],
+    pieces: Sequence[Piece],
     folder: Path,
     tokenizer_file: Path = BUILTIN_TOKENIZER,
     validation_fraction: float = 0.01,
     max_document_tokens: int | None = None,
     source: str = "",
+    workers: int = 1,
+    work: Path | None = None,
 ) -> Manifest:
-    """Tokenizes `documents` into `folder`, which appears only when it is whole.
+    """Tokenizes `pieces` into `folder`, which appears only when it is whole.
 
     A document goes to the validation split if the hash of its name falls into `validation_fraction`. One longer than
-    `max_document_tokens` is cut into several. Raises `DataError` if nothing is left to train on, or if `folder`
-    exists.
+    `max_document_tokens` is cut into several. The result does not depend on `workers`, the number of processes: one is
+    this process, with a thread a core. `work` holds what is done until then, and is gone on with if it is there
+    already. Raises `DataError` naming what cannot be read, if nothing is left to train on, or if `folder` exists.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; remove it or give another folder")
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    end_of_document = find_end_of_document(tokenizer, tokenizer_file)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-    try:
-        writers = {split: ShardWriter(work, split, dtype) for split in ("train", "validation")}
-        for document in tqdm(documents, desc=f"tokenizing into {folder}", unit=" documents", disable=None):
-            ids, text_bytes = _encode(tokenizer, document.pieces)
-            if not len(ids):
-                continue
-            is_validation = document.is_validation
-            if is_validation is None:
-                is_validation = _fraction_of_name(document.name) < validation_fraction
-            limit = (max_document_tokens or len(ids) + 1) - 1
-            for first in range(0, len(ids), limit):
-                part = ids[first : first + limit]
-                share = round(text_bytes * len(part) / len(ids))
-                writers["validation" if is_validation else "train"].add(np.append(part, end_of_document), share)
-        shutil.copyfile(tokenizer_file, work / "tokenizer.json")
-        _token_bytes(tokenizer, vocab_size, end_of_document).tofile(work / "token_bytes.bin")
-        shards = {split: writer.finish() for split, writer in writers.items()}
+    recipe = Recipe(
+        str(tokenizer_file.resolve()),
+        sha256(tokenizer_file),
+        _vocab_size(tokenizer),
+        find_end_of_document(tokenizer, tokenizer_file),
+        validation_fraction,
+        max_document_tokens,
+    )
+    work = work or folder.with_name(f"{folder.name}.preparing")
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{work}: another process is at work there; wait for it, or give another folder") from None
+        by_piece = _tokenize_all(pieces, work, recipe, workers)
+        shards = {split: [Shard(**s) for piece in by_piece for s in piece[split]] for split in SPLITS}
         if not shards["train"]:
+            shutil.rmtree(work)
             held_out = sum(shard.documents for shard in shards["validation"])
             why = f"all {held_out} documents were held out; lower the validation fraction or split them into more"
             raise DataError(
                 f"{source or 'the input'}: no text to train on; {why if held_out else 'every document is empty'}"
             )
-        manifest = Manifest(dtype, vocab_size, end_of_document, sha256(tokenizer_file), shards, source)
+        shutil.copyfile(tokenizer_file, work / "tokenizer.json")
+        token_bytes = work / "token_bytes.bin"
+        count_bytes(tokenizer, recipe.end_of_document).tofile(token_bytes)
+        manifest = Manifest(
+            recipe.dtype, recipe.vocab_size, recipe.end_of_document, recipe.tokenizer_sha256, sha256(token_bytes),
+            shards, source,
+        )  # fmt: skip
         manifest.write(work)
-        os.chmod(work, 0o755)
+        for number in range(len(pieces)):
+            _record(work, number).unlink()
+        (work / "lock").unlink()
+        sync(work)
         work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        sync(folder.parent)
     return manifest
+
+
+def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int) -> list[dict[str, list[dict]]]:
+    """The shards of each piece by split; those that an earlier call has finished are taken as they are."""
+    done = {number: shards for number, piece in enumerate(pieces) if (shards := _finished(work, number, piece, recipe))}
+    kept = {f"{s['name']}.{kind}" for d in done.values() for split in SPLITS for s in d[split] for kind in KINDS}
+    kept |= {_record(work, number).name for number in done} | {"lock"}
+    for path in work.iterdir():  # begun, or made of other input
+        if path.name not in kept:
+            path.unlink()
+    bar = tqdm(
+        total=sum(piece.size for piece in pieces), initial=sum(pieces[number].size for number in done),
+        desc=f"tokenizing into {work}", unit="B", unit_scale=True, unit_divisor=1024, disable=None,
+    )  # fmt: skip
+    left = [number for number in range(len(pieces)) if number not in done]
+    with bar:
+        if workers == 1:
+            for number in left:
+                done[number] = _tokenize(number, pieces[number], work, recipe)
+                bar.update(pieces[number].size)
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(workers, max(len(left), 1)), context, _use_one_thread) as pool:
+                futures = {pool.submit(_tokenize, number, pieces[number], work, recipe): number for number in left}
+                try:
+                    for future in as_completed(futures):
+                        done[futures[future]] = future.result()
+                        bar.update(pieces[futures[future]].size)
+                except BrokenProcessPool:
+                    raise DataError(
+                        f"{work}: the system has ended a process, most likely for want of memory; give fewer "
+                        "--workers. What is done is kept: the same command goes on with it"
+                    ) from None
+                finally:
+                    pool.shutdown(cancel_futures=True)
+    return [done[number] for number in range(len(pieces))]
+
+
+KINDS = ("tokens", "documents")
+
+
+def _use_one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _record(work: Path, number: int) -> Path:
+    """What says that a piece is finished."""
+    return work / f"piece_{number:05d}.json"
+
+
+def _identity(piece: Piece, recipe: Recipe) -> str:
+    facts = {key: value for key, value in asdict(recipe).items() if key != "tokenizer_file"}
+    return hashlib.sha256(json.dumps([piece.identity, facts]).encode()).hexdigest()
+
+
+def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str, list[dict]] | None:
+    try:
+        record = read_manifest(_record(work, number), PIECE_FORMAT)
+    except (FileNotFoundError, ValueError):
+        return None
+    return record["shards"] if record["identity"] == _identity(piece, recipe) else None
+
+
+def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str, list[dict]]:
+    """Writes the shards of one piece, and then that it is finished."""
+    tokenizer = _tokenizer(recipe.tokenizer_file)
+    writers = {split: ShardWriter(work, f"{split}_{number:05d}", recipe.dtype) for split in SPLITS}
+    for document in piece.documents():
+        ids, text_bytes = _encode(tokenizer, document.pieces)
+        if not len(ids):
+            continue
+        is_validation = document.is_validation
+        if is_validation is None:
+            is_validation = _fraction_of_name(document.name) < recipe.validation_fraction
+        limit = (recipe.max_document_tokens or len(ids) + 1) - 1
+        for first in range(0, len(ids), limit):
+            part = ids[first : first + limit]
+            share = round(text_bytes * len(part) / len(ids))
+            writers["validation" if is_validation else "train"].add(np.append(part, recipe.end_of_document), share)
+    shards = {split: [asdict(shard) for shard in writer.finish()] for split, writer in writers.items()}
+    fields = {"format": PIECE_FORMAT, "identity": _identity(piece, recipe), "shards": shards}
+    write_manifest(_record(work, number), fields)
+    return shards
+
+
+@cache
+def _tokenizer(file: str) -> Tokenizer:
+    return Tokenizer.from_file(file)
 
 
 def find_end_of_document(tokenizer: Tokenizer, where: Path) -> int:
@@ -128,6 +205,10 @@ def find_end_of_document(tokenizer: Tokenizer, where: Path) -> int:
         if token_id is not None:
             return token_id
     raise DataError(f"{where}: has no end-of-document token; one of {', '.join(END_OF_DOCUMENT)} is needed")
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:
@@ -141,10 +222,17 @@ def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, in
     return (np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)), text_bytes
 
 
-def _batched(pieces: Iterable[str], size: int = 256) -> Iterator[list[str]]:
-    """Pieces in lists of at most `size`."""
-    iterator = iter(pieces)
-    while batch := [piece for _, piece in zip(range(size), iterator, strict=False)]:
+def _batched(pieces: Iterable[str], size: int = 4 * MIB) -> Iterator[list[str]]:
+    """Pieces in lists of some `size` characters."""
+    batch: list[str] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece)
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch
 
 
@@ -152,10 +240,10 @@ def _fraction_of_name(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def _token_bytes(tokenizer: Tokenizer, vocab_size: int, end_of_document: int) -> np.ndarray:
+def count_bytes(tokenizer: Tokenizer, end_of_document: int) -> np.ndarray:
     """Bytes of text each id stands for. In byte-level tokenizers each character of a token stands for one byte."""
     is_byte_level = "ByteLevel" in tokenizer.to_str()
-    lengths = np.zeros(vocab_size, dtype="<u2")
+    lengths = np.zeros(_vocab_size(tokenizer), dtype="<u2")
     for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
         if is_byte_level:
             lengths[token_id] = len(token)

@@ -3,7 +3,8 @@
 A folder holds, for each split (train, validation), shards of two raw little-endian files: `*.tokens`, the ids (uint16,
 or uint32 where the vocabulary needs it) of whole documents, each closed by the end-of-document id, and `*.documents`,
 int64, for each document the index after its last token. `token_bytes.bin` (uint16) says how many bytes of text each id
-stands for. `manifest.json` names all files with sizes and sha256, and the tokenizer, a copy of which lies beside it.
+stands for. `manifest.json` names all files with sizes and sha256, its own too, and the tokenizer, a copy of which lies
+beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from longctx.config import UserError
-from longctx.files import sha256
+from longctx.files import read_manifest, sha256, sync, write_manifest
 
-FORMAT = "longctx-tokens-1"
+FORMAT = "longctx-tokens-2"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
@@ -47,35 +49,34 @@ class Manifest:
     vocab_size: int
     end_of_document: int
     tokenizer_sha256: str
+    token_bytes_sha256: str
     splits: dict[str, list[Shard]]
     source: str = ""  # where the text came from, for people
     format: str = FORMAT
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_manifest(folder / MANIFEST, asdict(self))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
         path = folder / MANIFEST
         try:
-            fields = json.loads(path.read_text())
+            fields = read_manifest(path, FORMAT)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; make the folder with tools/prepare_data.py") from None
         except ValueError as error:
-            raise DataError(f"{path}: not JSON ({error}); prepare the folder again") from None
-        if fields.get("format") != FORMAT:
-            raise DataError(f"{path}: format {fields.get('format')!r}, this version reads {FORMAT!r}; prepare it again")
+            raise DataError(f"{path}: {error}; prepare the folder again") from None
         fields["splits"] = {split: [Shard(**s) for s in shards] for split, shards in fields["splits"].items()}
         return Manifest(**fields)
 
 
 class TokenSplit:
-    """The documents of one split as one stream of tokens, memory-mapped."""
+    """The documents of one split as one stream of tokens."""
 
-    def __init__(self, folder: Path, dtype: str, shards: list[Shard]) -> None:
-        self.tokens = [np.memmap(folder / f"{s.name}.tokens", dtype=dtype, mode="r") for s in shards]
-        self.document_ends = [np.memmap(folder / f"{s.name}.documents", dtype="<i8", mode="r") for s in shards]
-        self.first = np.cumsum([0, *(s.tokens for s in shards)])  # of each shard in the stream, and the end
+    def __init__(self, tokens: list[np.ndarray], document_ends: list[np.ndarray]) -> None:
+        """Of each shard: its ids, and for each document the index after its last token. Both may be memory-mapped."""
+        self.tokens, self.document_ends = tokens, document_ends
+        self.first = np.cumsum([0, *(len(ids) for ids in tokens)])  # of each shard in the stream, and the end
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -97,11 +98,28 @@ class TokenSplit:
         return np.concatenate(ids), starts[(starts > 0) & (starts < count)]
 
 
+class Corpus(Protocol):
+    """Token files of one folder, checked, in whatever format."""
+
+    folder: Path
+    splits: dict[str, TokenSplit]  # train, and validation if there is one
+    tokenizer_file: Path | None
+    tokenizer_vocab: int  # ids the tokenizer has
+    token_bytes: np.ndarray | None  # bytes of text each id stands for
+
+    def fingerprint(self) -> str: ...
+
+
 class TokenFolder:
     """A prepared folder, checked: sizes against the manifest, ids against the vocabulary, no empty documents."""
 
-    def __init__(self, folder: str | Path, vocab_size: int, check_hashes: bool = False) -> None:
-        """Raises `DataError` naming the file and offset of what is wrong. `vocab_size`: of the model."""
+    def __init__(
+        self, folder: str | Path, vocab_size: int, check_hashes: bool = False, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Raises `DataError` naming the file and offset of what is wrong. `vocab_size`: of the model.
+
+        What has to be read in full is shared: `rank` of `ranks` reads its part of the shards.
+        """
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         self.vocab_size = vocab_size
@@ -110,95 +128,100 @@ class TokenFolder:
                 f"{self.folder}: its tokenizer has {self.manifest.vocab_size} ids, model.vocab_size is {vocab_size}; "
                 f"set model.vocab_size={self.manifest.vocab_size} or more"
             )
-        for shards in self.manifest.splits.values():
-            for shard in shards:
-                self._check_shard(shard, check_hashes)
-        self.token_bytes = np.fromfile(self.folder / "token_bytes.bin", dtype="<u2")
+        for name, digest in (
+            ("tokenizer.json", self.manifest.tokenizer_sha256),
+            ("token_bytes.bin", self.manifest.token_bytes_sha256),
+        ):
+            self._check_file(name, None, digest)
+        for number, shard in enumerate(s for shards in self.manifest.splits.values() for s in shards):
+            self._check_shard(shard, check_hashes, is_read=number % ranks == rank)
+        self.token_bytes: np.ndarray | None = np.fromfile(self.folder / "token_bytes.bin", dtype="<u2")
         self.splits = {
-            split: TokenSplit(self.folder, self.manifest.dtype, shards)
+            split: TokenSplit(
+                [self._map(f"{s.name}.tokens", self.manifest.dtype) for s in shards],
+                [self._map(f"{s.name}.documents", "<i8") for s in shards],
+            )
             for split, shards in self.manifest.splits.items()
         }
+        self.tokenizer_vocab = self.manifest.vocab_size
+        self.tokenizer_file: Path | None = self.folder / "tokenizer.json"
 
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / "tokenizer.json"
+    def _map(self, name: str, dtype: str) -> np.ndarray:
+        return np.memmap(self.folder / name, dtype=dtype, mode="r")
 
     def fingerprint(self) -> str:
         """Hash of the whole corpus: two folders with the same one hold the same tokens in the same order."""
         shards = [[asdict(s) for s in self.manifest.splits.get(split, [])] for split in SPLITS]
         return hashlib.sha256(json.dumps([self.manifest.tokenizer_sha256, shards]).encode()).hexdigest()[:16]
 
-    def _check_shard(self, shard: Shard, check_hashes: bool) -> None:
-        width = np.dtype(self.manifest.dtype).itemsize
-        files = (
-            (f"{shard.name}.tokens", shard.tokens * width, shard.tokens_sha256),
-            (f"{shard.name}.documents", shard.documents * 8, shard.documents_sha256),
-        )
-        for name, size, digest in files:
-            path = self.folder / name
-            if not path.exists():
-                raise DataError(f"{path}: missing; prepare the folder again")
-            if path.stat().st_size != size:
-                raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; prepare it again")
-            if check_hashes and sha256(path) != digest:
-                raise DataError(f"{path}: its sha256 is not the manifest's: the file was changed; prepare it again")
-        ends = np.memmap(self.folder / f"{shard.name}.documents", dtype="<i8", mode="r")
-        empty = np.flatnonzero(np.diff(ends, prepend=0) <= 0)
-        if len(empty):
-            raise DataError(f"{self.folder / shard.name}.documents: document {empty[0]} is empty; prepare it again")
-        if len(ends) and ends[-1] != shard.tokens:
-            raise DataError(f"{self.folder / shard.name}.documents: ends at {ends[-1]}, the shard at {shard.tokens}")
-        self._check_ids(self.folder / f"{shard.name}.tokens")
+    def _check_file(self, name: str, size: int | None, digest: str | None) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; prepare the folder again")
+        if size is not None and path.stat().st_size != size:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; prepare it again")
+        if digest is not None and sha256(path) != digest:
+            raise DataError(f"{path}: its sha256 is not the manifest's: the file was changed; prepare it again")
 
-    def _check_ids(self, path: Path, chunk: int = 1 << 24) -> None:
-        ids = np.memmap(path, dtype=self.manifest.dtype, mode="r")
-        for offset in range(0, len(ids), chunk):
-            part = ids[offset : offset + chunk]
-            if part.max() >= self.vocab_size:
-                where = int(np.argmax(part >= self.vocab_size))
-                raise DataError(
-                    f"{path}: token {offset + where} has id {part[where]}, outside the vocabulary of "
-                    f"{self.vocab_size}; set model.vocab_size or prepare the text with the model's tokenizer"
-                )
+    def _check_shard(self, shard: Shard, check_hashes: bool, is_read: bool) -> None:
+        width = np.dtype(self.manifest.dtype).itemsize
+        has_hash = check_hashes and is_read
+        self._check_file(f"{shard.name}.tokens", shard.tokens * width, shard.tokens_sha256 if has_hash else None)
+        self._check_file(f"{shard.name}.documents", shard.documents * 8, shard.documents_sha256 if has_hash else None)
+        if not is_read:
+            return
+        tokens, documents = f"{shard.name}.tokens", f"{shard.name}.documents"
+        check_document_ends(self.folder / documents, self._map(documents, "<i8"), shard.tokens)
+        check_ids(self.folder / tokens, self._map(tokens, self.manifest.dtype), self.vocab_size)
+
+
+def check_document_ends(path: Path, ends: np.ndarray, tokens: int) -> None:
+    """Raises `DataError` unless `ends` rise to `tokens`. `path` is the file they are in."""
+    empty = np.flatnonzero(np.diff(ends, prepend=0) <= 0)
+    if len(empty):
+        raise DataError(f"{path}: document {empty[0]} is empty; prepare it again")
+    if (ends[-1] if len(ends) else 0) != tokens:
+        raise DataError(f"{path}: ends at {ends[-1] if len(ends) else 0}, the tokens at {tokens}; prepare it again")
+
+
+def check_ids(path: Path, ids: np.ndarray, vocab_size: int, chunk: int = 1 << 24) -> None:
+    """Raises `DataError` if a token of the file at `path` is outside the vocabulary."""
+    for offset in range(0, len(ids), chunk):
+        part = ids[offset : offset + chunk]
+        if part.min() < 0 or part.max() >= vocab_size:
+            where = int(np.argmax((part < 0) | (part >= vocab_size)))
+            raise DataError(
+                f"{path}: token {offset + where} has id {part[where]}, outside the vocabulary of {vocab_size}; set "
+                "model.vocab_size or prepare the text with the model's tokenizer"
+            )
 
 
 class ShardWriter:
-    """Writes the documents of one split into shards of at most `shard_tokens` tokens (a document is never cut)."""
+    """Writes documents, one after the other, as one shard; `finish` says what it became."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = 1 << 28) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
-        self.shards: list[Shard] = []
-        self._open()
-
-    def _open(self) -> None:
-        self.name = f"{self.split}_{len(self.shards):05d}"
-        self.file = (self.folder / f"{self.name}.tokens").open("wb")
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.file, self.digest = (folder / f"{name}.tokens").open("wb"), hashlib.sha256()
         self.ends: list[int] = []
         self.text_bytes = 0
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Adds one document: its ids, the end-of-document id last."""
-        tokens = self.ends[-1] if self.ends else 0
-        if tokens and tokens + len(ids) > self.shard_tokens:
-            self._close()
-            self._open()
-            tokens = 0
-        self.file.write(ids.astype(self.dtype).tobytes())
-        self.ends.append(tokens + len(ids))
+        content = ids.astype(self.dtype).tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(ids))
         self.text_bytes += text_bytes
 
-    def _close(self) -> None:
+    def finish(self) -> list[Shard]:
+        """The shard, flushed to the disk; none if no document was added."""
         self.file.close()
         tokens_path, documents_path = (self.folder / f"{self.name}.{kind}" for kind in ("tokens", "documents"))
         if not self.ends:
             tokens_path.unlink()
-            return
+            return []
         np.array(self.ends, dtype="<i8").tofile(documents_path)
-        shard = Shard(
-            self.name, self.ends[-1], len(self.ends), self.text_bytes, sha256(tokens_path), sha256(documents_path)
-        )
-        self.shards.append(shard)
-
-    def finish(self) -> list[Shard]:
-        self._close()
-        return self.shards
+        sync(tokens_path)
+        sync(documents_path)
+        digests = self.digest.hexdigest(), sha256(documents_path)
+        return [Shard(self.name, self.ends[-1], len(self.ends), self.text_bytes, *digests)]
