@@ -8,7 +8,6 @@ functions of the seed and of the counts in the manifest.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import uuid
@@ -21,11 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from longctx import files
 from longctx.config import UserError
 from longctx.files import sha256, sync
 from longctx.runtime import Runtime
 
-FORMAT = "longctx-checkpoint-1"
+FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
 
 
@@ -68,17 +68,15 @@ class Checkpoints:
 
     def committed(self) -> list[Path]:
         """Folders with a manifest, by step; the same list on every rank."""
-        return [Path(path) for path in self.runtime.on_main(lambda: [str(path) for path in self._list()])]
-
-    def _list(self) -> list[Path]:
-        steps = {p: re.fullmatch(r"step_(\d+)", p.name) for p in self.folder.glob("step_*") if (p / MANIFEST).is_file()}
-        return sorted((path for path, match in steps.items() if match), key=_step)
+        return [
+            Path(path) for path in self.runtime.on_main(lambda: [str(path) for path in list_checkpoints(self.folder)])
+        ]
 
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps: a run that goes on from `step` must not come back to them."""
 
         def rename() -> None:
-            for path in self._list():
+            for path in list_checkpoints(self.folder):
                 if _step(path) > step:
                     _set_aside(path)
 
@@ -86,19 +84,7 @@ class Checkpoints:
 
     def verify(self, path: Path) -> dict[str, Any]:
         """The manifest of a checkpoint, after comparing size and sha256 of every file. Raises `UserError`."""
-        return self.runtime.together(lambda: self._verify(path))
-
-    def _verify(self, path: Path) -> dict[str, Any]:
-        manifest = read_manifest(path)
-        for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing")
-            if file.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-            if number % self.runtime.world_size == self.runtime.rank and sha256(file) != expected["sha256"]:
-                raise CheckpointError(f"{file}: its sha256 is not the manifest's: the file was changed")
-        return manifest
+        return self.runtime.together(lambda: verify_files(path, self.runtime.rank, self.runtime.world_size))
 
     def load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Fills `tensors` in place from a checkpoint and its verified manifest, whatever layout wrote it."""
@@ -134,15 +120,14 @@ class Checkpoints:
         return {name: facts for part in parts for name, facts in part.items()}
 
     def _commit(self, work: Path, target: Path, manifest: dict[str, Any]) -> None:
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        sync(work / MANIFEST)
+        files.write_manifest(work / MANIFEST, manifest)
         sync(work)
         if target.exists():  # one that was refused as damaged
             _set_aside(target)
         work.rename(target)
         sync(self.folder)
         self._point_latest_to(target)
-        for old in self._list()[: -self.keep]:
+        for old in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -154,17 +139,39 @@ class Checkpoints:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder. Raises `CheckpointError` if there is none of this format."""
+    """The manifest of a checkpoint folder. Raises `CheckpointError` if there is none, or it was changed."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        return files.read_manifest(file, FORMAT)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST} in it, so it is no checkpoint; name a step_N folder") from None
     except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: not of the format {FORMAT}")
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def verify_files(path: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """The manifest of a checkpoint, after comparing the files with it: no other, sizes, and sha256 of a rank's part.
+
+    Raises `CheckpointError` naming the file.
+    """
+    manifest = read_manifest(path)
+    for name in sorted({file.name for file in path.iterdir()} - set(manifest["files"]) - {MANIFEST}):
+        raise CheckpointError(f"{path / name}: is not in the manifest; it does not belong there")
+    for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
+        if number % ranks == rank and sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: its sha256 is not the manifest's: the file was changed")
     return manifest
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders `step_N` with a manifest in the checkpoint folder of a run, by step."""
+    steps = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*") if (p / MANIFEST).is_file()}
+    return sorted((path for path, match in steps.items() if match), key=_step)
 
 
 def _write(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -50,6 +50,7 @@ class RotaryScaling(StrEnum):
     none = "none"
     linear = "linear"
     ntk = "ntk"
+    dynamic = "dynamic"
     yarn = "yarn"
     llama3 = "llama3"
 
@@ -121,11 +122,13 @@ class RotaryConfig:
     theta: float = 10000.0  # base of the frequencies
     scaling: RotaryScaling = RotaryScaling.none
     factor: float = 1.0  # by how much slow dimensions are stretched
-    original_length: int = 8192  # context the frequencies were first trained at, tokens (yarn, llama3)
+    original_length: int = 8192  # context the frequencies were first trained at, tokens (dynamic, yarn, llama3)
+    longest: int = 0  # dynamic: the longest sequence the model is used with, tokens
     low_frequency_factor: float = 1.0  # llama3: wavelengths over original_length / this are divided by `factor`
     high_frequency_factor: float = 4.0  # llama3: wavelengths under original_length / this are kept
     beta_fast: float = 32.0  # yarn: dimensions that turn more often than this within original_length are kept
     beta_slow: float = 1.0  # yarn: those that turn less often are divided by `factor`
+    attention_factor: float | None = None  # yarn: what cosines and sines are multiplied by; null: by the paper's rule
 
 
 @dataclass
@@ -155,6 +158,7 @@ class ModelConfig:
     init_std: float = 0.02  # of every weight matrix; output projections: divided by sqrt(2 * layers)
     attention: AttentionImplementation = AttentionImplementation.auto
     fused_ops: FusedImplementation = FusedImplementation.auto  # norms, rotary positions, SwiGLU, cross entropy
+    init_from: str = ""  # folder with weights of Hugging Face (config.json, *.safetensors) that a new run starts with
 
 
 @dataclass
@@ -309,7 +313,7 @@ _AT_LEAST_ONE = (
     "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
-    "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions",
+    "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions", "model.rotary.longest",
     "data.validation_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip_norm",
     "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_tokens", "seed",
 )  # fmt: skip
@@ -438,6 +442,12 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
             f"data.sequences_per_step={data.sequences_per_step} is no multiple of {readers} (data ranks "
             f"{readers // data.sequences_per_micro_batch} x sequences_per_micro_batch "
             f"{data.sequences_per_micro_batch}); use {near}"
+        )
+    rotary = model.rotary
+    if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:
+        problems.append(
+            f"model.rotary.longest={rotary.longest} is less than data.sequence_length={data.sequence_length}, and "
+            f"scaling=dynamic goes by it; set model.rotary.longest={data.sequence_length} or more"
         )
     if model.positions == Positions.learned and model.max_positions < data.sequence_length:
         problems.append(

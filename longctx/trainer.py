@@ -33,6 +33,7 @@ from longctx.model.transformer import keys_seen, palm_flops, training_flops
 from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from longctx.parallel.pretrained import PretrainedWeights
 from longctx.parallel.sequence import Split, balanced, zigzag
 from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import forget as forget_transports
@@ -106,6 +107,8 @@ class Trainer:
         self.saved_step: int | None = None
         self.origin: str | None = None  # the checkpoint of which this run is a branch
         is_known_layout = self._resume()
+        if self.step == 0 and config.model.init_from:
+            self._start_from_pretrained(Path(config.model.init_from).expanduser())
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
             difference = verify_layout(self.model, config, self.mesh, runtime.device)
             runtime.say(
@@ -333,6 +336,14 @@ class Trainer:
         self.saved_step = self.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
         return self._layout() == {key: facts.get(key) for key in self._layout()}
+
+    def _start_from_pretrained(self, folder: Path) -> None:
+        """Fills the model with weights of Hugging Face; every rank reads its own part of the files."""
+        weights = self.runtime.together(lambda: PretrainedWeights(folder))
+        rotary = self.runtime.together(lambda: weights.check(self.config.model))
+        self.runtime.together(lambda: weights.load(self.model, self.config.model))
+        other = f"; its rotary positions had {' '.join(rotary)}" if rotary else ""
+        self.runtime.say(f"started with the weights of {folder}{other}")
 
     def _layout(self) -> dict[str, Any]:
         """What decides how a step is computed on these ranks."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle  # noqa: TID251  to show that none is read
+import random
+import re
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
 import pytest
 import torch
 from distributed import run_on_ranks
 from helpers import TINY
+from safetensors.torch import load_file
 
 from longctx import runtime
-from longctx.checkpoint import CheckpointError, Checkpoints, read_manifest, state_tensors
+from longctx.checkpoint import CheckpointError, Checkpoints, read_manifest, state_tensors, verify_files
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, UserError
+from longctx.files import sha256, write_manifest
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
@@ -82,30 +94,104 @@ def test_keeps_the_newest_and_holds_no_pickle(tmp_path):
     assert set(read_manifest(tmp_path / "step_10")["files"]) == files - {"manifest.json"}
 
 
-def flip_byte(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def flips(folder):
+    """One bit of a byte of every file: at both ends, in the middle, and at 20 drawn places. Restores the file."""
+    draw = random.Random(0)
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        content = file.read_bytes()
+        places = {0, len(content) // 2, len(content) - 1} | {draw.randrange(len(content)) for _ in range(20)}
+        for place in sorted(places):
+            changed = bytearray(content)
+            changed[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            yield file, place
+        file.write_bytes(content)
 
 
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-1])
+def cuts(folder):
+    """Every file cut off, made longer, and gone. Restores the file."""
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        content = file.read_bytes()
+        for other in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
+            file.write_bytes(other)
+            yield file, len(other)
+        file.unlink()
+        yield file, None
+        file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip_byte, "its sha256 is not the manifest's"),
-        (truncate, r"\d+ bytes, the manifest says"),
-        (lambda f: f.unlink(), "missing"),
-    ],
-)
-def test_damage_is_named_and_the_previous_commit_is_used(tmp_path, capsys, damage, message):
+def test_every_damage_to_every_file_is_named(tmp_path):
+    run_on_ranks(2, save, tmp_path, ParallelConfig(), [1])
+    path = tmp_path / "step_1"
+    verify_files(path)
+    number = 0
+    for file, place in chain(flips(path), cuts(path)):
+        named = path if place is None and file.name == "manifest.json" else file
+        with pytest.raises(CheckpointError, match=re.escape(str(named))):
+            verify_files(path)
+        number += 1
+    assert number >= 3 * 23
+    verify_files(path)
+
+
+def test_swapped_and_foreign_files_are_named(tmp_path):
+    run_on_ranks(2, save, tmp_path, ParallelConfig(), [1, 2])
+    path = tmp_path / "step_2"
+    one, other = sorted(path.glob("*.safetensors"))[:2]
+    contents = one.read_bytes(), other.read_bytes()
+    assert contents[0] != contents[1]
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    with pytest.raises(CheckpointError, match=f"{one.name}|{other.name}"):
+        verify_files(path)
+    one.write_bytes(contents[0])
+    other.write_bytes(contents[1])
+    (path / ".metadata").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r".metadata: is not in the manifest"):
+        verify_files(path)
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    """Under the name of any file of a checkpoint, with a manifest that vouches for it."""
+    run_on_ranks(1, save, tmp_path, ParallelConfig(), [1])
+    path, proof = tmp_path / "step_1", tmp_path / "executed"
+    content = pickle.dumps(Malicious(f"touch {proof}"))
+    pickle.loads(content)
+    assert proof.exists()  # it would
+    proof.unlink()
+    manifest = read_manifest(path)
+    for name in [*manifest["files"], ".metadata", "manifest.json"]:
+        before = (path / name).read_bytes() if (path / name).exists() else None
+        (path / name).write_bytes(content)
+        if name != "manifest.json":
+            facts = {"bytes": len(content), "sha256": sha256(path / name)}
+            write_manifest(path / "manifest.json", manifest | {"files": manifest["files"] | {name: facts}})
+        with contextlib.suppress(Exception):
+            load(0, tmp_path, ParallelConfig())
+        assert not proof.exists()
+        write_manifest(path / "manifest.json", manifest)
+        if before is None:
+            (path / name).unlink()
+        elif name != "manifest.json":
+            (path / name).write_bytes(before)
+
+
+def test_damage_is_passed_over_and_the_previous_commit_is_used(tmp_path, capsys):
     run_on_ranks(2, save, tmp_path, ParallelConfig(), [1, 2])
     file = sorted((tmp_path / "step_2").glob("*.safetensors"))[-1]
-    damage(file)
+    file.write_bytes(file.read_bytes()[:-1])
     checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
-    with pytest.raises(UserError, match=f"{file}.*{message}"):
+    with pytest.raises(UserError, match=rf"{file}: \d+ bytes, the manifest says"):
         checkpoints.verify(tmp_path / "step_2")
     newest = checkpoints.newest()
     assert newest is not None
@@ -163,3 +249,33 @@ def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch):
     assert newest is not None
     assert newest[0].name == "step_1"
     assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_the_tool(tmp_path):
+    """list, verify and export, as a user runs them."""
+    whole = run_on_ranks(2, save, tmp_path / "checkpoints", ParallelConfig(), [3, 4])[0]
+    root = Path(__file__).parents[1]
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "tools/checkpoint.py", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+
+    assert [line.split(":")[0] for line in run("list", str(tmp_path)).stdout.splitlines()] == ["step_3", "step_4"]
+    good = run("verify", str(tmp_path))
+    assert good.returncode == 0
+    assert good.stdout.count("every byte as written") == 2
+    result = run("export", str(tmp_path / "checkpoints" / "latest"), "--output", str(tmp_path / "weights"))
+    assert result.returncode == 0, result.stderr
+    weights = load_file(tmp_path / "weights" / "model.safetensors")
+    assert {f"model.{name}" for name in weights} == {name for name in whole if name.startswith("model.")}
+    assert all(torch.equal(weights[name], whole[f"model.{name}"]) for name in weights)
+
+    file = sorted((tmp_path / "checkpoints" / "step_4").glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    bad = run("verify", str(tmp_path))
+    assert bad.returncode == 1
+    assert f"step_4: REFUSED: {file}: " in bad.stdout
+    assert "step_3: " in bad.stdout
+    nothing = run("list", str(tmp_path / "weights"))
+    assert nothing.returncode == 1
+    assert "no checkpoints in it" in nothing.stderr

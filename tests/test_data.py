@@ -137,6 +137,41 @@ def test_damage_is_refused_by_name(corpus, damage, message):
         TokenFolder(corpus, VOCAB, check_hashes=True)
 
 
+def test_every_flip_in_every_file_is_named(corpus):
+    names = {path.name for path in corpus.iterdir()}
+    assert len(names) == 7
+    for file in sorted(corpus.iterdir()):
+        content = file.read_bytes()
+        for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            changed = bytearray(content)
+            changed[place] ^= 4
+            file.write_bytes(changed)
+            with pytest.raises(DataError, match=file.name):
+                TokenFolder(corpus, VOCAB, check_hashes=True)
+        file.write_bytes(content[:-1])
+        with pytest.raises(DataError, match=file.name):
+            TokenFolder(corpus, VOCAB, check_hashes=True)
+        file.write_bytes(content)
+    one, other = corpus / "train_00000.tokens", corpus / "train_00000.documents"
+    one.rename(corpus / "x")
+    other.rename(one)
+    (corpus / "x").rename(other)
+    with pytest.raises(DataError, match="train_00000.tokens"):
+        TokenFolder(corpus, VOCAB)
+
+
+def test_what_must_be_read_is_shared_by_the_ranks(corpus):
+    """Each shard is read by one of them: that one raises, and the run ends for all."""
+    damage_id(corpus)
+    refused = []
+    for rank in range(2):
+        try:
+            TokenFolder(corpus, VOCAB, rank=rank, ranks=2)
+        except DataError:
+            refused.append(rank)
+    assert refused == [0]
+
+
 def test_ids_outside_the_vocabulary(corpus):
     damage_id(corpus)
     with pytest.raises(DataError, match="token 5 has id 60000, outside the vocabulary of 8192"):

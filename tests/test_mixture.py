@@ -99,7 +99,6 @@ def test_a_run_on_a_mixture(tmp_path, corpora):
 
 def test_tokenizers_must_agree(tmp_path, corpora):
 
-
     tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))

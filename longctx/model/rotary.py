@@ -16,6 +16,9 @@ def frequencies(rotary: RotaryConfig, head_dim: int, device: torch.device | str 
     theta = rotary.theta
     if rotary.scaling == RotaryScaling.ntk:  # bloc97 2023: a larger base, so that only slow dimensions stretch
         theta *= rotary.factor ** (head_dim / (head_dim - 2))
+    if rotary.scaling == RotaryScaling.dynamic and rotary.longest > rotary.original_length:  # emozilla 2023
+        stretch = rotary.factor * rotary.longest / rotary.original_length - (rotary.factor - 1)
+        theta *= stretch ** (head_dim / (head_dim - 2))
     base = theta**-exponent
     if rotary.scaling == RotaryScaling.linear:  # Chen et al. 2023, position interpolation
         return base / rotary.factor
@@ -49,6 +52,8 @@ def _yarn(base: Tensor, rotary: RotaryConfig, head_dim: int) -> Tensor:
 
 def attention_factor(rotary: RotaryConfig) -> float:
     """What cos and sin are multiplied by: YaRN's temperature, 1 for all else. (YaRN, section 3.3)"""
+    if rotary.scaling == RotaryScaling.yarn and rotary.attention_factor is not None:
+        return rotary.attention_factor
     if rotary.scaling == RotaryScaling.yarn and rotary.factor > 1:
         return 0.1 * math.log(rotary.factor) + 1.0
     return 1.0

@@ -1,0 +1,72 @@
+"""Between longctx and Hugging Face: GPT-2, Llama and Qwen 3.
+
+usage: python tools/convert_hf.py config HF_FOLDER > configs/model/NAME.yaml
+       python tools/convert_hf.py export runs/NAME/checkpoints/step_N --output FOLDER [--dtype bfloat16]
+
+`config` prints the model of a folder as a preset; `train.py recipe=... model=NAME model.init_from=HF_FOLDER` then
+starts with its weights. `export` writes a checkpoint's weights and config.json so that transformers' from_pretrained
+reads them; the tokenizer is copied along if --tokenizer names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from longctx.config import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    config = commands.add_parser("config", help="print a folder's model as a preset of configs/model")
+    config.add_argument("folder", type=Path)
+    export = commands.add_parser("export", help="write a checkpoint's weights for transformers")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    export.add_argument("--tokenizer", type=Path, help="a tokenizer.json to put beside")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "config":
+            print_preset(arguments.folder)
+        else:
+            export_checkpoint(arguments.checkpoint, arguments.output, arguments.dtype, arguments.tokenizer)
+    except UserError as error:
+        sys.exit(f"convert_hf.py: {error}")
+
+
+def print_preset(folder: Path) -> None:
+    from longctx.parallel.pretrained import PretrainedWeights
+
+    weights = PretrainedWeights(folder)
+    rotary = weights.config.pop("rotary", {})
+    lines = [f"{key}: {_yaml(value)}" for key, value in weights.config.items()]
+    inner = ", ".join(f"{key}: {_yaml(value)}" for key, value in rotary.items())
+    print("\n".join([*lines, *([f"rotary: {{{inner}}}"] if rotary else [])]))
+
+
+def _yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.17g}" if isinstance(value, float) and "e" in str(value) else str(value)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Path | None) -> None:
+    import torch
+
+    from longctx.export import export_hugging_face
+
+    if tokenizer is not None and not tokenizer.is_file():
+        raise UserError(f"--tokenizer {tokenizer}: no such file")
+    files = export_hugging_face(checkpoint, folder, getattr(torch, dtype))
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    size = sum(path.stat().st_size for path in files) / 2**30
+    print(f"{folder}: {len(files)} files, {size:.2f} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
+
+
+if __name__ == "__main__":
+    main()
