@@ -100,7 +100,10 @@ class Checkpoints:
                 f"{path}: not a checkpoint of this model and optimizer: {problems[0]}; give the run another name, or "
                 "the configuration of the checkpoint"
             )
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+        except dcp.CheckpointException as error:
+            raise CheckpointError(f"{path}: cannot be read: {_first_cause(error)}") from None
 
     def _make_work_folder(self, target: Path) -> Path:
         work = self.folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -179,8 +182,12 @@ def _write(tensors: dict[str, Tensor], folder: Path) -> None:
     try:
         dcp.save(tensors, storage_writer=writer)
     except dcp.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"saving to {folder} failed on rank {rank}: {cause}") from None
+        raise CheckpointError(f"saving to {folder} failed {_first_cause(error)}") from None
+
+
+def _first_cause(error: dcp.CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"on rank {rank}: {cause}"
 
 
 def _set_aside(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle  # noqa: TID251  to show that none is read
 import random
@@ -163,27 +162,35 @@ class Malicious:
 
 def test_a_pickle_is_never_executed(tmp_path):
     """Under the name of any file of a checkpoint, with a manifest that vouches for it."""
-    run_on_ranks(1, save, tmp_path, ParallelConfig(), [1])
-    path, proof = tmp_path / "step_1", tmp_path / "executed"
+    checkpoints, proof = Checkpoints(tmp_path / "run", 2, runtime.start(60)), tmp_path / "executed"
+    path = checkpoints.save(1, {"a": torch.ones(4)}, {})
     content = pickle.dumps(Malicious(f"touch {proof}"))
     pickle.loads(content)
     assert proof.exists()  # it would
     proof.unlink()
-    manifest = read_manifest(path)
-    for name in [*manifest["files"], ".metadata", "manifest.json"]:
-        before = (path / name).read_bytes() if (path / name).exists() else None
+
+    manifest, kept = read_manifest(path), {file.name: file.read_bytes() for file in path.iterdir()}
+    assert len(manifest["files"]) >= 1
+    for name in [*manifest["files"], ".metadata"]:
         (path / name).write_bytes(content)
-        if name != "manifest.json":
-            facts = {"bytes": len(content), "sha256": sha256(path / name)}
-            write_manifest(path / "manifest.json", manifest | {"files": manifest["files"] | {name: facts}})
-        with contextlib.suppress(Exception):
-            load(0, tmp_path, ParallelConfig())
+        facts = {"bytes": len(content), "sha256": sha256(path / name)}
+        write_manifest(path / "manifest.json", manifest | {"files": manifest["files"] | {name: facts}})
+        newest = checkpoints.newest()
+        assert newest is not None  # the manifest vouches
+        loaded = {"a": torch.zeros(4)}
+        if name.endswith(".safetensors") and name in kept:
+            with pytest.raises(CheckpointError, match=r"cannot be read: on rank 0: .*header too large"):
+                checkpoints.load(*newest, loaded)
+        else:
+            checkpoints.load(*newest, loaded)
+            assert torch.equal(loaded["a"], torch.ones(4))
         assert not proof.exists()
-        write_manifest(path / "manifest.json", manifest)
-        if before is None:
-            (path / name).unlink()
-        elif name != "manifest.json":
-            (path / name).write_bytes(before)
+        (path / name).unlink()
+        for file, before in kept.items():
+            (path / file).write_bytes(before)
+    (path / "manifest.json").write_bytes(content)
+    assert checkpoints.newest() is None
+    assert not proof.exists()
 
 
 def test_damage_is_passed_over_and_the_previous_commit_is_used(tmp_path, capsys):
