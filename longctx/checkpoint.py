@@ -2,8 +2,8 @@
 
 A checkpoint is written into `step_N.tmp-<id>`, each rank its own shards (torch's distributed checkpoint with the
 safetensors storage), every file hashed and synced; then the manifest; then the folder is renamed to `step_N`. A folder
-without a valid manifest does not exist. Nothing random is kept: initial values, data order and samples are pure
-functions of the seed and of the counts in the manifest.
+without a valid manifest does not exist. All of that may run in a thread, from a copy in host memory. Nothing random is
+kept: initial values, data order and samples are pure functions of the seed and of the counts in the manifest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from longctx import files
 from longctx.config import UserError
@@ -37,7 +39,37 @@ class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
     def __init__(self, folder: Path, keep: int, runtime: Runtime) -> None:
-        self.folder, self.keep, self.runtime = folder, keep, runtime
+        """To be called by all ranks."""
+        self.folder, self.keep = folder, keep
+        self.runtime = runtime.in_background()
+        has_gpu = runtime.device.type == "cuda"
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=has_gpu)  # kept, the copy is in pinned memory
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[Path] | None = None
+
+    def save_in_background(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """As `save`, from a copy in host memory: returns once that is made, and the save before has ended.
+
+        All ranks call it. `wait` tells what came of it.
+        """
+        self.wait()
+        copy = self.stager.stage(tensors)
+        self.pending = self.thread.submit(self.save, step, copy, facts)
+
+    def wait(self) -> Path | None:
+        """Ends the save in the background, if there is one: its checkpoint. Raises `UserError` if it has failed."""
+        pending, self.pending = self.pending, None
+        return pending.result() if pending else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a save in the background has ended that nobody has waited for."""
+        return self.pending is not None and self.pending.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended badly; the other ranks may learn of it a moment later."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
         """Writes `tensors` (DTensors or replicated ones) and `facts` (JSON) as `step_<step>`; all ranks call it.
@@ -47,7 +79,7 @@ class Checkpoints:
         target = self.folder / f"step_{step}"
         work = Path(self.runtime.on_main(lambda: str(self._make_work_folder(target))))
         try:
-            self.runtime.together(lambda: _write(tensors, work))
+            self.runtime.together(lambda: _write(tensors, work, self.runtime.group))
             hashes = self._hash_files(work)
             kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
             manifest = {"format": FORMAT, "step": step, "facts": facts, "tensors": kinds, "files": hashes}
@@ -118,8 +150,7 @@ class Checkpoints:
             mine = names[self.runtime.rank :: self.runtime.world_size]
             return {n: {"bytes": sync(work / n).stat().st_size, "sha256": sha256(work / n)} for n in mine}
 
-        parts: list[Any] = [None] * self.runtime.world_size
-        dist.all_gather_object(parts, self.runtime.together(hash_mine))
+        parts = self.runtime.gather(self.runtime.together(hash_mine))
         return {name: facts for part in parts for name, facts in part.items()}
 
     def _commit(self, work: Path, target: Path, manifest: dict[str, Any]) -> None:
@@ -177,10 +208,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path, match in steps.items() if match), key=_step)
 
 
-def _write(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer)
+        dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
         raise CheckpointError(f"saving to {folder} failed {_first_cause(error)}") from None
 

@@ -241,6 +241,7 @@ class CheckpointConfig:
     """When the run is saved, and from what it starts."""
 
     every_steps: int = 500  # 0: not in between
+    asynchronous: bool = True  # written by a thread while training goes on, from a copy in host memory
     at_end: bool = True  # after the last step, and when a signal stops the run
     keep: int = 2  # newest committed checkpoints that stay
     # auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or the

@@ -6,8 +6,8 @@ import datetime
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,12 @@ class Runtime:
     local_rank: int  # on this machine
     world_size: int
     device: torch.device
+    timeout: datetime.timedelta  # of a collective
+    group: dist.ProcessGroup | None = None  # of all ranks, for `together` and `on_main`; None: the default one
+
+    def in_background(self) -> Runtime:
+        """The same with a gloo group of its own, for a thread beside the training step. To be called by all ranks."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     @property
     def ranks_of_a_machine(self) -> int:
@@ -49,13 +55,18 @@ class Runtime:
             result = action()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = _explain(error)
-        problems: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(problems, problem)
+        problems = self.gather(problem)
         for rank, message in enumerate(problems):
             if message is not None:
                 everywhere = all(p == message for p in problems)
                 raise UserError(message if everywhere else f"rank {rank}: {message}")
         return result  # pyright: ignore[reportReturnType]  only None if that is what `action` returned
+
+    def gather(self, mine: T) -> list[T]:
+        """What each rank gives, on every rank."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Runs `action` on rank 0 and hands its result to all; if it fails, all raise `UserError`."""
@@ -65,7 +76,7 @@ class Runtime:
                 box[0] = action()
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 box[1] = _explain(error)
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
@@ -100,13 +111,13 @@ def start(timeout_seconds: int) -> Runtime:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_seconds)
         if world_size() == 1 and "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
-    return Runtime(rank, local_rank, world_size(), device)
+    return Runtime(rank, local_rank, world_size(), device, timeout)
 
 
 def stop() -> None:

@@ -72,6 +72,7 @@ class StepCounts(NamedTuple):
     documents: float
     imbalance: float  # of attention: work of the most loaded rank of a context axis over the mean
     stop_signal: float  # that some rank has received; 0: none
+    save_failed: float  # 1 if some rank knows that the checkpoint being written came to nothing
 
 
 SUMMED = 3
@@ -149,10 +150,13 @@ class Trainer:
             if every and self.step % every == 0 and not is_last:
                 self.validate()
             every = config.checkpoint.every_steps
-            if every and self.step % every == 0:
-                self.save()
+            if every and self.step % every == 0 and not is_last:
+                self.save(in_background=config.checkpoint.asynchronous)
+            if self.checkpoints.has_ended and not self.checkpoints.has_failed:
+                self.metrics.say(f"saved {self.checkpoints.wait()}")
         if config.checkpoint.at_end:
             self.save()
+        self.checkpoints.wait()
         self._finish()
 
     def train_step(self) -> tuple[dict[str, float], int]:
@@ -195,6 +199,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         values = {"loss/train": loss_value, "optim/grad_norm": norm_value, "optim/lr": lr}
         step_counts = StepCounts(*counted)
+        if step_counts.save_failed:
+            self.checkpoints.wait()  # raises, on every rank in the same step
         values |= self._work_done(seconds, step_counts) | {"time/data_s": fetched - started}
         return values, int(step_counts.stop_signal)
 
@@ -213,6 +219,7 @@ class Trainer:
             documents=sum(float((b.positions == 0).sum()) for b in batches),
             imbalance=self._imbalance(batches, splits),
             stop_signal=self.stop_signal,
+            save_failed=self.checkpoints.has_failed,
         )
 
     def _imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
@@ -282,11 +289,13 @@ class Trainer:
             self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")
         return results
 
-    def save(self) -> None:
+    def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
+        started = time.perf_counter()
+        if earlier := self.checkpoints.wait():
+            self.metrics.say(f"saved {earlier}")
         if self.saved_step == self.step:
             return
-        started = time.perf_counter()
         facts = {
             "consumed": self.consumed,
             "updates": self.optimizer.updates,
@@ -297,10 +306,12 @@ class Trainer:
             "torch": torch.__version__,
             "configuration": self.as_written,
         }
-        path = self.checkpoints.save(self.step, self._state(), facts)
+        if in_background:
+            self.checkpoints.save_in_background(self.step, self._state(), facts)
+        else:
+            self.metrics.say(f"saved {self.checkpoints.save(self.step, self._state(), facts)}")
         self.saved_step = self.step
         self.checkpoint_stall_s += time.perf_counter() - started
-        self.metrics.say(f"saved {path}")
 
     def _state(self) -> dict[str, torch.Tensor]:
         # The parameters as they were handed out at the start: after a forward pass without a backward one, the model's

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -22,11 +23,13 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "longctx.trainer"])
 
 
-def run_on_ranks(world_size: int, function: Callable, *arguments: Any, device: str = "cpu") -> list[Any]:
-    """Calls `function(rank, *arguments)` on `world_size` ranks joined by gloo, or on `device="cuda"` by NCCL.
+@contextlib.contextmanager
+def started_ranks(
+    world_size: int, function: Callable, *arguments: Any, device: str = "cpu"
+) -> Iterator[tuple[list[Any], Any]]:
+    """The processes of ranks that call `function(rank, *arguments)`, and the queue of their results; killed at the end.
 
-    Returns each rank's result. Function, arguments and results travel by pickle. Raises AssertionError with the trace
-    of a failed rank.
+    Function, arguments and results travel by pickle.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = _server.Queue()
@@ -40,11 +43,23 @@ def run_on_ranks(world_size: int, function: Callable, *arguments: Any, device: s
         for process in ranks:
             process.start()
         try:
-            return _collect(results, world_size)
+            yield ranks, results
         finally:
             for process in ranks:
-                process.join(timeout=10)
                 process.kill()
+                process.join()
+
+
+def run_on_ranks(world_size: int, function: Callable, *arguments: Any, device: str = "cpu") -> list[Any]:
+    """Calls `function(rank, *arguments)` on `world_size` ranks joined by gloo, or on `device="cuda"` by NCCL.
+
+    Returns each rank's result. Raises AssertionError with the trace of a failed rank.
+    """
+    with started_ranks(world_size, function, *arguments, device=device) as (ranks, results):
+        collected = _collect(results, world_size)
+        for process in ranks:
+            process.join(timeout=10)
+        return collected
 
 
 def _collect(results: Any, world_size: int) -> list[Any]:

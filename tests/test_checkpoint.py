@@ -6,16 +6,20 @@ import os
 import pickle  # noqa: TID251  to show that none is read
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from distributed import run_on_ranks, started_ranks
 from helpers import TINY
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import runtime
 from longctx.checkpoint import CheckpointError, Checkpoints, read_manifest, state_tensors, verify_files
@@ -286,3 +290,122 @@ def test_the_tool(tmp_path):
     nothing = run("list", str(tmp_path / "weights"))
     assert nothing.returncode == 1
     assert "no checkpoints in it" in nothing.stderr
+
+
+# kills ---------------------------------------------------------------------------------------------------------------
+
+POINTS = ["after a shard", "before the manifest", "before the rename", "before latest", "before the purge"]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saves_until_killed(rank, folder, is_asynchronous, victim, point, at_step):
+    """State of step s is all s. At `point` of the save of `at_step` the victim (a rank, or 2 for all) is killed."""
+    from longctx import checkpoint, files
+
+    checkpoints = Checkpoints(folder, 2, runtime.start(60))
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    now = 0
+
+    def deadly(function, name):
+        def wrapped(*arguments, **keywords):
+            if point == name and now == at_step and victim in (rank, 2):
+                die()
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    checkpoints._hash_files = deadly(checkpoints._hash_files, "after a shard")
+    files.write_manifest = deadly(files.write_manifest, "before the manifest")
+    Path.rename = deadly(Path.rename, "before the rename")
+    checkpoints._point_latest_to = deadly(checkpoints._point_latest_to, "before latest")
+    checkpoint.list_checkpoints = deadly(checkpoint.list_checkpoints, "before the purge")
+    for step in range(1, 1000):
+        state = {
+            "model.a": distribute_tensor(torch.full((64, 32), float(step)), mesh, [Shard(0)]),
+            "model.b": torch.full((1000,), float(step)),
+        }
+        now = step
+        (folder.parent / f"begun_{rank}").write_text(str(step))
+        if is_asynchronous:
+            checkpoints.save_in_background(step, state, {"consumed": step})
+            checkpoints.wait()
+        else:
+            checkpoints.save(step, state, {"consumed": step})
+
+
+def load_after_a_kill(_rank, folder):
+    checkpoints = Checkpoints(folder, 2, runtime.start(60))
+    newest = checkpoints.newest()
+    if newest is None:
+        return 0
+    state = {"model.a": torch.zeros(64, 32), "model.b": torch.zeros(1000)}
+    checkpoints.load(*newest, state)
+    step = newest[1]["step"]
+    assert all((tensor == step).all() for tensor in state.values())
+    assert newest[1]["facts"] == {"consumed": step}
+    latest = folder / "latest"
+    assert not latest.is_symlink() or latest.exists()
+    return step
+
+
+def kill_during_saves(folder: Path, is_asynchronous: bool, victim: int, point: str, after_s: float) -> None:
+    """Kills ranks at a named point of the third save, or all of them some time after the first; the newest loads."""
+    folder = folder / "checkpoints"
+    folder.mkdir(parents=True)
+    arguments = saves_until_killed, folder, is_asynchronous, victim, point, 3
+    with started_ranks(2, *arguments) as (ranks, _):
+        if point in POINTS:
+            ranks[0 if victim == 2 else victim].join(60)
+            assert ranks[0 if victim == 2 else victim].exitcode == -signal.SIGKILL
+        else:
+            while not (folder / "step_1").exists():
+                assert all(process.is_alive() for process in ranks)
+                time.sleep(0.01)
+            time.sleep(after_s)
+    begun = max(int((folder.parent / f"begun_{rank}").read_text()) for rank in range(2))
+    assert load_after_a_kill(0, folder) >= max(1, begun - 1)
+
+
+@pytest.mark.parametrize("is_asynchronous", [False, True], ids=["blocking", "in background"])
+@pytest.mark.parametrize("point", [*POINTS, "anywhere"])
+def test_killed_while_saving(tmp_path, is_asynchronous, point):
+    """One checkpoint is lost at most. LONGCTX_KILLS=200 makes as many in each case, of all ranks or of one."""
+    draw = random.Random(point)
+    for number in range(int(os.environ.get("LONGCTX_KILLS", "2"))):
+        # rank 0 writes manifests and renames
+        victim = draw.choice([0, 1, 2]) if point == "after a shard" else draw.choice([0, 2])
+        kill_during_saves(tmp_path / str(number), is_asynchronous, victim, point, draw.uniform(0, 0.3))
+
+
+def saves_of_which_one_fails(rank, folder):
+    """The disk of rank 1 is full in the second: both ranks' messages, and the newest checkpoint's value."""
+    checkpoints = Checkpoints(folder, 2, runtime.start(60))
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    state = {"a": distribute_tensor(torch.ones(4), mesh, [Shard(0)])}
+    checkpoints.save_in_background(1, state, {})
+    state["a"].to_local().fill_(7)  # the copy is what counts
+    assert checkpoints.wait() == folder / "step_1"
+    if rank == 1:
+        HuggingFaceStorageWriter.write_data = full_disk
+    checkpoints.save_in_background(2, state, {})
+    with pytest.raises(UserError) as caught:
+        checkpoints.wait()
+    newest = checkpoints.newest()
+    assert newest is not None
+    loaded = {"a": torch.zeros(4)}
+    checkpoints.load(*newest, loaded)
+    return str(caught.value), loaded["a"], sorted(path.name for path in folder.iterdir())
+
+
+def full_disk(*_arguments):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_background_save_that_fails_on_one_rank_fails_on_all(tmp_path):
+    for message, value, names in run_on_ranks(2, saves_of_which_one_fails, tmp_path):
+        assert re.search(r"saving to .*step_2.tmp-.* failed on rank 1: .*No space left on device", message)
+        assert torch.equal(value, torch.ones(4))
+        assert names == ["latest", "step_1"]

@@ -21,6 +21,7 @@ from distributed import run_on_ranks
 from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 from torch.distributed import TCPStore
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from longctx import trainer as trainer_module
 from longctx.config import (
@@ -264,6 +265,51 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, corpu
         assert math.isfinite(losses[2])
         assert unchanged
         assert skipped == 1
+
+
+def steps_while_saving(rank, config, fails):
+    """Saves that take a second, or fail on rank 1: the last step, the message, seconds stalled, checkpoints."""
+    write_data = HuggingFaceStorageWriter.write_data
+
+    def slowly(*arguments):
+        time.sleep(1)
+        if fails and rank == 1:
+            raise OSError(28, "No space left on device")
+        return write_data(*arguments)
+
+    with trainer_of(config) as trainer:
+        trainer.train_step()  # its buffers are made
+        HuggingFaceStorageWriter.write_data = slowly
+        message = ""
+        try:
+            trainer.run()
+        except UserError as error:
+            message = str(error)
+        rows = read_metrics(config.run_folder / "metrics.jsonl") if rank == 0 else []
+        stalls = [row["time/checkpoint_stall_s"] for row in rows if "time/checkpoint_stall_s" in row]
+        return trainer.step, message, stalls, sorted(p.name for p in (config.run_folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, corpus, fails):
+    config = small_config(
+        tmp_path, corpus, optim__steps=100_000 if fails else 8, parallel=ParallelConfig(context=2),
+        checkpoint__every_steps=2, checkpoint__at_end=False,
+    )  # fmt: skip
+    if not fails:
+        config.checkpoint.every_steps = 5
+    results = run_on_ranks(2, steps_while_saving, config, fails)
+    (step, message, stalls, names), (other_step, other_message, _, _) = results
+    assert step == other_step
+    assert message == other_message
+    if fails:
+        assert 2 < step < 100_000
+        assert re.search(r"failed on rank 1: .*No space left on device", message)
+        assert names == []
+    else:
+        assert step == 8
+        assert max(stalls) < 0.5
+        assert names == ["latest", "step_5"]
 
 
 def test_many_such_steps_end_the_run(tmp_path, corpus):
