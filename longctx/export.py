@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def _lots(stored: list[Stored], sizes: dict[str, list[int]], dtype: torch.dtype)
 
 def _read(checkpoint: Path, lot: list[Stored], sizes: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
     parts = {f"{PREFIX}{part}": torch.empty(sizes[part]) for tensor in lot for part in tensor.parts}
-    dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant: one process reads it all
+        dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     found = {}
     for tensor in lot:
         value = torch.cat([parts[f"{PREFIX}{part}"] for part in tensor.parts])

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from distributed import run_on_ranks
 from helpers import small_config, trainer_of
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -152,7 +154,7 @@ def test_the_preset_is_printed(tmp_path):
     command = [sys.executable, "tools/convert_hf.py", "config", str(tmp_path / "hf")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
-    fields = yaml.safe_load(result.stdout)
+    fields: Any = OmegaConf.to_container(OmegaConf.create(result.stdout))
     assert ModelConfig(**fields | {"rotary": RotaryConfig(**fields["rotary"])}) == config_of(tmp_path / "hf")
 
 

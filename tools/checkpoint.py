@@ -60,7 +60,7 @@ def show(paths: list[Path], is_verified: bool) -> bool:
             continue
         facts, size = manifest["facts"], sum(file["bytes"] for file in manifest["files"].values())
         print(
-            f"{path.name}: {size / 2**30:.2f} GiB in {len(manifest['files'])} files, {facts.get('consumed')} sequences "
+            f"{path.name}: {size / 2**30:.3g} GiB in {len(manifest['files'])} files, {facts.get('consumed')} sequences "
             f"read, written by {facts.get('world_size')} ranks{', every byte as written' if is_verified else ''}"
         )
     return is_good
@@ -72,7 +72,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str) -> None:
     from longctx.export import export_weights
 
     written = export_weights(checkpoint, folder, getattr(torch, dtype))
-    print(f"{folder}: {len(written)} files, {sum(path.stat().st_size for path in written) / 2**30:.2f} GiB")
+    print(f"{folder}: {len(written)} files, {sum(path.stat().st_size for path in written) / 2**30:.3g} GiB")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ def print_preset(folder: Path) -> None:
 
 
 def _yaml(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:.17g}" if isinstance(value, float) and "e" in str(value) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Path | None) -> None:
@@ -65,7 +63,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Pat
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     size = sum(path.stat().st_size for path in files) / 2**30
-    print(f"{folder}: {len(files)} files, {size:.2f} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
+    print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
 
 
 if __name__ == "__main__":
