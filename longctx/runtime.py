@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,6 +81,24 @@ class Runtime:
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
+
+
+class StopSignals:
+    """While entered, SIGTERM and SIGINT end nothing: `number` says which came, for the step to look at."""
+
+    def __init__(self) -> None:
+        self.number = 0  # none
+
+    def __enter__(self) -> StopSignals:
+        self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
 
 
 def _explain(error: Exception) -> str:

@@ -39,7 +39,7 @@ from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
-from longctx.runtime import Runtime
+from longctx.runtime import Runtime, StopSignals
 from longctx.watch import Watch
 
 GIB = 2.0**30
@@ -54,11 +54,12 @@ def train(config: Config, as_written: str, overrides: list[str]) -> bool:
     runtime = runtime_module.start(config.parallel.timeout_seconds)
     watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds)
     try:
-        trainer = Trainer(config, as_written, overrides, runtime)
-        try:
-            trainer.run()
-        finally:
-            trainer.close()
+        with StopSignals() as stop:
+            trainer = Trainer(config, as_written, overrides, runtime, stop)
+            try:
+                trainer.run()
+            finally:
+                trainer.close()
     finally:
         watch.stop()
     return not trainer.is_stopped
@@ -81,8 +82,11 @@ SUMMED = 3
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, as_written: str, overrides: list[str], runtime: Runtime) -> None:
+    def __init__(
+        self, config: Config, as_written: str, overrides: list[str], runtime: Runtime, stop: StopSignals
+    ) -> None:
         self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
+        self.stop, self.is_stopped = stop, False
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
         folder = config.run_folder
         runtime.on_main(lambda: _make_run_folder(folder))
@@ -124,8 +128,6 @@ class Trainer:
                 config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
             )
         )
-        self.stop_signal, self.is_stopped = 0, False
-        self.previous_handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         self._introduce()
 
     def run(self) -> None:
@@ -218,7 +220,7 @@ class Trainer:
             tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
             documents=sum(float((b.positions == 0).sum()) for b in batches),
             imbalance=self._imbalance(batches, splits),
-            stop_signal=self.stop_signal,
+            stop_signal=self.stop.number,
             save_failed=self.checkpoints.has_failed,
         )
 
@@ -434,15 +436,10 @@ class Trainer:
         texts = generate(self.model, prompts, logging.sample_tokens, self.mesh, self.runtime.device, vocab_size)
         return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        self.stop_signal = number
-
     def close(self) -> None:
         """Ends logging; the run can be resumed from what it has saved."""
         forget_transports()
         self.metrics.close()
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
 
 
 # the parts that depend on the data source ----------------------------------------------------------------------------

@@ -67,11 +67,12 @@ def small_config(folder: Path, corpus: Path, **changes) -> Config:
 @contextlib.contextmanager
 def trainer_of(config: Config) -> Iterator[Trainer]:
     """A trainer in this process, closed at the end; the process group stays for the next one."""
-    trainer = Trainer(config, "", [], runtime.start(60))
-    try:
-        yield trainer
-    finally:
-        trainer.close()
+    with runtime.StopSignals() as stop:
+        trainer = Trainer(config, "", [], runtime.start(60), stop)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
 
 
 def losses_of(config: Config, steps: int) -> list[float]:

@@ -24,6 +24,7 @@ from torch.distributed import TCPStore
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from longctx import trainer as trainer_module
+from longctx.checkpoint import Checkpoints, verify_files
 from longctx.config import (
     AttentionImplementation,
     ComputeDtype,
@@ -39,7 +40,7 @@ from longctx.config import (
 )
 from longctx.data.tokens import DataError
 from longctx.metrics import read_metrics
-from longctx.trainer import train
+from longctx.trainer import Trainer, train
 from longctx.watch import Watch
 
 ROOT = Path(__file__).parents[1]
@@ -320,19 +321,47 @@ def test_many_such_steps_end_the_run(tmp_path, corpus):
             trainer.run()
 
 
-def interrupted(rank, config):
-    with trainer_of(config) as trainer:
-        if rank == 1:
-            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        trainer.run()
-        return trainer.step
+def interrupted(rank, config, moment):
+    """SIGTERM to rank 1 at a moment of its third step, or before the first: whether the run ended, and in how long."""
+
+    def with_signal(function, condition=lambda *_: True):
+        def wrapped(*arguments, **keywords):
+            if rank == 1 and condition(*arguments):
+                os.kill(os.getpid(), signal.SIGTERM)
+                sent.append(time.monotonic())
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    sent: list[float] = []
+    if moment == "warm-up":
+        trainer_module.parallelize = with_signal(trainer_module.parallelize)
+    elif moment == "step":
+        Trainer.train_step = with_signal(Trainer.train_step, lambda trainer: trainer.step == 3)
+    elif moment == "validation":
+        trainer_module.validate = with_signal(trainer_module.validate)
+    elif moment == "save":
+        Checkpoints.save = with_signal(Checkpoints.save)
+    elif moment == "any":
+        threading.Timer(0.5, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM)).start()
+    is_complete = train(config, "", [])
+    return is_complete, time.monotonic() - sent[0] if sent else 0.0
 
 
-def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, corpus):
-    config = small_config(tmp_path, corpus, optim__steps=100_000, parallel=ParallelConfig(context=2))
-    steps = run_on_ranks(2, interrupted, config)
-    assert steps[0] == steps[1] < 100_000
-    assert (tmp_path / "test" / "checkpoints" / f"step_{steps[0]}" / "manifest.json").exists()
+@pytest.mark.parametrize("moment", ["warm-up", "step", "validation", "save", "any"])
+def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, corpus, moment):
+    config = small_config(
+        tmp_path, corpus, optim__steps=100_000, parallel=ParallelConfig(context=2), checkpoint__every_steps=4,
+        logging__validate_every_steps=5,
+    )  # fmt: skip
+    results = run_on_ranks(2, interrupted, config, moment)
+    assert [is_complete for is_complete, _ in results] == [False, False]
+    assert results[1][1] < 25
+    rows = read_metrics(tmp_path / "test" / "metrics.jsonl")
+    step = int(max(row["step"] for row in rows))
+    expected = {"warm-up": [1], "step": [4], "validation": [6], "save": [4, 5, 6]}.get(moment, range(1, 100_000))
+    assert step in expected
+    assert verify_files(tmp_path / "test" / "checkpoints" / f"step_{step}")["facts"]["consumed"] == 4 * step
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, corpus):
