@@ -45,12 +45,18 @@ class Metrics:
         if not is_main:
             return
         self.path = folder / "metrics.jsonl"
+        self.history = History(folder / "history.json", self._last_step(), start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.wandb = None
         if logging.wandb != WandbMode.disabled:
             self.wandb = WandbThread(logging, folder, name, as_written)
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if sys.stderr.isatty() else None
+
+    def _last_step(self) -> int | None:
+        """The last step that an earlier start of the run has logged."""
+        rows = read_metrics(self.path) if self.path.exists() else []
+        return max((int(row["step"]) for row in rows), default=None)
 
     def _forget_steps_after(self, start: int) -> None:
         """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""
@@ -97,6 +103,42 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.close()
+
+
+class History:
+    """How often a run was started, and what that cost; kept in a file beside its metrics."""
+
+    def __init__(self, path: Path, last_step: int | None, start: int) -> None:
+        """A start at step `start`, after one that had logged `last_step`; None: this is the first."""
+        self.started_at, self.restarts, self.lost_steps = time.time(), 0, 0
+        if last_step is not None:
+            earlier = _read_history(path)
+            self.started_at = earlier.get("started_at", self.started_at)
+            self.restarts = int(earlier.get("restarts", 0)) + 1
+            self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
+        beside = path.with_suffix(".tmp")
+        facts = {"started_at": self.started_at, "restarts": self.restarts, "lost_steps": self.lost_steps}
+        beside.write_text(json.dumps(facts) + "\n")
+        beside.replace(path)
+
+    def values(self, trained_s: float) -> dict[str, float]:
+        """`trained_s`: seconds of all steps up to now that counted, those before a restart included.
+
+        `run/ettr` (effective training time ratio, Kokolis et al. 2024): their share of the time since the first start.
+        """
+        since_start = max(time.time() - self.started_at, 1e-9)
+        return {
+            "run/ettr": min(1.0, trained_s / since_start),
+            "run/restarts": self.restarts,
+            "run/lost_steps": self.lost_steps,
+        }
+
+
+def _read_history(path: Path) -> dict[str, float]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

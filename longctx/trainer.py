@@ -108,6 +108,7 @@ class Trainer:
         self.step = 0  # steps taken, skipped ones included
         self.consumed = 0  # sequences read, over all ranks
         self.skipped, self.skipped_in_row = 0, 0
+        self.trained_s = 0.0  # in steps that counted, over all starts of the run
         self.checkpoint_stall_s = 0.0
         self.saved_step: int | None = None
         self.origin: str | None = None  # the checkpoint of which this run is a branch
@@ -139,6 +140,9 @@ class Trainer:
             values["time/left_s"] = (
                 (config.optim.steps - self.step) * (time.perf_counter() - started) / (self.step - first_step)
             )
+            self.trained_s += values["perf/step_s"]
+            if self.runtime.is_main:
+                values |= self.metrics.history.values(self.trained_s)
             is_last = self.step == config.optim.steps
             if is_last or self.step % config.logging.every_steps == 0:
                 self.metrics.log(self.step, values)
@@ -302,6 +306,7 @@ class Trainer:
             "consumed": self.consumed,
             "updates": self.optimizer.updates,
             "skipped": self.skipped,
+            "trained_s": self.trained_s,
             "data": self._data_order(),
             "resumed_from": self.origin,
             **self._layout(),
@@ -345,6 +350,7 @@ class Trainer:
         self.checkpoints.load(path, manifest, self._state())
         self.step, self.consumed = int(manifest["step"]), int(facts["consumed"])
         self.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
+        self.trained_s = facts["trained_s"] if is_own else 0.0
         self.checkpoints.set_aside_after(self.step if is_own else -1)
         self.saved_step = self.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")

@@ -241,6 +241,22 @@ def test_metrics_of_steps_taken_again_are_dropped(tmp_path, corpus):
     assert [r["step"] for r in read_metrics(path) if "loss/train" in r] == [1, 2, 3, 4, 5]
 
 
+def test_restarts_and_what_they_cost(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    train(config, "", [])
+    path = tmp_path / "test" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "loss/train": 1}\n')  # then it was killed
+    first = read_metrics(path)[2]
+    assert (first["run/restarts"], first["run/lost_steps"]) == (0, 0)
+    config.optim.steps = 4
+    started_at = json.loads((tmp_path / "test" / "history.json").read_text())["started_at"]
+    train(config, "", [])
+    last = [r for r in read_metrics(path) if "loss/train" in r][-1]
+    trained = sum(r["perf/step_s"] for r in read_metrics(path) if "perf/step_s" in r)
+    assert (last["run/restarts"], last["run/lost_steps"]) == (1, 2)
+    assert trained / (time.time() - started_at) <= last["run/ettr"] < 1
+
+
 # what goes wrong -----------------------------------------------------------------------------------------------------
 
 
