@@ -46,7 +46,8 @@ def compare(n_queries, n_keys, heads, kv_heads, layout, block_q, block_k, causal
         return torch.autograd.grad(out.square().sum() + (torch.where(has_keys, lse, 0) * dlse).sum(), (q, k, v))
 
     for mine, its in zip(gradients(out, lse), gradients(true, true_lse), strict=True):
-        torch.testing.assert_close(mine, its, rtol=0, atol=2e-5)
+        # dP and delta are up to 100 here, cancel where there is one key, and are summed over all rows
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "reference"])

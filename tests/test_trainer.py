@@ -325,7 +325,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, corpus, fails)
         assert names == []
     else:
         assert step == 8
-        assert max(stalls) < 0.5
+        assert max(stalls) < 0.9  # a blocking save takes the second
         assert names == ["latest", "step_5"]
 
 
