@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -44,7 +45,9 @@ class Checkpoints:
         self.runtime = runtime.in_background()
         has_gpu = runtime.device.type == "cuda"
         self.stager = BlockingAsyncStager(cache_staged_state_dict=has_gpu)  # kept, the copy is in pinned memory
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # a thread's device is not that of the one that starts it
+        device = {"initializer": torch.cuda.set_device, "initargs": (runtime.device,)} if has_gpu else {}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **device)
         self.pending: Future[Path] | None = None
 
     def save_in_background(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -53,13 +56,22 @@ class Checkpoints:
         All ranks call it. `wait` tells what came of it.
         """
         self.wait()
-        copy = self.stager.stage(tensors)
+        copy: Any = self.runtime.together(lambda: self.stager.stage(tensors))
         self.pending = self.thread.submit(self.save, step, copy, facts)
 
     def wait(self) -> Path | None:
         """Ends the save in the background, if there is one: its checkpoint. Raises `UserError` if it has failed."""
         pending, self.pending = self.pending, None
         return pending.result() if pending else None
+
+    def close(self) -> None:
+        """Lets a save in the background end, when nothing else will wait for it; says what came of it."""
+        if self.pending is not None:
+            try:
+                self.runtime.say(f"saved {self.wait()}")
+            except Exception as error:  # the error that ends the run is another, and must be seen
+                self.runtime.say(f"the checkpoint being written came to nothing: {error}")
+        self.thread.shutdown()
 
     @property
     def has_ended(self) -> bool:
@@ -90,12 +102,21 @@ class Checkpoints:
         return target
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The last committed checkpoint that passes `verify`, with its manifest; a damaged one is named, and passed."""
-        for path in reversed(self.committed()):
+        """The last committed checkpoint that passes `verify`, with its manifest; a damaged one is named, and passed.
+
+        Raises `CheckpointError` if there are some and none can be used: a run must not begin anew beside them unasked.
+        """
+        committed = self.committed()
+        for path in reversed(committed):
             try:
                 return path, self.verify(path)
             except UserError as error:
                 self.runtime.say(f"checkpoint refused: {error}")
+        if committed:
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(committed)} checkpoints can be used, the newest is refused above; "
+                "restore one, or give the run another name"
+            )
         return None
 
     def committed(self) -> list[Path]:
@@ -162,7 +183,8 @@ class Checkpoints:
         sync(self.folder)
         self._point_latest_to(target)
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+            if old != target:
+                shutil.rmtree(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

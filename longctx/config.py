@@ -365,6 +365,10 @@ def _check_data(data: DataConfig) -> list[str]:
     problems = []
     if data.source == DataSource.prepared and not data.folder and not data.mixture:
         problems.append("data.source=prepared needs data.folder=FOLDER, as tools/prepare_data.py writes it")
+    if data.source != DataSource.prepared and (data.folder or data.mixture):
+        problems.append(
+            f"data.folder and data.mixture are of data=prepared, data.source is {data.source}; add data=prepared"
+        )
     if data.folder and data.mixture:
         problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
     problems += [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from longctx.checkpoint import CheckpointError, read_manifest
+from longctx.checkpoint import CheckpointError, read_manifest, verify_files
 from longctx.config import Config, ModelConfig
+from longctx.data.prepare import find_end_of_document
 from longctx.model.hugging_face import Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
@@ -31,27 +35,37 @@ def model_of(manifest: dict[str, Any]) -> tuple[ModelConfig, int]:
     return config.model, config.data.sequence_length
 
 
-def export_hugging_face(checkpoint: Path, folder: Path, dtype: torch.dtype) -> list[Path]:
+def export_hugging_face(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tokenizer_file: Path | None = None
+) -> list[Path]:
     """Writes the weights of `checkpoint` and `config.json` so that transformers' `from_pretrained` reads `folder`.
+
+    With a tokenizer, it lies beside them and its end-of-document token ends what is generated.
 
     Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
     """
     model, sequence_length = model_of(read_manifest(checkpoint))
     fields = to_config_json(model, sequence_length) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    files = export_weights(checkpoint, folder, dtype, stored_tensors(model))
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    return files
+    beside = {}
+    if tokenizer_file is not None:
+        fields["eos_token_id"] = find_end_of_document(Tokenizer.from_file(str(tokenizer_file)), tokenizer_file)
+        beside["tokenizer.json"] = tokenizer_file.read_text()
+    beside["config.json"] = json.dumps(fields, indent=2) + "\n"
+    return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
 
 
 def export_weights(
-    checkpoint: Path, folder: Path, dtype: torch.dtype, stored: list[Stored] | None = None
-) -> list[Path]:
+    checkpoint: Path, folder: Path, dtype: torch.dtype, stored: list[Stored] | None = None,
+    beside: dict[str, str] | None = None,
+) -> list[Path]:  # fmt: skip
     """Writes the weights of `checkpoint` into `folder`, under their own names or as `stored`; returns the files.
 
-    Memory holds one file of some 5 GiB at a time. Raises `CheckpointError` if the checkpoint is none, or `folder`
-    exists.
+    `beside`: other files, by name.
+
+    Memory holds what goes into one file, some 5 GiB in float32, and its copies. Raises `CheckpointError` if a byte of
+    the checkpoint is not as written, or `folder` exists, which appears only when it is whole.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = verify_files(checkpoint)
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; remove it or give another folder")
     sizes = {
@@ -59,27 +73,42 @@ def export_weights(
         for name, kind in manifest["tensors"].items()
         if name.startswith(PREFIX)
     }
-    lots = _lots(stored or [Stored(name, (name,)) for name in sizes], sizes, dtype)
-    folder.mkdir(parents=True)
-    files, weight_map = [], {}
+    lots = _lots(stored or [Stored(name, (name,)) for name in sizes], sizes)
+    work = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    work.mkdir(parents=True)
+    try:
+        names = _write(checkpoint, work, lots, sizes, dtype)
+        for name, content in (beside or {}).items():
+            (work / name).write_text(content)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _write(
+    checkpoint: Path, folder: Path, lots: list[list[Stored]], sizes: dict[str, list[int]], dtype: torch.dtype
+) -> list[str]:
+    """A file each lot, and an index if there are several; returns the files' names."""
+    names, weight_map = [], {}
     for number, lot in enumerate(lots, 1):
         name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
         save_file(_read(checkpoint, lot, sizes, dtype), folder / name, metadata={"format": "pt"})
         weight_map |= {tensor.name: name for tensor in lot}
-        files.append(folder / name)
+        names.append(name)
     if len(lots) > 1:
-        total = sum(path.stat().st_size for path in files)
+        total = sum((folder / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return files
+    return names
 
 
-def _lots(stored: list[Stored], sizes: dict[str, list[int]], dtype: torch.dtype) -> list[list[Stored]]:
-    """Tensors for each file, in order, of at most `FILE_BYTES` unless one alone is larger."""
+def _lots(stored: list[Stored], sizes: dict[str, list[int]]) -> list[list[Stored]]:
+    """Tensors for each file, in order, of at most `FILE_BYTES` in float32 unless one alone is larger."""
     lots: list[list[Stored]] = []
     left = 0
     for tensor in stored:
-        size = sum(torch.Size(sizes[part]).numel() for part in tensor.parts) * dtype.itemsize
+        size = sum(torch.Size(sizes[part]).numel() for part in tensor.parts) * 4
         if not lots or size > left:
             lots.append([])
             left = FILE_BYTES

@@ -207,6 +207,7 @@ class Trainer:
         step_counts = StepCounts(*counted)
         if step_counts.save_failed:
             self.checkpoints.wait()  # raises, on every rank in the same step
+            raise UserError("another rank could not write the checkpoint; its message says why")
         values |= self._work_done(seconds, step_counts) | {"time/data_s": fetched - started}
         return values, int(step_counts.stop_signal)
 
@@ -445,6 +446,7 @@ class Trainer:
     def close(self) -> None:
         """Ends logging; the run can be resumed from what it has saved."""
         forget_transports()
+        self.checkpoints.close()
         self.metrics.close()
 
 
@@ -488,11 +490,10 @@ def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) 
         return None
     if tokens is None:
         return RecallStream(config.data, config.seed + 1)
-    try:
-        return tokens.validation(config.data)
-    except DataError as error:
-        runtime.say(f"no validation: {error}")
-        return None
+    source, problems = tokens.validation(config.data)
+    for problem in problems:
+        runtime.say(f"no validation: {problem}")
+    return source
 
 
 def resume_command(config: Config, overrides: list[str], world_size: int, is_complete: bool) -> str:

@@ -193,7 +193,8 @@ def test_a_pickle_is_never_executed(tmp_path):
         for file, before in kept.items():
             (path / file).write_bytes(before)
     (path / "manifest.json").write_bytes(content)
-    assert checkpoints.newest() is None
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used"):
+        checkpoints.newest()
     assert not proof.exists()
 
 
@@ -221,6 +222,17 @@ def test_a_folder_without_a_valid_manifest_does_not_exist(tmp_path, content):
     assert newest[0].name == "step_1"
     with pytest.raises(CheckpointError, match="so it is no checkpoint"):
         read_manifest(tmp_path / "step_7")
+
+
+def test_what_was_just_saved_stays(tmp_path):
+    """Beside later ones that are refused."""
+    checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
+    for step in (500, 1000, 100):
+        saved = checkpoints.save(step, {"a": torch.ones(4)}, {})
+        for file in saved.glob("*.safetensors"):
+            file.write_bytes(b"") if step > 100 else None
+    assert verify_files(tmp_path / "step_100")["step"] == 100
+    assert (tmp_path / "latest").resolve().name == "step_100"
 
 
 def test_another_model_is_refused(tmp_path):

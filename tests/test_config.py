@@ -193,3 +193,5 @@ def test_mixtures_and_curricula():
         "data.curriculum: -1: 4096; give steps from 0 on, and 1 to data.sequence_length=2048 tokens",
     }
     train.refuse_unknown_keys(OmegaConf.structured(config))
+    with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):
+        check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)

@@ -150,6 +150,15 @@ def test_the_stream_is_cut_too():
     assert loader.step(0)[0].positions.max() == 63
 
 
+def test_a_corpus_without_validation_text_is_left_out(tmp_path, corpora, capsys):
+    prepare([Documents([Document("a", ["def f(x):\n" * 99], False)])], tmp_path / "c")
+    config = small_config(tmp_path, corpora[0])
+    config.data.folder, config.data.mixture = "", {str(corpora[0]): 3.0, str(tmp_path / "c"): 1.0}
+    with trainer_of(config) as trainer:
+        assert [source.size for source in trainer.validation.sources] == [3]
+    assert f"no validation: {tmp_path}/c, validation split: 0 tokens" in capsys.readouterr().out
+
+
 def test_every_folder_is_checked(tmp_path, corpora):
     config = small_config(tmp_path, corpora[0])
     config.data.folder, config.data.mixture = "", {str(corpora[0]): 1.0, str(tmp_path / "no"): 1.0}

@@ -86,6 +86,21 @@ def test_megatron_sequences_of_a_document_are_joined(tmp_path):
     assert ends.tolist() == [6, 12]
 
 
+def test_megatron_without_tokens(tmp_path):
+    """Documents without sequences are none, and files without tokens are passed over."""
+    write_megatron(tmp_path / "a", DOCUMENTS)
+    borders = np.array([0, 0, 1, 1, 3], dtype="<i8")
+    index = (tmp_path / "a.idx").read_bytes()
+    (tmp_path / "a.idx").write_bytes(index[:26] + struct.pack("<Q", 5) + index[34:70] + borders.tobytes())
+    assert read_megatron(tmp_path / "a.idx")[1].tolist() == [4, 12]
+    write_megatron(tmp_path / "a", DOCUMENTS)
+    write_megatron(tmp_path / "b", [])
+    write_megatron(tmp_path / "c", DOCUMENTS)
+    split = open_corpus(tmp_path, VOCAB, DataConfig()).splits["train"]
+    assert len(split.read(6, 12)[0]) == 12
+    assert documents_of(split) == DOCUMENTS * 2
+
+
 def test_nanogpt(tmp_path):
     for name, documents in (("train.bin", [*DOCUMENTS, [3, 4]]), ("val.bin", DOCUMENTS[:1])):
         np.array([i for d in documents for i in d], dtype="<u2").tofile(tmp_path / name)
@@ -93,6 +108,7 @@ def test_nanogpt(tmp_path):
     assert documents_of(corpus.splits["train"]) == [*DOCUMENTS, [3, 4]]
     assert documents_of(corpus.splits["validation"]) == DOCUMENTS[:1]
     assert isinstance(corpus, NanoGPTFolder)
+    assert corpus.fingerprint() != open_corpus(tmp_path, VOCAB, DataConfig(end_of_document=3)).fingerprint()
     with pytest.raises(DataError, match=r"train.bin: token 2 has id 7, outside the vocabulary of 7"):
         open_corpus(tmp_path, 7, DataConfig())
     (tmp_path / "train.bin").write_bytes(b"abc")

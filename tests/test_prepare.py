@@ -79,6 +79,10 @@ def test_compressed_jsonl(tmp_path, suffix):
         )
     (tmp_path / "a.jsonl").unlink()
     assert texts_of(find_pieces([tmp_path])) == TEXTS
+    bad = content.replace(b"}\n", b"\n", 3)
+    path.write_bytes(gzip.compress(bad) if suffix == ".gz" else bytes(pa.compress(bad, "zstd", asbytes=True)))
+    with pytest.raises(DataError, match=rf"{path}:1: not JSON"):
+        texts_of(find_pieces([path]))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=f"{path}"):
         texts_of(find_pieces([path]))
@@ -112,6 +116,14 @@ def test_a_large_text_is_cut_behind_lines(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"line\n" * 100 + b"\xff")
     with pytest.raises(DataError, match="a.txt: byte 500 is not UTF-8"):
         texts_of(find_pieces([tmp_path / "a.txt"]))
+
+
+def test_what_json_can_hold_and_text_cannot(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00 é"}\n')
+    assert texts_of(find_pieces([tmp_path / "a.jsonl"])) == ["a\ufffd b \U0001f600 é"]
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"a.jsonl:1: not JSON"):
+        texts_of(find_pieces([tmp_path / "a.jsonl"]))
 
 
 def test_errors_name_the_line_behind_a_cut(tmp_path, small_pieces):
@@ -198,8 +210,11 @@ def test_a_killed_preparation_goes_on(tmp_path):
         work = tmp_path / "out.preparing"
         while job.poll() is None and len(list(work.glob("piece_*.json"))) <= finished:
             time.sleep(0.005)
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+        if job.poll() is None:  # the first process alone; the others must end with it
+            workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            os.kill(job.pid, signal.SIGKILL)
+            while any(Path(f"/proc/{worker}").exists() for worker in workers):
+                time.sleep(0.005)
         job.communicate()
         if job.returncode == 0:
             break

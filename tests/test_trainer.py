@@ -329,6 +329,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, corpus, fails)
         assert names == ["latest", "step_5"]
 
 
+def test_an_error_lets_the_save_under_way_end(tmp_path, corpus, capsys, monkeypatch):
+    hash_files = Checkpoints._hash_files
+    monkeypatch.setattr(Checkpoints, "_hash_files", lambda *words: time.sleep(0.5) or hash_files(*words))
+
+    def stop_in_the_middle():
+        with trainer_of(small_config(tmp_path, corpus)) as trainer:
+            trainer.train_step()
+            trainer.save(in_background=True)
+            raise UserError("some reason")
+
+    with pytest.raises(UserError, match="some reason"):
+        stop_in_the_middle()
+    assert f"saved {tmp_path}/test/checkpoints/step_1" in capsys.readouterr().out
+    assert verify_files(tmp_path / "test" / "checkpoints" / "step_1")["step"] == 1
+
+
 def test_many_such_steps_end_the_run(tmp_path, corpus):
     config = small_config(tmp_path, corpus, optim__max_skipped_steps=3)
     with trainer_of(config) as trainer:

@@ -11,7 +11,6 @@ reads them; the tokenizer is copied along if --tokenizer names it.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -59,9 +58,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Pat
 
     if tokenizer is not None and not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer}: no such file")
-    files = export_hugging_face(checkpoint, folder, getattr(torch, dtype))
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    files = export_hugging_face(checkpoint, folder, getattr(torch, dtype), tokenizer)
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
 

@@ -37,6 +37,9 @@ def main() -> None:
         parser.error(f"--tokenizer {arguments.tokenizer}: no such file")
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} is less than 1")
+    for path in arguments.input:
+        if arguments.output.absolute().is_relative_to(path.absolute()):
+            parser.error(f"--output {arguments.output} is inside the input {path}; give a folder beside it")
     source = ", ".join(str(path) for path in arguments.input)
     try:
         pieces = find_pieces(arguments.input, arguments.text_field)

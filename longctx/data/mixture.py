@@ -60,15 +60,17 @@ class Mixture:
             return sources[0]
         return MixedTokens(sources, shares(self.weights, BLOCK), seed)
 
-    def validation(self, data: DataConfig) -> ChainedTokens:
-        """`data.validation_sequences` by weight, at least one of each corpus. Raises `DataError` as `training` does."""
+    def validation(self, data: DataConfig) -> tuple[ChainedTokens | None, list[str]]:
+        """`data.validation_sequences` by weight, at least one of each corpus; and why a corpus gives none."""
         counts = shares(self.weights, max(data.validation_sequences, len(self.corpora)))
-        return ChainedTokens(
-            [
-                SpacedTokens(corpus.splits["validation"], data, count, f"{corpus.folder}, validation split")
-                for corpus, count in zip(self.corpora, counts, strict=True)
-            ]
-        )
+        sources, problems = [], []
+        for corpus, count in zip(self.corpora, counts, strict=True):
+            try:
+                where = f"{corpus.folder}, validation split"
+                sources.append(SpacedTokens(corpus.splits["validation"], data, count, where))
+            except DataError as error:
+                problems.append(str(error))
+        return ChainedTokens(sources) if sources else None, problems
 
 
 class MixedTokens:

@@ -88,10 +88,12 @@ class NanoGPTFolder:
             if number % ranks == rank:
                 check_ids(path, ids, vocab_size)
             self.splits[split] = TokenSplit([ids], [_ends_by_id(ids, given.end_of_document)])
+        files = _fingerprint([path for path in self.paths.values() if path.exists()])
+        self._fingerprint = f"{files}-{given.end_of_document}"
 
     def fingerprint(self) -> str:
-        """Hash of the files' sizes and of both ends of their content."""
-        return _fingerprint([path for path in self.paths.values() if path.exists()])
+        """Of the files' sizes, both ends of their content, and the id that closes documents."""
+        return self._fingerprint
 
 
 class MegatronFolder:
@@ -113,10 +115,11 @@ class MegatronFolder:
         if not shards["train"]:
             raise DataError(f"{folder}: every *.idx is a validation file by its name; none is left to train on")
         self.splits = {s: TokenSplit([ids for ids, _ in p], [ends for _, ends in p]) for s, p in shards.items()}
+        self._fingerprint = _fingerprint([path.with_suffix(kind) for path in self.paths for kind in (".idx", ".bin")])
 
     def fingerprint(self) -> str:
-        """Hash of the files' sizes and of both ends of their content."""
-        return _fingerprint([path.with_suffix(suffix) for path in self.paths for suffix in (".idx", ".bin")])
+        """Of the files' sizes and both ends of their content."""
+        return self._fingerprint
 
 
 def read_megatron(index: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +164,7 @@ def read_megatron(index: Path) -> tuple[np.ndarray, np.ndarray]:
         or (np.diff(document_borders) < 0).any()
     ):  # fmt: skip
         raise DataError(f"{index}: its document borders do not rise from 0 to {sequences}; make the files again")
-    last = np.unique(document_borders[1:])  # a document without sequences is none
+    last = np.unique(document_borders)[1:]  # a document without sequences is none
     return _map(path, INDEX_DTYPES[code]), ends[last - 1]
 
 

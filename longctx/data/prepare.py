@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -130,7 +131,7 @@ def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: 
                 bar.update(pieces[number].size)
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(workers, max(len(left), 1)), context, _use_one_thread) as pool:
+            with ProcessPoolExecutor(min(workers, max(len(left), 1)), context, _begin_worker) as pool:
                 futures = {pool.submit(_tokenize, number, pieces[number], work, recipe): number for number in left}
                 try:
                     for future in as_completed(futures):
@@ -149,8 +150,17 @@ def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: 
 KINDS = ("tokens", "documents")
 
 
-def _use_one_thread() -> None:
+def _begin_worker() -> None:
+    """One thread each; and none outlives the process that has started it, even if that was killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _record(work: Path, number: int) -> Path:
@@ -168,7 +178,18 @@ def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str
         record = read_manifest(_record(work, number), PIECE_FORMAT)
     except (FileNotFoundError, ValueError):
         return None
-    return record["shards"] if record["identity"] == _identity(piece, recipe) else None
+    shards = record["shards"]
+    sizes = {
+        f"{shard['name']}.{kind}": size
+        for split in SPLITS
+        for shard in shards[split]
+        for kind, size in (
+            ("tokens", shard["tokens"] * np.dtype(recipe.dtype).itemsize),
+            ("documents", shard["documents"] * 8),
+        )
+    }
+    is_whole = all((work / name).is_file() and (work / name).stat().st_size == size for name, size in sizes.items())
+    return shards if is_whole and record["identity"] == _identity(piece, recipe) else None
 
 
 def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str, list[dict]]:

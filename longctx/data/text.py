@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def find_pieces(paths: list[Path], text_field: str = "text") -> list[FilePiece]:
     `text_field`; any other file is one document of UTF-8 text. Raises `DataError` if there is nothing at a path.
     """
     files: list[tuple[Path, str]] = []
-    for path in paths:
+    for path in (Path(os.path.abspath(path)) for path in paths):  # names must not depend on where one stands
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
         found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -190,15 +191,16 @@ def _read_jsonl(part: Range, text_field: str) -> Iterator[Document]:
 
 def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
     def where() -> str:
+        number, left = 1, offset
         with _open(path) as file:
-            number = 1
-            while offset and (part := file.read(min(MIB, offset - file.tell()))):
+            while left and (part := file.read(min(MIB, left))):
                 number += part.count(b"\n")
+                left -= len(part)
         return f"{path}:{number}"
 
     try:
         return _checked(json.loads(line)[text_field], text_field, where)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where()}: not JSON ({error})") from None
     except (KeyError, TypeError):
         raise DataError(f"{where()}: no field {text_field!r}; name it with --text-field") from None
@@ -207,7 +209,8 @@ def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
 def _checked(text: Any, text_field: str, where) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where()}: field {text_field!r} holds no text but {text!r:.40}")
-    return text
+    # JSON may hold halves of surrogate pairs, which no encoding has: they become the replacement character
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_parquet(part: Range, text_field: str) -> Iterator[Document]:

@@ -87,8 +87,10 @@ class TokenSplit:
         for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
             shard_first = int(self.first[shard])
             begin, end = max(offset, shard_first), min(offset + count, int(self.first[shard + 1]))
-            if begin >= end:
+            if shard_first >= offset + count:
                 break
+            if begin >= end:  # a shard without tokens
+                continue
             ids.append(np.asarray(self.tokens[shard][begin - shard_first : end - shard_first], dtype=np.int64))
             ends = self.document_ends[shard]
             low = np.searchsorted(ends, begin - shard_first, "left")

@@ -118,12 +118,14 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
     """What transformers needs to build this model; `sequence_length` is the longest it was trained with."""
     kind = family(config)
     shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied_embeddings}
+    shared |= {"bos_token_id": None, "eos_token_id": None}  # transformers' defaults are those of other tokenizers
     if kind == "gpt2":
         return shared | {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": config.width,
             "n_layer": config.layers, "n_head": config.heads, "n_inner": config.mlp_width,
             "n_positions": config.max_positions, "layer_norm_epsilon": config.norm_eps,
-            "activation_function": "gelu_new", "initializer_range": config.init_std,
+            "activation_function": "gelu_new", "initializer_range": config.init_std, "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0, "embd_pdrop": 0.0,
         }  # fmt: skip
     rope = _to_rope_parameters(config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
