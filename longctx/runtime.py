@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import time
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -135,8 +137,40 @@ def start(timeout_seconds: int) -> Runtime:
         if world_size() == 1 and "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Runtime(rank, local_rank, world_size(), device, timeout)
+
+
+def _name_of_this_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:
+    """A name that all ranks of this start share and no earlier one had.
+
+    torchrun keeps its store over restarts, and ranks would connect to what killed ones have left in it (pytorch issue
+    135712); machines may count restarts differently. So each rank asks with a word just drawn, and rank 0 answers it.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"longctx/asked/{rank}", mine)
+        answer = f"longctx/answer/{rank}/{mine}"
+        store.wait([answer], timeout)
+        name = store.get(answer).decode()
+        store.add(f"longctx/heard/{name}", 1)
+        return name
+    end = time.monotonic() + timeout.total_seconds()
+    answered: dict[int, bytes] = {}
+    while store.add(f"longctx/heard/{mine}", 0) < size - 1:
+        for other in range(1, size):
+            key = f"longctx/asked/{other}"
+            word = store.get(key) if store.check([key]) else None
+            if word is not None and answered.get(other) != word:
+                store.set(f"longctx/answer/{other}/{word.decode()}", mine)
+                answered[other] = word
+        if time.monotonic() > end:
+            missing = sorted(set(range(1, size)) - set(answered))
+            raise UserError(f"ranks {missing or 'that have asked'} did not join within {timeout.total_seconds():g} s")
+        time.sleep(0.01)
+    return mine
 
 
 def stop() -> None:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,8 @@ def train(config: Config, as_written: str, overrides: list[str]) -> bool:
     """
     check(config, runtime_module.world_size())
     runtime = runtime_module.start(config.parallel.timeout_seconds)
-    watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds)
+    name = runtime.on_main(lambda: uuid.uuid4().hex)
+    watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
     try:
         with StopSignals() as stop:
             trainer = Trainer(config, as_written, overrides, runtime, stop)

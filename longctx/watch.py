@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, PrefixStore, TCPStore
 
 from longctx.machine import this_machine
 
@@ -23,8 +23,11 @@ LEFT = "left"
 class Watch:
     """Watches the rank after this one, from `start` to `stop`."""
 
-    def __init__(self, rank: int, size: int, timeout_seconds: float) -> None:
-        """Under torchrun, which tells where its store is; a process that is alone has nobody to watch."""
+    def __init__(self, rank: int, size: int, timeout_seconds: float, name: str) -> None:
+        """Under torchrun, which tells where its store is; a process that is alone has nobody to watch.
+
+        `name` is the same on all ranks and was used for no watch before: the store outlives restarts.
+        """
         self.rank, self.other, self.timeout_seconds = rank, (rank + 1) % size, timeout_seconds
         self.period_s = min(5.0, timeout_seconds / 10)
         self.silence_s = (
@@ -33,10 +36,11 @@ class Watch:
         self.ended = threading.Event()
         self.store = None
         if size > 1 and "MASTER_PORT" in os.environ:
-            self.store = TCPStore(
+            store = TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
                 timeout=datetime.timedelta(seconds=timeout_seconds),
             )  # fmt: skip
+            self.store = PrefixStore(f"longctx/alive/{name}", store)
             self._give_sign(0)  # at once: a rank that stops before its first period is missed as well
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
@@ -55,18 +59,18 @@ class Watch:
             while not self.ended.wait(self.period_s):
                 number += 1
                 self._give_sign(number)
-                found = self.store.get(_key(self.other)).decode() if self.store.check([_key(self.other)]) else ""
+                found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
                 if found != sign or found in ("", LEFT):
                     sign, seen_at = found, time.monotonic()
                 elif time.monotonic() - seen_at > self.silence_s:
                     self._end(sign, time.monotonic() - seen_at)
-            self.store.set(_key(self.rank), LEFT)
+            self.store.set(str(self.rank), LEFT)
         except (DistError, RuntimeError):  # the store is gone, and with it the job
             pass
 
     def _give_sign(self, number: int) -> None:
         assert self.store is not None
-        self.store.set(_key(self.rank), f"{number} {this_machine()} {os.getpid()}")
+        self.store.set(str(self.rank), f"{number} {this_machine()} {os.getpid()}")
 
     def _end(self, sign: str, silent_s: float) -> None:
         _, machine, process = sign.split()
@@ -79,7 +83,3 @@ class Watch:
         if machine == this_machine():  # a stopped process would not end by itself
             os.kill(int(process), signal.SIGKILL)
         os._exit(1)
-
-
-def _key(rank: int) -> str:
-    return f"longctx/alive/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"

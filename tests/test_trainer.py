@@ -508,18 +508,53 @@ def test_a_rank_that_no_longer_runs_ends_the_job(tmp_path, corpus, how):
     assert re.search(rf"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9 \(pid: {process}\)", output)
 
 
+def test_torchrun_restarts_after_a_kill(tmp_path, corpus):
+    """The run goes on from its newest checkpoint by itself, and its losses are those of an undisturbed one."""
+
+    def start(name: str) -> subprocess.Popen:
+        words = [
+            "recipe=gpt_tiny", f"folder={tmp_path}", f"name={name}", "data=prepared", f"data.folder={corpus}",
+            "logging=no_wandb", "data.sequence_length=64", "optim.steps=40", "logging.sample_tokens=0",
+            "model.width=32", "logging.every_steps=1", "parallel.context=2", "checkpoint.every_steps=10",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1", "train.py", *words],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def losses(name: str) -> dict[int, float]:
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        return {int(r["step"]): r["loss/train"] for r in rows if "loss/train" in r}
+
+    assert start("whole").communicate(timeout=120) is not None
+    job = start("killed")
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("step 25/"):
+            break
+    os.kill(next(pid for pid in _children(job.pid) if _environment(pid).get("RANK") == "1"), signal.SIGKILL)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, output
+    assert re.search(r"resumed from .*step_(10|20|30): step (10|20|30), ", output)
+    assert sorted(losses("whole")) == list(range(1, 41))
+    assert losses("killed") == losses("whole")
+    last = read_metrics(tmp_path / "killed" / "metrics.jsonl")[-2]
+    assert last["run/restarts"] == 1
+    assert 1 <= last["run/lost_steps"] <= 30
+
+
 def test_a_rank_gives_a_sign_of_life_at_once(monkeypatch):
     """So that one which stops before its first period is missed, and before the collectives of others time out."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    watch = Watch(rank=1, size=2, timeout_seconds=600)
-    assert store.check(["longctx/alive/0/1"])
-    assert store.get("longctx/alive/0/1").decode().split()[0::2] == ["0", str(os.getpid())]
+    watch = Watch(rank=1, size=2, timeout_seconds=600, name="a")
+    assert store.check(["longctx/alive/a/1"])
+    assert store.get("longctx/alive/a/1").decode().split()[0::2] == ["0", str(os.getpid())]
     assert (watch.period_s, watch.silence_s) == (5, 580)
     watch.stop()
-    assert store.get("longctx/alive/0/1") == b"left"
+    assert store.get("longctx/alive/a/1") == b"left"
 
 
 def _children(parent: int) -> list[int]:
