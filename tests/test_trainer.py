@@ -571,8 +571,8 @@ def test_recall_loss_falls_with_context(tmp_path):
     """A key's first value costs log(values) nats; a model that uses its context pays less at later positions."""
     config = small_config(
         tmp_path, tmp_path, data__source=DataSource.recall, data__folder="", data__sequence_length=128,
-        data__sequences_per_step=16, data__sequences_per_micro_batch=16, data__validation_sequences=32, data__recall__keys=4,
-        data__recall__values=16,
+        data__sequences_per_step=16, data__sequences_per_micro_batch=16, data__validation_sequences=32,
+        data__recall__keys=4, data__recall__values=16,
         model=ModelConfig(vocab_size=20, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128),
         optim__steps=240, optim__lr=1e-2, optim__optimizer=Optimizer.muon, logging__every_steps=50,
     )  # fmt: skip
