@@ -30,9 +30,8 @@ class Watch:
         """
         self.rank, self.other, self.timeout_seconds = rank, (rank + 1) % size, timeout_seconds
         self.period_s = min(5.0, timeout_seconds / 10)
-        self.silence_s = (
-            timeout_seconds - 4 * self.period_s
-        )  # seen up to two periods late; collectives must not be first
+        # it is noticed up to two periods late, and no collective must give up before
+        self.silence_s = timeout_seconds - 4 * self.period_s
         self.ended = threading.Event()
         self.store = None
         if size > 1 and "MASTER_PORT" in os.environ:
