@@ -7,8 +7,9 @@ Each strategy's results are first compared with one GPU's over the whole of a sh
 run without a figure. TFLOP/s are those of one GPU: 4 x head_dim a pair of a query and a key it sees and a head forward,
 2.5 x that backward, shared evenly over the GPUs, in the time of the slowest. `alone`: a rank's rows with all the keys
 they see at hand, `share`: of its rate, both in turns. Times are of several calls in a row, as layers follow each other
-in training.
-GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
+in training. GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
+
+The peers of `context_parallel_peers.py`, where they are installed, in the causal cases.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,7 +27,8 @@ from statistics import median
 import benchmarking
 import torch
 import torch.distributed as dist
-from benchmarking import Row
+from benchmarking import Row, UnservedError
+from context_parallel_peers import IN_ORDER, PEERS, peer
 from torch import Tensor
 
 from longctx.config import Config, ParallelConfig, Strategy
@@ -60,7 +63,9 @@ class Case:
         """(length,): how many keys each token sees."""
         return torch.arange(self.length) - self.starts()[0] + 1
 
-    def split(self, size: int) -> Split:
+    def split(self, size: int, contender: str = "") -> Split:
+        if contender in IN_ORDER:
+            return Split(torch.arange(self.length), size)
         return balanced(self.work(), size) if self.median else zigzag(self.length, size)
 
 
@@ -76,16 +81,27 @@ CASES = [
 PARITY = [Case("parity", 1 << 14), Case("parity, documents", 1 << 14, median=700)]
 
 Attention = Callable[[Tensor, Tensor, Tensor, KeyIntervals], Tensor]
+Call = tuple[Attention, list[Tensor], KeyIntervals]  # and q, k, v and dout of one rank
 STRATEGIES = "ring", "gather", "ulysses", "ulysses_ring"
-CONTENDERS = ["alone", *STRATEGIES, *(f"{name}-messages" for name in STRATEGIES)]
+ALONE = ["alone", "alone-fa4"]
+CONTENDERS = ["alone", *STRATEGIES, *(f"{name}-messages" for name in STRATEGIES), *PEERS]
 
 
-def contender(name: str) -> Attention:
-    """A strategy; of the product, two GPUs trade heads."""
-    strategy, _, form = name.partition("-")
+@contextmanager
+def contender(name: str, case: Case) -> Iterator[Attention]:
+    """A strategy, by its name and possibly its transport, a peer, or no communication."""
+    if name in PEERS and case.median:
+        raise UnservedError("no documents")
     torch.cuda.synchronize()
     dist.barrier()
     transport.forget()
+    with peer(name) if name in PEERS else nullcontext(Attend("auto") if name == "alone" else ours(name)) as attend:
+        yield attend
+
+
+def ours(name: str) -> Attention:
+    """Of the product, two GPUs trade heads."""
+    strategy, _, form = name.partition("-")
     size = dist.get_world_size()
     parallel = ParallelConfig(context=size, strategy=Strategy(strategy), ulysses=2)
     mesh = make_mesh(parallel, size, "cuda")
@@ -112,11 +128,12 @@ def results(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> lis
 
 def check(name: str, case: Case, rank: int, size: int) -> str:
     """Errors against one GPU's results, largest over ranks; ends the run if they are not those of rounding."""
-    device, split = torch.device("cuda"), case.split(size)
+    device, split = torch.device("cuda"), case.split(size, name)
     whole = inputs(case, 1, 0)
     expected = results(Attend("auto"), whole, KeyIntervals.documents(case.starts()).to(device))
     mine = [split.shard(x.detach(), rank).contiguous().requires_grad_(x.requires_grad) for x in whole]
-    found = results(contender(name), mine, split.mask(case.starts(), device))
+    with contender(name, case) as attend:
+        found = results(attend, mine, split.mask(case.starts(), device))
     wanted = [split.shard(x, rank).float() for x in expected]
     errors = torch.stack([(a.float() - b).norm() / b.norm() for a, b in zip(found, wanted, strict=True)])
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
@@ -126,7 +143,7 @@ def check(name: str, case: Case, rank: int, size: int) -> str:
     return shown
 
 
-def alone(case: Case, rank: int, size: int) -> tuple[Attention, list[Tensor], KeyIntervals]:
+def alone(case: Case, rank: int, size: int) -> Call:
     """A rank's rows and all the keys they see, without the others."""
     tensors = inputs(case, size, rank)
     if not case.median:  # the same number of pairs, in a rectangle
@@ -177,33 +194,35 @@ def passes(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> list
 
 def measure(name: str, case: Case, rank: int, size: int, seconds: float) -> Row:
     free = alone(case, rank, size)
-    if name == "alone":
-        attend, tensors, mask = free
-    else:
-        attend, tensors = contender(name), inputs(case, size, rank)
-        mask = case.split(size).mask(case.starts(), torch.device("cuda"))
-    gib = benchmarking.peak_gib(lambda: results(attend, tensors, mask), torch.device("cuda"))
+    with contender(name, case) as attend:
+        if name in ALONE:
+            return timings(case, size, (attend, *free[1:]), free, seconds)
+        mask = case.split(size, name).mask(case.starts(), torch.device("cuda"))
+        return timings(case, size, (attend, inputs(case, size, rank), mask), free, seconds)
+
+
+def timings(case: Case, size: int, mine: Call, free: Call, seconds: float) -> Row:
+    gib = benchmarking.peak_gib(lambda: results(*mine), torch.device("cuda"))
     assert gib is not None
-    if name != "alone":
-        gib += sum(made.shared_bytes() for made in transport.in_use()) / GIB
+    gib += sum(made.shared_bytes() for made in transport.in_use()) / GIB
     tflop = 4 * HEAD_DIM * case.heads * float(case.work().double().sum()) / size / 1e12
     row: Row = {"GiB": gib, "imbalance": imbalance(case.work(), case.split(size))}
-    both = zip(("forward", "backward"), passes(attend, tensors, mask), passes(*free), (1.0, 2.5), strict=True)
-    for which, mine, without, factor in both:
-        ms, share = timed(mine, without, seconds)
+    both = zip(("forward", "backward"), passes(*mine), passes(*free), (1.0, 2.5), strict=True)
+    for which, call, without, factor in both:
+        ms, share = timed(call, without, seconds)
         row |= {f"{which} ms": ms, which: factor * tflop / ms * 1e3, f"{which} share": share}
     return row
 
 
 def trace(name: str, case: Case, rank: int, size: int, folder: Path) -> None:
     """A timeline of one forward and backward pass on rank 0, for Perfetto or chrome://tracing."""
-    attend, tensors = contender(name), inputs(case, size, rank)
-    mask = case.split(size).mask(case.starts(), torch.device("cuda"))
-    results(attend, tensors, mask)
-    dist.barrier()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    tensors, mask = inputs(case, size, rank), case.split(size, name).mask(case.starts(), torch.device("cuda"))
+    with contender(name, case) as attend:
         results(attend, tensors, mask)
-        torch.cuda.synchronize()
+        dist.barrier()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            results(attend, tensors, mask)
+            torch.cuda.synchronize()
     if rank == 0:
         profile.export_chrome_trace(str(folder / f"{name}_{case.name}.json".replace(" ", "_")))
 
@@ -231,23 +250,23 @@ def main() -> None:
             print(message, flush=True)
 
     say("  ".join(f"{name} {value}" for name, value in about.items()))
-    strategies = [name for name in names if name != "alone"]
-    for name in strategies:
-        for case in PARITY:
+    shared = [name for name in names if name not in ALONE]
+    for name in shared:
+        for case in PARITY[: 1 if name in PEERS else None]:
             say(f"{name}, {case.name}: errors of out, dq, dk, dv {check(name, case, rank, size)}")
     rows: list[Row] = []
     for case in cases:
         for name in names:
             try:
                 rows.append({"case": case.name, "contender": name} | measure(name, case, rank, size, arguments.seconds))
-            except torch.OutOfMemoryError:
-                rows.append({"case": case.name, "contender": name, "error": "out of memory"})
+            except (torch.OutOfMemoryError, UnservedError) as error:
+                rows.append({"case": case.name, "contender": name, "error": f"{type(error).__name__}: {error}"})
             say(rows[-1])
             gc.collect()
             torch.cuda.empty_cache()
         if arguments.trace:
             arguments.output.mkdir(parents=True, exist_ok=True)
-            for name in strategies:
+            for name in shared:
                 trace(name, case, rank, size, arguments.output)
     if rank == 0:
         shown = ["forward ms", "backward ms", "forward", "backward", "forward share", "backward share", "GiB"]
