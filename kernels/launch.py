@@ -96,7 +96,6 @@ class AttentionBlocks(NamedTuple):
     stages: int
 
 
-@lru_cache
 def architecture(device: torch.device) -> str:
     """`sm_90`, `sm_80`, `sm_89`, ... or `hip`; `interpreter` where kernels run in numpy."""
     if INTERPRETED:

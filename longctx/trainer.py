@@ -132,6 +132,8 @@ class Trainer:
             )
         )
         self._introduce()
+        if config.checkpoint.asynchronous and config.checkpoint.every_steps:
+            self.checkpoints.prepare(self._state())
 
     def run(self) -> None:
         """Trains to the last step, or until a signal; saves, and shows what came of it."""
@@ -161,7 +163,7 @@ class Trainer:
             if every and self.step % every == 0 and not is_last:
                 self.save(in_background=config.checkpoint.asynchronous)
             if self.checkpoints.has_ended and not self.checkpoints.has_failed:
-                self.metrics.say(f"saved {self.checkpoints.wait()}")
+                self._await_save()
         if config.checkpoint.at_end:
             self.save()
         self.checkpoints.wait()
@@ -301,8 +303,7 @@ class Trainer:
     def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
         started = time.perf_counter()
-        if earlier := self.checkpoints.wait():
-            self.metrics.say(f"saved {earlier}")
+        self._await_save()
         if self.saved_step == self.step:
             return
         facts = {
@@ -322,6 +323,10 @@ class Trainer:
             self.metrics.say(f"saved {self.checkpoints.save(self.step, self._state(), facts)}")
         self.saved_step = self.step
         self.checkpoint_stall_s += time.perf_counter() - started
+
+    def _await_save(self) -> None:
+        if path := self.checkpoints.wait():
+            self.metrics.say(f"saved {path}")
 
     def _state(self) -> dict[str, torch.Tensor]:
         # The parameters as they were handed out at the start: after a forward pass without a backward one, the model's

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from itertools import chain
 from pathlib import Path
 
@@ -18,11 +19,10 @@ import torch
 from distributed import run_on_ranks, started_ranks
 from helpers import TINY
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import runtime
-from longctx.checkpoint import CheckpointError, Checkpoints, read_manifest, state_tensors, verify_files
+from longctx.checkpoint import CheckpointError, Checkpoints, ShardWriter, read_manifest, state_tensors, verify_files
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, UserError
 from longctx.files import sha256, write_manifest
 from longctx.kernels.attention.mask import KeyIntervals
@@ -401,7 +401,7 @@ def saves_of_which_one_fails(rank, folder):
     state["a"].to_local().fill_(7)  # the copy is what counts
     assert checkpoints.wait() == folder / "step_1"
     if rank == 1:
-        HuggingFaceStorageWriter.write_data = full_disk
+        ShardWriter.write_data = full_disk
     checkpoints.save_in_background(2, state, {})
     with pytest.raises(UserError) as caught:
         checkpoints.wait()
@@ -410,6 +410,25 @@ def saves_of_which_one_fails(rank, folder):
     loaded = {"a": torch.zeros(4)}
     checkpoints.load(*newest, loaded)
     return str(caught.value), loaded["a"], sorted(path.name for path in folder.iterdir())
+
+
+def save_large(_rank, folder):
+    """Bytes of Python objects at the peak of a save of 32 MB, and what is read back."""
+    checkpoints = Checkpoints(folder, 2, runtime.start(60))
+    state = {"a": torch.arange(1 << 22, dtype=torch.float32), "b": torch.ones(1 << 22)}
+    tracemalloc.start()
+    path = checkpoints.save(1, state, {})
+    _, peak = tracemalloc.get_traced_memory()
+    loaded = {name: torch.zeros(1 << 22) for name in state}
+    checkpoints.load(path, checkpoints.verify(path), loaded)
+    return peak, all(bool((loaded[name] == state[name]).all()) for name in state)
+
+
+def test_files_are_written_from_the_tensors_memory(tmp_path):
+    """As bytes of Python they would be made twice, and training would stand still meanwhile."""
+    peak, is_equal = run_on_ranks(1, save_large, tmp_path)[0]
+    assert peak < 4e6
+    assert is_equal
 
 
 def full_disk(*_arguments):

@@ -21,10 +21,9 @@ from distributed import run_on_ranks
 from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 from torch.distributed import TCPStore
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from longctx import trainer as trainer_module
-from longctx.checkpoint import Checkpoints, verify_files
+from longctx.checkpoint import Checkpoints, ShardWriter, verify_files
 from longctx.config import (
     AttentionImplementation,
     ComputeDtype,
@@ -286,7 +285,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, corpu
 
 def steps_while_saving(rank, config, fails):
     """Saves that take a second, or fail on rank 1: the last step, the message, seconds stalled, checkpoints."""
-    write_data = HuggingFaceStorageWriter.write_data
+    write_data = ShardWriter.write_data
 
     def slowly(*arguments):
         time.sleep(1)
@@ -296,7 +295,7 @@ def steps_while_saving(rank, config, fails):
 
     with trainer_of(config) as trainer:
         trainer.train_step()  # its buffers are made
-        HuggingFaceStorageWriter.write_data = slowly
+        ShardWriter.write_data = slowly
         message = ""
         try:
             trainer.run()

@@ -91,7 +91,9 @@ class _Gather(torch.autograd.Function):
         here = torch.stack([k, v])
         gathered = here.new_empty(2 * size, *here.shape[1:])
         dist.all_gather_into_tensor(gathered, here)
-        chunks = gathered.unflatten(0, (size, 2)).unflatten(3, (2, chunk))[_chunk_owners(size)]  # (chunk, k or v, batch, token, head, dim)
+        chunks = gathered.unflatten(0, (size, 2)).unflatten(3, (2, chunk))[
+            _chunk_owners(size)
+        ]  # (chunk, k or v, batch, token, head, dim)
         keys, values = chunks.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)
         ctx.ends = [(i + 1) * chunk for i in _chunks(dist.get_rank(), size)]
         parts = [
