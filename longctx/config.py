@@ -259,6 +259,7 @@ class LoggingConfig:
     wandb_project: str = "longctx"
     wandb_timeout_seconds: int = 20  # a server that has not answered by then is left alone
     peak_tflops: float | None = None  # of one device, for MFU; null: known for common GPUs
+    trace_step: int = 0  # number of a step whose timeline rank 0 writes into the run's folder; 0: none
     sample_prompts: list[str] = field(default_factory=lambda: ["import", "class Tensor", "def __init__(self"])
     sample_tokens: int = 64  # generated after each prompt at the end; 0: none
 
@@ -316,7 +317,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions", "model.rotary.longest",
     "data.validation_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip_norm",
-    "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_tokens", "seed",
+    "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_tokens",
+    "logging.trace_step", "seed",
 )  # fmt: skip
 _FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum")

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import uuid
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
 from longctx.runtime import Runtime, StopSignals
+from longctx.trace import traced
 from longctx.watch import Watch
 
 GIB = 2.0**30
@@ -140,7 +142,9 @@ class Trainer:
         config = self.config
         started, first_step = time.perf_counter(), self.step
         while self.step < config.optim.steps:
-            values, stop = self.train_step()
+            is_traced = self.runtime.is_main and self.step + 1 == config.logging.trace_step
+            with traced(config.run_folder, self.step + 1, self.runtime.device) if is_traced else nullcontext():
+                values, stop = self.train_step()
             values["time/left_s"] = (
                 (config.optim.steps - self.step) * (time.perf_counter() - started) / (self.step - first_step)
             )

@@ -66,7 +66,7 @@ def _ring_flash_attn() -> Iterator[Attention]:
     found = importlib.util.find_spec("ring_flash_attn")
     if found is None:
         raise ModuleNotFoundError("ring-flash-attn is not installed")
-    package.__path__ = found.submodule_search_locations
+    package.__path__, package.__spec__ = found.submodule_search_locations, found
     sys.modules["ring_flash_attn"] = package
     from ring_flash_attn.zigzag_ring_flash_attn import (  # pyright: ignore[reportMissingImports]
         zigzag_ring_flash_attn_func,
