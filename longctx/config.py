@@ -187,6 +187,7 @@ class DataConfig:
     # tokens with or without, so that a short start costs neither order nor batch size
     curriculum: dict[int, int] = field(default_factory=dict)
     validation_sequences: int = 16
+    recall_sequences: int = 4  # of validation: synthetic ones that ask over which distances the model recalls
     check_hashes: bool = False  # read every shard in full at start and compare its sha256 with the manifest
     recall: RecallConfig = field(default_factory=RecallConfig)
 
@@ -316,9 +317,9 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions", "model.rotary.longest",
-    "data.validation_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.clip_norm",
-    "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps", "logging.sample_tokens",
-    "logging.trace_step", "seed",
+    "data.validation_sequences", "data.recall_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay",
+    "optim.clip_norm", "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps",
+    "logging.sample_tokens", "logging.trace_step", "seed",
 )  # fmt: skip
 _FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum")

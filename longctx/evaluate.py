@@ -1,8 +1,9 @@
-"""Looking at a model: validation loss, loss by position in the document, and samples of text."""
+"""Looking at a model: validation loss, loss by position in the document, recall by distance, and samples of text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longctx.data.loader import Batch, Source, collate
-from longctx.data.packing import IGNORE_INDEX
+from longctx.data.loader import Batch, Probes, Source, collate
+from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.kernels.attention.mask import KeyIntervals, to_device
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import Split, zigzag
@@ -36,6 +37,48 @@ class Held(NamedTuple):
         return Held(tokens, positions, split.mask(batch.document_start, device), targets)
 
 
+class Losses(NamedTuple):
+    """Of the targets that this rank holds of one sequence: number `number`, and what else is known of them."""
+
+    number: int
+    held: Held
+    split: Split
+    is_target: Tensor  # (1, held tokens)
+    nats: Tensor  # (targets,) float64
+
+
+def losses_of(
+    model: nn.Module, sequence: Callable[[int], Sequence], sequences: int, mesh: Mesh, device: torch.device
+) -> Iterator[Losses]:
+    """Of the first `sequences`, each once over all ranks; all ranks run alike, so that collectives meet."""
+    for first in range(0, sequences, mesh.readers):
+        number = first + mesh.reader
+        batch = collate([sequence(number)])
+        split = zigzag(batch.tokens.shape[1], mesh.size("context"))
+        held = Held.of(batch, split, mesh, device)
+        is_target = (held.targets != IGNORE_INDEX) & (number < sequences)
+        yield Losses(number, held, split, is_target, model(*held)[is_target].double())
+
+
+class ByOctave:
+    """Means of values by an integer of at least 1: 1, 2-3, 4-7, ..."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=device)  # values, then how many
+
+    def add(self, values: Tensor, at: Tensor) -> None:
+        """values (n,) float64, at (n,) integers."""
+        bucket = at.double().log2().floor().long()
+        self.sums[0].index_add_(0, bucket, values)
+        self.sums[1].index_add_(0, bucket, torch.ones_like(values))
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """`prefix` + 2^k -> mean over 2^k to 2^(k+1) - 1, over all ranks."""
+        dist.all_reduce(self.sums)
+        pairs = zip(*self.sums.tolist(), strict=True)
+        return {f"{prefix}{2**k}": total / count for k, (total, count) in enumerate(pairs) if count}
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module, source: Source, sequences: int, mesh: Mesh, device: torch.device, token_bytes: np.ndarray | None
@@ -46,30 +89,38 @@ def validate(
     gets the same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
     """
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
-    sums = torch.zeros(3 + 2 * BUCKETS, dtype=torch.float64, device=device)  # nats, tokens, bytes, then by position
-    for first in range(0, sequences, mesh.readers):  # all ranks run alike, so that collectives meet
-        batch = collate([source.sequence(first + mesh.reader)])
-        split = zigzag(batch.tokens.shape[1], mesh.size("context"))
-        held = Held.of(batch, split, mesh, device)
-        valid = (held.targets != IGNORE_INDEX) & (first + mesh.reader < sequences)
-        losses, positions, targets = model(*held)[valid].double(), held.positions[valid], held.targets[valid]
-        bucket = (positions + 1).double().log2().floor().long()
-        sums[0] += losses.sum()
-        sums[1] += len(losses)
-        sums[2] += 0 if bytes_of is None else bytes_of[targets].sum()
-        sums[3 : 3 + BUCKETS].index_add_(0, bucket, losses)
-        sums[3 + BUCKETS :].index_add_(0, bucket, torch.ones_like(losses))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    by_position = ByOctave(device)
+    for found in losses_of(model, source.sequence, sequences, mesh, device):
+        sums[0] += found.nats.sum()
+        sums[1] += len(found.nats)
+        sums[2] += 0 if bytes_of is None else bytes_of[found.held.targets[found.is_target]].sum()
+        by_position.add(found.nats, found.held.positions[found.is_target] + 1)
     dist.all_reduce(sums)
-    nats, tokens, text_bytes, *by_position = sums.tolist()
+    nats, tokens, text_bytes = sums.tolist()
+    positions = by_position.means("loss/pos/")
     if tokens == 0:
         return {}
     results = {"loss/val": nats / tokens}
     if text_bytes:
         results["loss/val_bits_per_byte"] = nats / math.log(2) / text_bytes
-    for index, (total, count) in enumerate(zip(by_position[:BUCKETS], by_position[BUCKETS:], strict=True)):
-        if count:
-            results[f"loss/pos/{2**index}"] = total / count
-    return results
+    return results | positions
+
+
+@torch.no_grad()
+def recall(model: nn.Module, probes: Probes, sequences: int, mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """`recall/<2^k>`: share of the tokens recalled that can be read off 2^k to 2^(k+1) - 1 tokens before them.
+
+    Recalled is a token to which the model gives more probability than to all others together. Every rank gets the same
+    numbers, whatever the layout.
+    """
+    by_distance = ByOctave(device)
+    for found in losses_of(model, lambda number: probes.probe(number).sequence, sequences, mesh, device):
+        distances = torch.from_numpy(probes.probe(found.number).distance).unsqueeze(0)
+        distance = found.split.shard(distances, mesh.rank("context")).to(device)[found.is_target]
+        is_asked = distance > 0
+        by_distance.add((found.nats < math.log(2)).double()[is_asked], distance[is_asked])
+    return by_distance.means("recall/")
 
 
 @torch.no_grad()

@@ -34,7 +34,20 @@ def write_report(folder: Path, name: str, configuration: str, samples: list[str]
         last |= row
     figures = [
         _figure("Loss over tokens", lambda axes: _loss(axes, rows), any("loss/train" in r for r in rows)),
-        _figure("Validation loss by position", lambda axes: _by_position(axes, rows), any(_positions(r) for r in rows)),
+        *(
+            _figure(
+                title, lambda axes, of=(key, x, y): _by_octave(axes, rows, *of), any(_octaves(r, key) for r in rows)
+            )
+            for title, key, x, y in (
+                (
+                    "Validation loss by position",
+                    "loss/pos/",
+                    "tokens of the document before the target",
+                    "nats a token",
+                ),
+                ("Recall by distance", "recall/", "tokens back to where it can be read off", "share recalled"),
+            )
+        ),
         *(
             _figure(title, lambda axes, key=key, unit=unit: _over_steps(axes, rows, key, unit), key in last)
             for title, key, unit in (
@@ -85,17 +98,17 @@ def _loss(axes: Axes, rows: list[dict[str, float]]) -> None:
     axes.legend()
 
 
-def _positions(row: dict[str, float]) -> list[tuple[int, float]]:
-    return [(int(key.removeprefix("loss/pos/")), value) for key, value in row.items() if key.startswith("loss/pos/")]
+def _octaves(row: dict[str, float], prefix: str) -> list[tuple[int, float]]:
+    return [(int(key.removeprefix(prefix)), value) for key, value in row.items() if key.startswith(prefix)]
 
 
-def _by_position(axes: Axes, rows: list[dict[str, float]]) -> None:
-    validations = [row for row in rows if _positions(row)]
+def _by_octave(axes: Axes, rows: list[dict[str, float]], prefix: str, x: str, y: str) -> None:
+    validations = [row for row in rows if _octaves(row, prefix)]
     for row in validations[-4:]:
-        axes.plot(*zip(*_positions(row), strict=True), marker="o", markersize=3, label=f"step {row['step']}")
+        axes.plot(*zip(*_octaves(row, prefix), strict=True), marker="o", markersize=3, label=f"step {row['step']}")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of the document before the target")
-    axes.set_ylabel("nats a token")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.legend()
 
 

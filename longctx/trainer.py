@@ -23,12 +23,12 @@ from longctx import runtime as runtime_module
 from longctx.checkpoint import Checkpoints, state_tensors
 from longctx.config import Config, DataSource, UserError, attention_span, check
 from longctx.data import builtin
-from longctx.data.loader import Batch, Loader, RecallStream, Source
+from longctx.data.loader import Batch, Copies, Loader, Probes, RecallStream, Source
 from longctx.data.mixture import ChainedTokens, Mixture
 from longctx.data.other_formats import open_corpus
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError
-from longctx.evaluate import Held, generate, validate
+from longctx.evaluate import Held, generate, recall, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
@@ -99,6 +99,7 @@ class Trainer:
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
+        self.probes = probes(config, self.tokens)
         compute = getattr(torch, config.precision.compute)
         self.attention = attention_implementation(config.model, runtime.device, compute)
         self.fused_ops = fused_implementation(config.model, runtime.device, compute)
@@ -294,7 +295,9 @@ class Trainer:
         if not self.validation:
             return {}
         bytes_of = self.tokens.token_bytes if self.tokens else None
-        results = validate(self.model, self.validation, self.validation.size, self.mesh, self.runtime.device, bytes_of)
+        device = self.runtime.device
+        results = validate(self.model, self.validation, self.validation.size, self.mesh, device, bytes_of)
+        results |= recall(self.model, self.probes, self.config.data.recall_sequences, self.mesh, device)
         self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
         for transport in transports_in_use():
             transport.take_waited_s()  # which no training step has waited
@@ -505,6 +508,14 @@ def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) 
     for problem in problems:
         runtime.say(f"no validation: {problem}")
     return source
+
+
+def probes(config: Config, tokens: Mixture | None) -> Probes:
+    """What asks the model over which distances it recalls: the stream it is trained on, or random copies."""
+    if tokens is None:
+        return RecallStream(config.data, config.seed + 2)
+    bytes_of = tokens.token_bytes
+    return Copies(config.data, config.model.vocab_size if bytes_of is None else len(bytes_of), config.seed)
 
 
 def resume_command(config: Config, overrides: list[str], world_size: int, is_complete: bool) -> str:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from longctx.config import DataConfig
 from longctx.data import builtin
-from longctx.data.loader import Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
+from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Document, find_pieces
@@ -260,6 +260,35 @@ def test_recall_stream():
     assert len({(k, v) for k, v in zip(keys, values, strict=True)}) == len(set(keys)) <= data.recall.keys
     assert (sequence.targets[1::2] == IGNORE_INDEX).all()
     assert keys.max() < data.recall.keys <= values.min()
+
+
+def test_distances_of_recall():
+    stream = RecallStream(DataConfig(sequence_length=200), seed=3)
+    sequence, distance = stream.probe(5)
+    last: dict[int, int] = {}
+    for place, (key, target) in enumerate(zip(sequence.tokens, sequence.targets, strict=True)):
+        expected = 0
+        if target != IGNORE_INDEX:
+            expected = place - last.get(key, place)
+            last[key] = place
+        assert distance[place] == expected
+
+
+@given(length=st.integers(1, 3000), vocab_size=st.integers(2, 50000), number=st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_copies_can_be_read_off(length, vocab_size, number):
+    data = DataConfig(sequence_length=length)
+    sequence, distance = Copies(data, vocab_size, seed=1).probe(number)
+    asked = np.flatnonzero(distance)
+    assert np.array_equal(asked, np.flatnonzero(sequence.targets != IGNORE_INDEX))
+    assert np.array_equal(sequence.tokens[asked + 1 - distance[asked]], sequence.targets[asked])
+    assert sequence.tokens.max() < vocab_size
+    far, counts = np.unique(distance[asked], return_counts=True)
+    assert set(counts) <= {24}
+    assert set(far) <= {2**k for k in range(5, 12)}
+    assert bool(len(far)) == (length >= 63)
+    assert length < 1000 or {32, 64, 128} <= set(far)
+    assert np.array_equal(Copies(data, vocab_size, seed=1).probe(number).sequence.tokens, sequence.tokens)
 
 
 def test_builtin_packages():

@@ -9,9 +9,10 @@ import torch
 from distributed import run_on_ranks
 from helpers import small_config, trainer_of
 
-from longctx.config import ParallelConfig
+from longctx.config import DataConfig, ParallelConfig
+from longctx.data.loader import Copies
 from longctx.data.packing import IGNORE_INDEX
-from longctx.evaluate import generate
+from longctx.evaluate import generate, recall
 
 
 def look(_rank, config):
@@ -33,6 +34,7 @@ def test_layouts_agree(tmp_path, corpus):
         config.folder, config.parallel = str(tmp_path / f"{ranks}{parallel.context}"), parallel
         for results, other_words in run_on_ranks(ranks, look, config):
             assert results == pytest.approx(single, rel=1e-5)
+            assert results["recall/32"] == single["recall/32"]
             assert other_words == words
 
 
@@ -57,6 +59,28 @@ def test_validation_by_hand(tmp_path, corpus):
     assert results["loss/val"] == pytest.approx(nats / tokens, rel=1e-6)
     assert results["loss/val_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
     assert results["loss/pos/1"] == pytest.approx(sum(first) / len(first), rel=1e-6)
+
+
+class RecallsUpTo(torch.nn.Module):
+    """Knows a token that was seen at most `far` tokens before it, and no other."""
+
+    def __init__(self, far):
+        super().__init__()
+        self.far = far
+
+    def forward(self, tokens, _positions, _mask, targets):
+        index = torch.arange(tokens.shape[1])
+        distance = index.unsqueeze(1) + 1 - index  # of a target to a token
+        is_there = (targets[0].unsqueeze(1) == tokens) & (distance > 0) & (distance <= self.far)
+        return torch.where(is_there.any(1), 0.69, 0.70).unsqueeze(0)  # log 2 = 0.693
+
+
+def test_recall_by_distance(tmp_path, corpus):
+    probes = Copies(DataConfig(sequence_length=1024), 1 << 30, seed=1)
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        found = recall(RecallsUpTo(200), probes, 3, trainer.mesh, torch.device("cpu"))
+        assert found == {"recall/32": 1.0, "recall/64": 1.0, "recall/128": 1.0, "recall/256": 0.0, "recall/512": 0.0}
+        assert recall(RecallsUpTo(200), probes, 0, trainer.mesh, torch.device("cpu")) == {}
 
 
 def test_samples_stay_inside_the_tokenizer(tmp_path, corpus):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -76,7 +77,7 @@ def test_training_on_fused_ops(tmp_path, corpus):
 def test_a_whole_run(tmp_path, corpus, capsys):
     config = small_config(
         tmp_path, corpus, logging__validate_every_steps=4, checkpoint__every_steps=4, logging__sample_tokens=5,
-        logging__peak_tflops=1.0,
+        logging__peak_tflops=1.0, logging__trace_step=6,
     )  # fmt: skip
     train(config, "seed: 0", ["recipe=gpt_tiny", "optim.lr=3e-3"])
     out = capsys.readouterr().out
@@ -99,9 +100,11 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     validations = [row for row in rows if "loss/val" in row]
     assert [row["step"] for row in validations] == [4, 8]
     assert "loss/val_bits_per_byte" in validations[0]
-    assert {"loss/pos/1", "loss/pos/16"} <= set(validations[0])
+    assert {"loss/pos/1", "loss/pos/16", "recall/32"} <= set(validations[0])
     report = (tmp_path / "test" / "report.html").read_text()
-    assert report.count("<svg") == 7
+    assert report.count("<svg") == 8
+    assert "_backward" in (tmp_path / "test" / "trace_step_6.txt").read_text()
+    assert json.loads(gzip.decompress((tmp_path / "test" / "trace_step_6.json.gz").read_bytes()))["traceEvents"]
     assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
     assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest"}
 
@@ -579,3 +582,4 @@ def test_recall_loss_falls_with_context(tmp_path):
     last = [r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/val" in r][-1]
     assert last["loss/pos/1"] > 0.8 * math.log(16)
     assert last["loss/pos/64"] < 0.1
+    assert min(last[f"recall/{distance}"] for distance in (2, 4, 8)) > 0.95

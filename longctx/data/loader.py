@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longctx.config import DataConfig
 from longctx.data.packing import Sequence, cut_attention, pack
-from longctx.data.recall import recall_sequence
+from longctx.data.recall import Probe, copies_probe, recall_probe, recall_sequence
 from longctx.data.tokens import DataError, TokenSplit
 
 
@@ -37,6 +37,12 @@ class Source(Protocol):
     """Something that has sequence number 0, 1, 2 ... for as long as one asks."""
 
     def sequence(self, number: int) -> Sequence: ...
+
+
+class Probes(Protocol):
+    """The same of sequences that ask what a model recalls."""
+
+    def probe(self, number: int) -> Probe: ...
 
 
 def shuffled(number: int, size: int, seed: int, epoch: int) -> int:
@@ -107,6 +113,19 @@ class RecallStream:
     def sequence(self, number: int) -> Sequence:
         recall = self.data.recall
         return recall_sequence(number, self.data.sequence_length, recall.keys, recall.values, self.seed)
+
+    def probe(self, number: int) -> Probe:
+        return recall_probe(self.sequence(number))
+
+
+class Copies:
+    """Endless random ids with runs that come back, to ask a model that was trained on text; see `recall.py`."""
+
+    def __init__(self, data: DataConfig, vocab_size: int, seed: int) -> None:
+        self.length, self.vocab_size, self.seed = data.sequence_length, vocab_size, seed
+
+    def probe(self, number: int) -> Probe:
+        return copies_probe(number, self.length, self.vocab_size, self.seed)
 
 
 class Loader:
