@@ -9,6 +9,7 @@ kept: initial values, data order and samples are pure functions of the seed and 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import uuid
@@ -34,6 +35,7 @@ from longctx.runtime import Runtime
 
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
+BEST_BY = "loss/val"  # fact of a checkpoint
 
 
 class CheckpointError(UserError):
@@ -198,17 +200,21 @@ class Checkpoints:
             _set_aside(target)
         work.rename(target)
         sync(self.folder)
-        self._point_latest_to(target)
-        for old in list_checkpoints(self.folder)[: -self.keep]:
-            if old != target:
+        self._point("latest", target)
+        committed = list_checkpoints(self.folder)
+        best = best_of(committed)
+        if best:
+            self._point("best", best)
+        for old in committed[: -self.keep]:
+            if old not in (target, best):
                 shutil.rmtree(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _point_latest_to(self, target: Path) -> None:
-        link = self.folder / f"latest.{uuid.uuid4().hex[:8]}"
+    def _point(self, name: str, target: Path) -> None:
+        link = self.folder / f"{name}.{uuid.uuid4().hex[:8]}"
         link.symlink_to(target.name)
-        link.replace(self.folder / "latest")
+        link.replace(self.folder / name)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -271,6 +277,17 @@ class ShardWriter(HuggingFaceStorageWriter):
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files
         return done
+
+
+def best_of(paths: list[Path]) -> Path | None:
+    """The one of the lowest validation loss, of those saved in a step that was validated; None if none was."""
+    losses = {}
+    for path in paths:
+        try:
+            losses[path] = read_manifest(path)["facts"].get(BEST_BY, math.inf)
+        except CheckpointError:  # which is for those to say who want to read it
+            continue
+    return min((path for path, loss in losses.items() if loss < math.inf), key=losses.__getitem__, default=None)
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:

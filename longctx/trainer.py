@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from longctx import runtime as runtime_module
-from longctx.checkpoint import Checkpoints, state_tensors
+from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
 from longctx.config import Config, DataSource, UserError, attention_span, check
 from longctx.data import builtin
 from longctx.data.loader import Batch, Copies, Loader, Probes, RecallStream, Source
@@ -42,6 +43,7 @@ from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
 from longctx.runtime import Runtime, StopSignals
+from longctx.straggler import compare_ranks
 from longctx.trace import traced
 from longctx.watch import Watch
 
@@ -59,7 +61,7 @@ def train(config: Config, as_written: str, overrides: list[str]) -> bool:
     watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
     try:
         with StopSignals() as stop:
-            trainer = Trainer(config, as_written, overrides, runtime, stop)
+            trainer = Trainer(config, as_written, overrides, runtime, stop, watch.gets_on)
             try:
                 trainer.run()
             finally:
@@ -87,10 +89,12 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(
-        self, config: Config, as_written: str, overrides: list[str], runtime: Runtime, stop: StopSignals
-    ) -> None:
+        self, config: Config, as_written: str, overrides: list[str], runtime: Runtime, stop: StopSignals,
+        gets_on: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`gets_on` is called after each step."""
         self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
-        self.stop, self.is_stopped = stop, False
+        self.stop, self.is_stopped, self.gets_on = stop, False, gets_on
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
         folder = config.run_folder
         runtime.on_main(lambda: _make_run_folder(folder))
@@ -116,6 +120,7 @@ class Trainer:
         self.trained_s = 0.0  # in steps that counted, over all starts of the run
         self.checkpoint_stall_s = 0.0
         self.saved_step: int | None = None
+        self.validated: tuple[int, float] | None = None  # step, and loss there
         self.origin: str | None = None  # the checkpoint of which this run is a branch
         is_known_layout = self._resume()
         if self.step == 0 and config.model.init_from:
@@ -146,6 +151,7 @@ class Trainer:
             is_traced = self.runtime.is_main and self.step + 1 == config.logging.trace_step
             with traced(config.run_folder, self.step + 1, self.runtime.device) if is_traced else nullcontext():
                 values, stop = self.train_step()
+            self.gets_on()
             values["time/left_s"] = (
                 (config.optim.steps - self.step) * (time.perf_counter() - started) / (self.step - first_step)
             )
@@ -169,10 +175,11 @@ class Trainer:
                 self.save(in_background=config.checkpoint.asynchronous)
             if self.checkpoints.has_ended and not self.checkpoints.has_failed:
                 self._await_save()
+        results = {} if self.is_stopped else self.validate()
         if config.checkpoint.at_end:
             self.save()
         self.checkpoints.wait()
-        self._finish()
+        self._finish(results)
 
     def train_step(self) -> tuple[dict[str, float], int]:
         """One step: fetch, forward, backward, clip, update. Returns its metrics and the signal that asks to stop."""
@@ -297,14 +304,22 @@ class Trainer:
         bytes_of = self.tokens.token_bytes if self.tokens else None
         device = self.runtime.device
         results = validate(self.model, self.validation, self.validation.size, self.mesh, device, bytes_of)
+        if not results:
+            return {}
         results |= recall(self.model, self.probes, self.config.data.recall_sequences, self.mesh, device)
+        if self.runtime.world_size > 1:
+            speeds, message = compare_ranks(self.runtime)
+            results |= speeds
+            if message:
+                self.metrics.say(message)
         self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
         for transport in transports_in_use():
             transport.take_waited_s()  # which no training step has waited
-        if results:
-            bits = results.get("loss/val_bits_per_byte")
-            more = f", {bits:.4f} bits a byte" if bits else ""
-            self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")
+        bits = results.get("loss/val_bits_per_byte")
+        more = f", {bits:.4f} bits a byte" if bits else ""
+        self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")
+        self.validated = self.step, results["loss/val"]
+        self.gets_on()
         return results
 
     def save(self, in_background: bool = False) -> None:
@@ -320,6 +335,7 @@ class Trainer:
             "trained_s": self.trained_s,
             "data": self._data_order(),
             "resumed_from": self.origin,
+            **({BEST_BY: self.validated[1]} if self.validated and self.validated[0] == self.step else {}),
             **self._layout(),
             "torch": torch.__version__,
             "configuration": self.as_written,
@@ -426,12 +442,11 @@ class Trainer:
         how = ", ".join(sorted({transport.description for transport in transports_in_use()}))
         return f"context: {self.context.strategy} ({self.context.why}) by {how}\n"
 
-    def _finish(self) -> None:
-        """Validation and samples, unless a signal has stopped the run; the report; where it is and how to go on."""
+    def _finish(self, results: dict[str, float]) -> None:
+        """Samples, unless a signal has stopped the run; the report; where it is and how to go on."""
         from longctx.report import write_report
 
         is_complete = self.step >= self.config.optim.steps
-        results = self.validate() if is_complete else {}
         samples = self._samples() if is_complete else []
         if not self.runtime.is_main:
             return

@@ -1,7 +1,9 @@
-"""Ranks that no longer run: a process that was stopped, or whose machine is gone, would leave the others waiting.
+"""Ranks that no longer run or no longer get on, and would leave the others waiting.
 
 Each rank gives a sign of life in the store of the job every few seconds, from a thread of its own, and looks for that
-of the rank after it. A rank without one for as long as a collective may take is named, and the job ends.
+of the rank after it. A rank without one for as long as a collective may take (its process was stopped, its machine is
+gone) is named, and the job ends. Where all run and none gets on, each tells where it stands in the program, before its
+collectives give up: the rank that stands where no other does is the one they wait for.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
@@ -33,6 +36,7 @@ class Watch:
         # it is noticed up to two periods late, and no collective must give up before
         self.silence_s = timeout_seconds - 4 * self.period_s
         self.ended = threading.Event()
+        self.size, self.got_on_at = size, time.monotonic()
         self.store = None
         if size > 1 and "MASTER_PORT" in os.environ:
             store = TCPStore(
@@ -44,6 +48,10 @@ class Watch:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
 
+    def gets_on(self) -> None:
+        """To be called now and then by the main thread."""
+        self.got_on_at = time.monotonic()
+
     def stop(self) -> None:
         """This rank is done: from now on nobody misses it."""
         if self.store is None:
@@ -53,11 +61,14 @@ class Watch:
 
     def _run(self) -> None:
         assert self.store is not None
-        sign, seen_at, number = "", time.monotonic(), 0
+        sign, seen_at, number, shown_at = "", time.monotonic(), 0, 0.0
         try:
             while not self.ended.wait(self.period_s):
                 number += 1
                 self._give_sign(number)
+                if shown_at < self.got_on_at < time.monotonic() - self.silence_s:
+                    shown_at = time.monotonic()
+                    self._show_where_ranks_stand()
                 found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
                 if found != sign or found in ("", LEFT):
                     sign, seen_at = found, time.monotonic()
@@ -71,6 +82,20 @@ class Watch:
         assert self.store is not None
         self.store.set(str(self.rank), f"{number} {this_machine()} {os.getpid()}")
 
+    def _show_where_ranks_stand(self) -> None:
+        assert self.store is not None
+        self.store.set(f"stack/{self.rank}", main_stack())
+        if self.rank:
+            return
+        self.ended.wait(1.5 * self.period_s)  # others may notice a period later
+        keys = {rank: f"stack/{rank}" for rank in range(self.size)}
+        stacks = {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
+        seconds = time.monotonic() - self.got_on_at
+        print(
+            f"no step for {seconds:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g})\n" + comparison(stacks),
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
     def _end(self, sign: str, silent_s: float) -> None:
         _, machine, process = sign.split()
         print(
@@ -82,3 +107,21 @@ class Watch:
         if machine == this_machine():  # a stopped process would not end by itself
             os.kill(int(process), signal.SIGKILL)
         os._exit(1)
+
+
+def main_stack() -> str:
+    """Where this process's main thread stands, the innermost call last."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return "".join(traceback.format_stack(frame))
+
+
+def comparison(stacks: dict[int, str]) -> str:
+    """Says which ranks stand where, those that are alone first. "": that rank gets on, or did not answer."""
+    together: dict[str, list[int]] = {}
+    for rank, stack in stacks.items():
+        together.setdefault(stack, []).append(rank)
+    groups = sorted(together.items(), key=lambda group: len(group[1]))
+    text = [f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}:\n{s or '  no answer'}" for s, r in groups]
+    if len(groups) > 1 and len(groups[0][1]) < len(groups[1][1]):
+        text.insert(0, f"the others seem to wait for rank {', '.join(map(str, groups[0][1]))}")
+    return "\n".join(text)

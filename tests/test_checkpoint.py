@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle  # noqa: TID251  to show that none is read
 import random
@@ -258,15 +259,16 @@ def test_steps_after_the_one_resumed_from_are_set_aside(tmp_path):
     assert len(list(tmp_path.glob("abandoned_step_200_*"))) == 1
 
 
-def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, code):
     checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
     checkpoints.save(1, {"a": torch.ones(4)}, {})
 
-    def full_disk(*_arguments):
-        raise OSError(28, "No space left on device")
+    def fails(*_arguments):
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("longctx.checkpoint._write", full_disk)
-    with pytest.raises(UserError, match="No space left on device"):
+    monkeypatch.setattr("longctx.checkpoint._write", fails)
+    with pytest.raises(UserError, match=os.strerror(code)):
         checkpoints.save(2, {"a": torch.ones(4)}, {})
     newest = checkpoints.newest()
     assert newest is not None
@@ -410,6 +412,22 @@ def saves_of_which_one_fails(rank, folder):
     loaded = {"a": torch.zeros(4)}
     checkpoints.load(*newest, loaded)
     return str(caught.value), loaded["a"], sorted(path.name for path in folder.iterdir())
+
+
+def save_with_losses(_rank, folder):
+    checkpoints = Checkpoints(folder, 1, runtime.start(60))
+    links = []
+    for step, loss in enumerate((None, 3.0, 2.0, 4.0, None, 1.5)):
+        checkpoints.save(step, {"a": torch.ones(4)}, {} if loss is None else {"loss/val": loss})
+        links.append((folder / "best").resolve().name if (folder / "best").exists() else None)
+    return links, sorted(path.name for path in folder.iterdir())
+
+
+def test_the_best_stays(tmp_path):
+    """Of one that keeps a single checkpoint, the newest and the best."""
+    links, names = run_on_ranks(1, save_with_losses, tmp_path)[0]
+    assert links == [None, "step_1", "step_2", "step_2", "step_2", "step_5"]
+    assert names == ["best", "latest", "step_5"]
 
 
 def save_large(_rank, folder):

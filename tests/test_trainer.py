@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from helpers import losses_of, small_config, trainer_of
 from safetensors import safe_open
 from torch.distributed import TCPStore
 
+from longctx import runtime, straggler
 from longctx import trainer as trainer_module
 from longctx.checkpoint import Checkpoints, ShardWriter, verify_files
 from longctx.config import (
@@ -106,7 +108,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert "_backward" in (tmp_path / "test" / "trace_step_6.txt").read_text()
     assert json.loads(gzip.decompress((tmp_path / "test" / "trace_step_6.json.gz").read_bytes()))["traceEvents"]
     assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
-    assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest"}
+    assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest", "best"}
 
 
 def run_steps(_rank, config, steps):
@@ -231,6 +233,46 @@ def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
     names = sorted(p.name for p in start.parent.iterdir())
     assert [n.rsplit("_", 1)[0] for n in names if n.startswith("abandoned")] == ["abandoned_step_4"]
     assert {"step_2", "step_3"} <= set(names)
+
+
+def sequences_and_losses(rank, config, steps):
+    """Numbers of the sequences that this rank reads in each step, and the loss; saved at the end."""
+    with trainer_of(config) as trainer:
+        read: list[int] = []
+        source = trainer.loader.source
+        trainer.loader.source = SimpleNamespace(sequence=lambda number: read.append(number) or source.sequence(number))
+        found = []
+        for _ in range(steps):
+            read.clear()
+            loss = trainer.train_step()[0]["loss/train"]
+            found.append((trainer.mesh.reader, tuple(read), loss))
+        trainer.save()
+        return found
+
+
+def test_another_layout_after_each_resume(tmp_path, corpus):
+    """shard 4, then shard 2 x context 2, then context 4, then one process: the same sequences, and the same losses."""
+    config = small_config(tmp_path / "whole", corpus, optim__steps=12)
+    whole = run_on_ranks(1, sequences_and_losses, config, 12)[0]
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    losses, numbers = [], []
+    for parallel, ranks in (
+        (ParallelConfig(), 4),
+        (ParallelConfig(context=2), 4),
+        (ParallelConfig(context=4), 4),
+        (ParallelConfig(), 1),
+    ):
+        config.parallel = parallel
+        of_ranks = run_on_ranks(ranks, sequences_and_losses, config, 3)
+        for step in zip(*of_ranks, strict=True):
+            assert len({loss for _, _, loss in step}) == 1
+            losses.append(step[0][2])
+            readers = {reader: read for reader, read, _ in step}  # ranks of a context axis read the same
+            assert all(readers[reader] == read for reader, read, _ in step)
+            numbers.append(sorted(number for read in readers.values() for number in read))
+    assert numbers == [list(range(4 * step, 4 * step + 4)) for step in range(12)]
+    assert numbers == [sorted(read) for _, read, _ in whole]
+    assert losses == pytest.approx([loss for *_, loss in whole], rel=1e-6)
 
 
 def test_metrics_of_steps_taken_again_are_dropped(tmp_path, corpus):
@@ -508,6 +550,65 @@ def test_a_rank_that_no_longer_runs_ends_the_job(tmp_path, corpus, how):
     if how == signal.SIGSTOP:
         assert f"rank 1 (process {process} on {socket.gethostname()}) has given no sign of life for" in output
     assert re.search(rf"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9 \(pid: {process}\)", output)
+
+
+HANGS = """
+import time
+from longctx.trainer import Trainer
+
+original = Trainer.train_step
+
+def hangs(trainer):
+    if trainer.runtime.rank == 2 and trainer.step == 3:
+        time.sleep(1000)
+    return original(trainer)
+
+Trainer.train_step = hangs
+import runpy
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, corpus):
+    """It runs, and gives signs of life, but comes to no collective."""
+    (tmp_path / "hangs.py").write_text(HANGS)
+    words = [
+        "recipe=gpt_tiny", f"folder={tmp_path}", "name=a", "data=prepared", f"data.folder={corpus}",
+        "logging=no_wandb", "data.sequence_length=64", "data.sequences_per_step=3", "parallel.context=1",
+        "data.sequences_per_micro_batch=1", "model.width=32", "parallel.timeout_seconds=15", "parallel.shard=-1",
+    ]  # fmt: skip
+    started = time.monotonic()
+    result = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node", "3", str(tmp_path / "hangs.py"), *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert time.monotonic() - started < 100  # torchrun gives the rank that hangs 30 s to end
+    assert "(parallel.timeout_seconds=15)\nthe others seem to wait for rank 2\nrank 2:\n" in result.stderr
+    stacks = result.stderr.split("rank 2:\n")[1]
+    assert "time.sleep(1000)" in stacks.split("ranks 0, 1:\n")[0]
+    assert "dist.all_reduce(" in stacks.split("ranks 0, 1:\n")[1]
+
+
+def compared_ranks(rank):
+    straggler.own_ms = lambda _device: 13.0 if rank == 1 else 10.0
+    here = runtime.start(60)
+    told = straggler.compare_ranks(here)
+    straggler.own_ms = lambda _device: 11.0 if rank == 1 else 10.0
+    return told, straggler.compare_ranks(here)
+
+
+def test_a_rank_that_computes_slowly_is_named():
+    for slow, usual in run_on_ranks(3, compared_ranks):
+        assert slow[0] == {"run/slowest_rank": 1.0, "run/slowest_over_median": pytest.approx(1.3)}
+        assert f"rank 1 on {socket.gethostname()} computes slowly" in slow[1]
+        assert "13.00 ms for what takes the median rank 10.00 ms" in slow[1]
+        assert usual == ({"run/slowest_rank": 1.0, "run/slowest_over_median": pytest.approx(1.1)}, None)
+
+
+def test_matrix_products_are_timed():
+    assert 0 < straggler.own_ms(torch.device("cpu")) < 10_000
 
 
 def test_torchrun_restarts_after_a_kill(tmp_path, corpus):

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from longctx.checkpoint import CheckpointError, list_checkpoints, read_manifest, verify_files
+from longctx.checkpoint import BEST_BY, CheckpointError, list_checkpoints, read_manifest, verify_files
 from longctx.config import UserError
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def find(path: Path) -> list[Path]:
     """The checkpoints of a run's folder, of its folder of checkpoints, or the one at `path`."""
-    if path.name.startswith("step_") or path.name == "latest":
+    if path.name.startswith("step_") or path.name in ("latest", "best"):
         return [path]
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
@@ -59,9 +59,10 @@ def show(paths: list[Path], is_verified: bool) -> bool:
             is_good = False
             continue
         facts, size = manifest["facts"], sum(file["bytes"] for file in manifest["files"].values())
+        loss = f", validation loss {facts[BEST_BY]:.4f}" if BEST_BY in facts else ""
         print(
             f"{path.name}: {size / 2**30:.3g} GiB in {len(manifest['files'])} files, {facts.get('consumed')} sequences "
-            f"read, written by {facts.get('world_size')} ranks{', every byte as written' if is_verified else ''}"
+            f"read, written by {facts.get('world_size')} ranks{loss}{', every byte as written' if is_verified else ''}"
         )
     return is_good
 
