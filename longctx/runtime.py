@@ -130,6 +130,8 @@ def start(timeout_seconds: int) -> Runtime:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's last collectives are kept,
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")  # and written down when one times out
     else:
         device, backend = torch.device("cpu"), "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
