@@ -37,7 +37,7 @@ from longctx.optim import Optimizers, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.pretrained import PretrainedWeights
-from longctx.parallel.sequence import Split, balanced, zigzag
+from longctx.parallel.sequence import Split, balanced, in_order
 from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
@@ -231,7 +231,7 @@ class Trainer:
         """Which rank of the context axis holds which tokens: so that attention is as much work on each."""
         length, size = batch.positions.shape[1], self.mesh.size("context")
         if size == 1 or self.context.splits_heads:
-            return zigzag(length, size)
+            return in_order(length, size)
         return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
 
     def _count(self, batches: list[Batch], splits: list[Split]) -> StepCounts:

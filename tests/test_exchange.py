@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longctx.config import Config, ModelConfig, ParallelConfig, Strategy
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.parallel.exchange import ALIGNMENT, make_plan, runs_of
-from longctx.parallel.sequence import SMALLEST_CHUNK, TOLERANCE, balanced, imbalance, zigzag
+from longctx.parallel.sequence import SMALLEST_CHUNK, TOLERANCE, balanced, imbalance, in_order, zigzag
 from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.ulysses import Heads
 
@@ -31,6 +31,9 @@ def work_of(start: torch.Tensor) -> torch.Tensor:
 def test_zigzag():
     assert zigzag(16, 2).order.tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]
     assert zigzag(5, 1).order.tolist() == [0, 1, 2, 3, 4]
+    assert [tuple(run) for run in runs_of(in_order(12, 3).order, 3)] == [(0, 0, 0, 4), (1, 0, 4, 4), (2, 0, 8, 4)]
+    with pytest.raises(ValueError, match="16 tokens is no multiple of 3 ranks"):
+        in_order(16, 3)
     with pytest.raises(ValueError, match=r"a sequence of 12 tokens is no multiple of 2 \* 4 chunks"):
         zigzag(12, 4)
 

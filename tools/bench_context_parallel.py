@@ -28,7 +28,7 @@ import benchmarking
 import torch
 import torch.distributed as dist
 from benchmarking import Row, UnservedError
-from context_parallel_peers import IN_ORDER, PEERS, peer
+from context_parallel_peers import PEERS, peer
 from torch import Tensor
 
 from longctx.config import Config, ParallelConfig, Strategy
@@ -36,7 +36,7 @@ from longctx.kernels.attention.mask import KeyIntervals
 from longctx.model.attention import Attend
 from longctx.parallel import transport
 from longctx.parallel.mesh import make_mesh
-from longctx.parallel.sequence import Split, balanced, imbalance, zigzag
+from longctx.parallel.sequence import Split, balanced, imbalance, in_order, zigzag
 from longctx.parallel.strategy import choose_strategy, wrapper
 
 HEAD_DIM = 128
@@ -69,8 +69,8 @@ class Case:
         return torch.arange(self.length) - self.starts()[0] + 1
 
     def split(self, size: int, contender: str = "") -> Split:
-        if contender in IN_ORDER:
-            return Split(torch.arange(self.length), size)
+        if contender.startswith("ulysses") and not contender.startswith("ulysses_ring"):
+            return in_order(self.length, size)
         return balanced(self.work(), size) if self.median else zigzag(self.length, size)
 
 

@@ -1,5 +1,7 @@
 """Attention over a split sequence as other projects do it, for `bench_context_parallel.py`: causal, one document.
 
+A rank holds a zigzag shard; for `ulysses-fa4` one run of tokens.
+
 `ring-flash-attn`: that package's zigzag ring. `gather-fa4`: keys and values gathered by NCCL, their gradients
 reduce-scattered, as Llama 3 does (arXiv 2407.21783). `ulysses-fa4`: heads for tokens by NCCL's all-to-all, as
 DeepSpeed-Ulysses does (arXiv 2309.14509). All three compute with FlashAttention-4. `alone-fa4`: a rank's work on it
@@ -205,4 +207,3 @@ PEERS = {
     "ulysses-fa4": _ulysses,
     "torch": _torch,
 }
-IN_ORDER = ["ulysses-fa4"]  # a rank holds one run of tokens; of the others two, as in a zigzag

@@ -2,7 +2,8 @@
 
 Zigzag: a sequence is cut into 2 * size chunks and rank r holds chunks r and 2 * size - 1 - r, so that under a causal
 mask of one document all ranks have the same work. Where documents make the work uneven, smaller chunks go to the rank
-that has the least so far. A rank's tokens stay in ascending order, and every rank holds equally many.
+that has the least so far. A rank's tokens stay in ascending order, and every rank holds equally many. Ranks that trade
+heads hold one run of tokens each.
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ def zigzag(length: int, size: int) -> Split:
     if length % (2 * size):
         raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
     return _of_owners(tuple(min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)), length, size)
+
+
+@lru_cache(maxsize=64)
+def in_order(length: int, size: int) -> Split:
+    """One run of tokens a rank, as few pieces as can be: where ranks trade heads, all have the same work anyway."""
+    if length % size:
+        raise ValueError(f"a sequence of {length} tokens is no multiple of {size} ranks")
+    return Split(torch.arange(length), size)
 
 
 def balanced(work: Tensor, size: int) -> Split:
