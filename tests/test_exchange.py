@@ -77,6 +77,7 @@ def test_a_plan_brings_every_key_that_a_row_sees_once(seed, size, shards_of_a_st
         assert int(counts.max()) == 1
         assert bool(counts[seen[rank].any(0)].all())
         for step in range(1, len(plan.moves)):
+            assert len(fetched[step]) <= shards_of_a_step * length // size
             for move in plan.fetched(step, rank):
                 assert split.held(move.owner)[move.place : move.place + move.length].equal(
                     torch.arange(move.first, move.first + move.length)
@@ -100,6 +101,21 @@ def test_what_no_row_needs_is_not_fetched():
     assert fetched(window) == [256, 512, 512, 256]
     own = (torch.arange(length) // 1024 * 1024).unsqueeze(0)
     assert fetched(split.mask(own, torch.device("cpu"))) == [0, 0, 0, 0]
+
+
+def test_a_step_takes_as_many_owners_as_its_buffer_holds():
+    """Counted by what is fetched: of documents a rank needs little of each other, and takes it in one step."""
+    length, size = 8192, 8
+    split, share = zigzag(length, size), length // size
+    documents = (torch.arange(length) // 700 * 700).unsqueeze(0)
+    for start, tokens, expected in (
+        (documents, share, [range(1), range(1, 8)]),
+        (torch.zeros_like(documents), share, [range(d, d + 1) for d in range(size)]),
+        (torch.zeros_like(documents), 2 * share, [range(1), range(1, 3), range(3, 5), range(5, 7), range(7, 8)]),
+        (torch.zeros_like(documents), 1, [range(d, d + 1) for d in range(size)]),
+    ):
+        first, end = split.mask(start, torch.device("cpu")).bounds("cpu")
+        assert make_plan(split.order, first, end, size, tokens).distances == expected
 
 
 def test_gradients_are_added_in_the_order_of_distances():

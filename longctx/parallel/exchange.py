@@ -1,8 +1,8 @@
 """Which keys each rank needs of which other, and in what order it fetches them: pure functions, without processes.
 
 Ranks take the others by their distance: rank r first works with its own keys, then with those of r + 1, r + 2, ...
-(modulo the number of ranks), and copies come in that order too, so that no two begin with the same. A step takes as
-many owners as its buffer holds. Of each owner only the tokens are fetched that some row of the rank can see.
+(modulo the number of ranks), and copies come in that order too, so that no two begin with the same. Of each owner only
+the tokens are fetched that some row of the rank can see, and a step takes as many owners as its buffer holds of those.
 """
 
 from __future__ import annotations
@@ -84,12 +84,21 @@ def make_plan(order: Tensor, start: Tensor, end: Tensor, size: int, tokens_of_a_
     """The plan of a split sequence whose rows see the keys from `start` to `end` - 1.
 
     order (sequence,); start and end (batch, sequence), in that order: integers on the CPU. `tokens_of_a_step`: how many
-    fetched ones a rank holds at a time, at least a shard.
+    fetched ones a rank holds at a time; what it needs of one owner it takes at once in any case.
     """
     runs, share = runs_of(order, size), len(order) // size
     needs = _needs(runs, start, end, share, size)
-    owners = max(1, tokens_of_a_step // share)
-    distances = [range(1), *(range(d, min(d + owners, size)) for d in range(1, size, owners))]
+    of_distances = [
+        max(sum(m.length for m in _moves(runs, needs, rank, range(d, d + 1), size)) for rank in range(size))
+        for d in range(size)
+    ]
+    distances = [range(1)]
+    for d in range(1, size):
+        first = distances[-1].start
+        if first and sum(of_distances[first : d + 1]) <= tokens_of_a_step:
+            distances[-1] = range(first, d + 1)
+        else:
+            distances.append(range(d, d + 1))
     moves = [[move for rank in range(size) for move in _moves(runs, needs, rank, step, size)] for step in distances]
     return Plan(size, distances, moves)
 
