@@ -88,14 +88,14 @@ def make_plan(order: Tensor, start: Tensor, end: Tensor, size: int, tokens_of_a_
     """
     runs, share = runs_of(order, size), len(order) // size
     needs = _needs(runs, start, end, share, size)
-    of_distances = [
-        max(sum(m.length for m in _moves(runs, needs, rank, range(d, d + 1), size)) for rank in range(size))
-        for d in range(size)
+    fetched = [  # tokens, rank by rank, from each distance
+        [sum(move.length for move in _moves(runs, needs, rank, range(d, d + 1), size)) for d in range(size)]
+        for rank in range(size)
     ]
     distances = [range(1)]
     for d in range(1, size):
         first = distances[-1].start
-        if first and sum(of_distances[first : d + 1]) <= tokens_of_a_step:
+        if first and max(sum(of_rank[first : d + 1]) for of_rank in fetched) <= tokens_of_a_step:
             distances[-1] = range(first, d + 1)
         else:
             distances.append(range(d, d + 1))
