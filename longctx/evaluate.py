@@ -37,6 +37,10 @@ class Held(NamedTuple):
         return Held(tokens, positions, split.mask(batch.document_start, device), targets)
 
 
+class StoppedError(Exception):
+    """Some rank was asked to stop while the model was looked at; raised on all ranks alike."""
+
+
 class Losses(NamedTuple):
     """Of the targets that this rank holds of one sequence: number `number`, and what else is known of them."""
 
@@ -48,10 +52,15 @@ class Losses(NamedTuple):
 
 
 def losses_of(
-    model: nn.Module, sequence: Callable[[int], Sequence], sequences: int, mesh: Mesh, device: torch.device
-) -> Iterator[Losses]:
+    model: nn.Module, sequence: Callable[[int], Sequence], sequences: int, mesh: Mesh, device: torch.device,
+    must_stop: Callable[[], bool],
+) -> Iterator[Losses]:  # fmt: skip
     """Of the first `sequences`, each once over all ranks; all ranks run alike, so that collectives meet."""
     for first in range(0, sequences, mesh.readers):
+        is_asked = torch.tensor(int(must_stop()), device=device)
+        dist.all_reduce(is_asked, op=dist.ReduceOp.MAX)
+        if is_asked:
+            raise StoppedError
         number = first + mesh.reader
         batch = collate([sequence(number)])
         split = zigzag(batch.tokens.shape[1], mesh.size("context"))
@@ -81,17 +90,19 @@ class ByOctave:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, source: Source, sequences: int, mesh: Mesh, device: torch.device, token_bytes: np.ndarray | None
+    model: nn.Module, source: Source, sequences: int, mesh: Mesh, device: torch.device,
+    token_bytes: np.ndarray | None, must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
     `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank
     gets the same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
+    Raises `StoppedError` between two sequences if `must_stop` says so on some rank.
     """
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     by_position = ByOctave(device)
-    for found in losses_of(model, source.sequence, sequences, mesh, device):
+    for found in losses_of(model, source.sequence, sequences, mesh, device, must_stop):
         sums[0] += found.nats.sum()
         sums[1] += len(found.nats)
         sums[2] += 0 if bytes_of is None else bytes_of[found.held.targets[found.is_target]].sum()
@@ -108,14 +119,17 @@ def validate(
 
 
 @torch.no_grad()
-def recall(model: nn.Module, probes: Probes, sequences: int, mesh: Mesh, device: torch.device) -> dict[str, float]:
+def recall(
+    model: nn.Module, probes: Probes, sequences: int, mesh: Mesh, device: torch.device,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:  # fmt: skip
     """`recall/<2^k>`: share of the tokens recalled that can be read off 2^k to 2^(k+1) - 1 tokens before them.
 
     Recalled is a token to which the model gives more probability than to all others together. Every rank gets the same
-    numbers, whatever the layout.
+    numbers, whatever the layout. `must_stop` as in `validate`.
     """
     by_distance = ByOctave(device)
-    for found in losses_of(model, lambda number: probes.probe(number).sequence, sequences, mesh, device):
+    for found in losses_of(model, lambda number: probes.probe(number).sequence, sequences, mesh, device, must_stop):
         distances = torch.from_numpy(probes.probe(found.number).distance).unsqueeze(0)
         distance = found.split.shard(distances, mesh.rank("context")).to(device)[found.is_target]
         is_asked = distance > 0

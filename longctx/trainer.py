@@ -29,7 +29,7 @@ from longctx.data.mixture import ChainedTokens, Mixture
 from longctx.data.other_formats import open_corpus
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokens import DataError
-from longctx.evaluate import Held, generate, recall, validate
+from longctx.evaluate import Held, StoppedError, generate, recall, validate
 from longctx.metrics import Metrics, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
@@ -48,6 +48,7 @@ from longctx.trace import traced
 from longctx.watch import Watch
 
 GIB = 2.0**30
+Validation = ChainedTokens | RecallStream
 
 
 def train(config: Config, as_written: str, overrides: list[str]) -> bool:
@@ -301,12 +302,13 @@ class Trainer:
         """Validation metrics of the model as it is, logged and said."""
         if not self.validation:
             return {}
-        bytes_of = self.tokens.token_bytes if self.tokens else None
-        device = self.runtime.device
-        results = validate(self.model, self.validation, self.validation.size, self.mesh, device, bytes_of)
+        try:
+            results = self._look_at_model(self.validation)
+        except StoppedError:
+            self.metrics.say(f"validation after step {self.step} was left for a signal to stop")
+            return {}
         if not results:
             return {}
-        results |= recall(self.model, self.probes, self.config.data.recall_sequences, self.mesh, device)
         if self.runtime.world_size > 1:
             speeds, message = compare_ranks(self.runtime)
             results |= speeds
@@ -321,6 +323,15 @@ class Trainer:
         self.validated = self.step, results["loss/val"]
         self.gets_on()
         return results
+
+    def _look_at_model(self, source: Validation) -> dict[str, float]:
+        bytes_of = self.tokens.token_bytes if self.tokens else None
+        where, must_stop = (self.mesh, self.runtime.device), lambda: bool(self.stop.number)
+        results = validate(self.model, source, source.size, *where, bytes_of, must_stop)
+        if not results:
+            return {}
+        count = self.config.data.recall_sequences
+        return results | recall(self.model, self.probes, count, *where, must_stop)
 
     def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
@@ -513,7 +524,7 @@ def training_source(config: Config, tokens: Mixture | None) -> Source:
     return RecallStream(config.data, config.seed) if tokens is None else tokens.training(config.data, config.seed)
 
 
-def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> ChainedTokens | RecallStream | None:
+def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> Validation | None:
     """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
     if not config.data.validation_sequences:
         return None
