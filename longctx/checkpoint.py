@@ -63,7 +63,7 @@ class Checkpoints:
         """
 
         def make_room() -> None:
-            self.stager.stage(tensors)
+            self.runtime.together(lambda: self.stager.stage(tensors))
 
         if self.stager.cache_staged_state_dict:
             self.pending = self.thread.submit(make_room)
@@ -120,6 +120,17 @@ class Checkpoints:
                 shutil.rmtree(work, ignore_errors=True)
         return target
 
+    def record(self, path: Path, facts: dict[str, Any]) -> None:
+        """Adds what became known of a committed checkpoint to its facts. Its manifest is whole at any moment."""
+
+        def write() -> None:
+            manifest = read_manifest(path)
+            manifest["facts"] |= facts
+            files.write_manifest(path / MANIFEST, manifest, self.folder / f"{path.name}.tmp-manifest")
+            self._point_to_best()
+
+        self.runtime.on_main(write)
+
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The last committed checkpoint that passes `verify`, with its manifest; a damaged one is named, and passed.
 
@@ -151,6 +162,7 @@ class Checkpoints:
             for path in list_checkpoints(self.folder):
                 if _step(path) > step:
                     _set_aside(path)
+            self._point_to_best()
 
         self.runtime.on_main(rename)
 
@@ -201,15 +213,20 @@ class Checkpoints:
         work.rename(target)
         sync(self.folder)
         self._point("latest", target)
-        committed = list_checkpoints(self.folder)
-        best = best_of(committed)
-        if best:
-            self._point("best", best)
-        for old in committed[: -self.keep]:
+        best = self._point_to_best()
+        for old in list_checkpoints(self.folder)[: -self.keep]:
             if old not in (target, best):
                 shutil.rmtree(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _point_to_best(self) -> Path | None:
+        best = best_of(list_checkpoints(self.folder))
+        if best:
+            self._point("best", best)
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
+        return best
 
     def _point(self, name: str, target: Path) -> None:
         link = self.folder / f"{name}.{uuid.uuid4().hex[:8]}"
@@ -274,6 +291,7 @@ class ShardWriter(HuggingFaceStorageWriter):
             facts = {hf.CUSTOM_METADATA_KEY: json.dumps(places), hf.DCP_VERSION_KEY: str(hf.HF_DCP_VERSION)}
             file = Path(self.path) / hf._gen_file_name(1, 1, plan.storage_data["shard_index"])
             save_file(tensors, file, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
+            file.chmod(file.parent.stat().st_mode & 0o666)  # it makes files that their owner alone can read
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files
         return done

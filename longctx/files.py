@@ -25,9 +25,9 @@ def sync(path: Path) -> Path:
     return path
 
 
-def write_manifest(path: Path, fields: dict[str, Any]) -> None:
-    """Writes `fields` as JSON with the hash of itself, beside `path` first, so that it appears whole."""
-    beside = path.with_name(f"{path.name}.tmp")
+def write_manifest(path: Path, fields: dict[str, Any], beside: Path | None = None) -> None:
+    """Writes `fields` as JSON with the hash of itself, first to `beside`, so that it appears whole."""
+    beside = beside or path.with_name(f"{path.name}.tmp")
     beside.write_bytes(_manifest_text(fields))
     sync(beside)
     beside.replace(path)

@@ -93,7 +93,7 @@ class Trainer:
         self, config: Config, as_written: str, overrides: list[str], runtime: Runtime, stop: StopSignals,
         gets_on: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """`gets_on` is called after each step."""
+        """`gets_on` is called after each micro-batch, and before and after what else takes long."""
         self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
         self.stop, self.is_stopped, self.gets_on = stop, False, gets_on
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
@@ -141,6 +141,7 @@ class Trainer:
             )
         )
         self._introduce()
+        self.gets_on()
         if config.checkpoint.asynchronous and config.checkpoint.every_steps:
             self.checkpoints.prepare(self._state())
 
@@ -171,15 +172,19 @@ class Trainer:
             every = config.logging.validate_every_steps
             if every and self.step % every == 0 and not is_last:
                 self.validate()
+                if self.is_stopped:
+                    break
             every = config.checkpoint.every_steps
             if every and self.step % every == 0 and not is_last:
                 self.save(in_background=config.checkpoint.asynchronous)
             if self.checkpoints.has_ended and not self.checkpoints.has_failed:
                 self._await_save()
-        results = {} if self.is_stopped else self.validate()
         if config.checkpoint.at_end:
-            self.save()
-        self.checkpoints.wait()
+            self.save(in_background=config.checkpoint.asynchronous)
+        self._await_save()
+        results = {} if self.is_stopped else self.validate()
+        if results and self.saved_step == self.step:
+            self._record_loss(results["loss/val"])
         self._finish(results)
 
     def train_step(self) -> tuple[dict[str, float], int]:
@@ -200,6 +205,7 @@ class Trainer:
             part = self.model(*Held.of(batch, split, self.mesh, device), (1 / valid_tokens).float())
             part.backward()
             loss += part.detach()
+            self.gets_on()
         dist.all_reduce(loss)
         loss /= self.mesh.size("tensor")
 
@@ -305,28 +311,32 @@ class Trainer:
         try:
             results = self._look_at_model(self.validation)
         except StoppedError:
-            self.metrics.say(f"validation after step {self.step} was left for a signal to stop")
+            self.is_stopped = True
+            self.metrics.say(f"validation after step {self.step} left on a signal to stop")
             return {}
         if not results:
             return {}
-        if self.runtime.world_size > 1:
-            speeds, message = compare_ranks(self.runtime)
-            results |= speeds
-            if message:
-                self.metrics.say(message)
-        self.metrics.log(self.step, {"data/tokens": self.consumed * self.config.data.sequence_length, **results})
+        speeds, message = compare_ranks(self.runtime) if self.runtime.world_size > 1 else ({}, None)
+        if message:
+            self.metrics.say(message)
+        tokens = self.consumed * self.config.data.sequence_length
+        self.metrics.log(self.step, {"data/tokens": tokens, **results, **speeds})
         for transport in transports_in_use():
             transport.take_waited_s()  # which no training step has waited
         bits = results.get("loss/val_bits_per_byte")
         more = f", {bits:.4f} bits a byte" if bits else ""
         self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")
         self.validated = self.step, results["loss/val"]
-        self.gets_on()
         return results
 
     def _look_at_model(self, source: Validation) -> dict[str, float]:
         bytes_of = self.tokens.token_bytes if self.tokens else None
-        where, must_stop = (self.mesh, self.runtime.device), lambda: bool(self.stop.number)
+        where = self.mesh, self.runtime.device
+
+        def must_stop() -> bool:  # asked before each sequence
+            self.gets_on()
+            return bool(self.stop.number)
+
         results = validate(self.model, source, source.size, *where, bytes_of, must_stop)
         if not results:
             return {}
@@ -335,6 +345,7 @@ class Trainer:
 
     def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
+        self.gets_on()
         started = time.perf_counter()
         self._await_save()
         if self.saved_step == self.step:
@@ -357,6 +368,14 @@ class Trainer:
             self.metrics.say(f"saved {self.checkpoints.save(self.step, self._state(), facts)}")
         self.saved_step = self.step
         self.checkpoint_stall_s += time.perf_counter() - started
+        self.gets_on()
+
+    def _record_loss(self, loss: float) -> None:
+        """Of the last step, which is saved before it is validated."""
+        try:
+            self.checkpoints.record(self.checkpoints.folder / f"step_{self.step}", {BEST_BY: loss})
+        except UserError as error:
+            self.metrics.say(f"the validation loss is not in the checkpoint: {error}")
 
     def _await_save(self) -> None:
         if path := self.checkpoints.wait():
@@ -458,7 +477,7 @@ class Trainer:
         from longctx.report import write_report
 
         is_complete = self.step >= self.config.optim.steps
-        samples = self._samples() if is_complete else []
+        samples = self._samples() if is_complete and not self.is_stopped else []
         if not self.runtime.is_main:
             return
         for sample in samples:
@@ -540,8 +559,7 @@ def probes(config: Config, tokens: Mixture | None) -> Probes:
     """What asks the model over which distances it recalls: the stream it is trained on, or random copies."""
     if tokens is None:
         return RecallStream(config.data, config.seed + 2)
-    bytes_of = tokens.token_bytes
-    return Copies(config.data, config.model.vocab_size if bytes_of is None else len(bytes_of), config.seed)
+    return Copies(config.data, tokens.tokenizer_vocab, config.seed)
 
 
 def resume_command(config: Config, overrides: list[str], world_size: int, is_complete: bool) -> str:

@@ -66,7 +66,10 @@ class Watch:
             while not self.ended.wait(self.period_s):
                 number += 1
                 self._give_sign(number)
-                if shown_at < self.got_on_at < time.monotonic() - self.silence_s:
+                if shown_at and self.got_on_at > shown_at:
+                    shown_at = 0.0
+                    self.store.delete_key(f"stack/{self.rank}")
+                elif not shown_at and self.got_on_at < time.monotonic() - self.silence_s:
                     shown_at = time.monotonic()
                     self._show_where_ranks_stand()
                 found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
@@ -84,10 +87,13 @@ class Watch:
 
     def _show_where_ranks_stand(self) -> None:
         assert self.store is not None
+        noticed_at = time.monotonic()
         self.store.set(f"stack/{self.rank}", main_stack())
         if self.rank:
             return
         self.ended.wait(1.5 * self.period_s)  # others may notice a period later
+        if self.got_on_at > noticed_at:
+            return
         keys = {rank: f"stack/{rank}" for rank in range(self.size)}
         stacks = {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
         seconds = time.monotonic() - self.got_on_at

@@ -267,7 +267,7 @@ def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, code):
     def fails(*_arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("longctx.checkpoint._write", fails)
+    monkeypatch.setattr("longctx.checkpoint.save_file", fails)
     with pytest.raises(UserError, match=os.strerror(code)):
         checkpoints.save(2, {"a": torch.ones(4)}, {})
     newest = checkpoints.newest()
@@ -334,7 +334,7 @@ def saves_until_killed(rank, folder, is_asynchronous, victim, point, at_step):
     checkpoints._hash_files = deadly(checkpoints._hash_files, "after a shard")
     files.write_manifest = deadly(files.write_manifest, "before the manifest")
     Path.rename = deadly(Path.rename, "before the rename")
-    checkpoints._point_latest_to = deadly(checkpoints._point_latest_to, "before latest")
+    checkpoints._point = deadly(checkpoints._point, "before latest")
     checkpoint.list_checkpoints = deadly(checkpoint.list_checkpoints, "before the purge")
     for step in range(1, 1000):
         state = {
@@ -420,14 +420,26 @@ def save_with_losses(_rank, folder):
     for step, loss in enumerate((None, 3.0, 2.0, 4.0, None, 1.5)):
         checkpoints.save(step, {"a": torch.ones(4)}, {} if loss is None else {"loss/val": loss})
         links.append((folder / "best").resolve().name if (folder / "best").exists() else None)
-    return links, sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
+    mode = next((folder / "step_5").glob("*.safetensors")).stat().st_mode
+    checkpoints.save(6, {"a": torch.ones(4)}, {})
+    checkpoints.record(folder / "step_6", {"loss/val": 1.0})
+    checkpoints.verify(folder / "step_6")
+    links.append((folder / "best").resolve().name)
+    checkpoints.set_aside_after(5)
+    links.append((folder / "best").resolve().name)
+    checkpoints.set_aside_after(-1)
+    return links, names, mode & 0o777, (folder / "best").is_symlink()
 
 
 def test_the_best_stays(tmp_path):
-    """Of one that keeps a single checkpoint, the newest and the best."""
-    links, names = run_on_ranks(1, save_with_losses, tmp_path)[0]
-    assert links == [None, "step_1", "step_2", "step_2", "step_2", "step_5"]
+    """Of one that keeps a single checkpoint, the newest and the best; what is set aside is neither."""
+    links, names, mode, is_left = run_on_ranks(1, save_with_losses, tmp_path)[0]
+    assert links == [None, "step_1", "step_2", "step_2", "step_2", "step_5", "step_6", "step_5"]
     assert names == ["best", "latest", "step_5"]
+    (tmp_path / "usual").touch()
+    assert mode == (tmp_path / "usual").stat().st_mode & 0o777
+    assert not is_left
 
 
 def save_large(_rank, folder):

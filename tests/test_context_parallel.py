@@ -108,7 +108,7 @@ def test_no_buffer_is_overwritten_before_it_has_left(is_aligned):
     """Steps whose gradients kernels give away and others in between: names and waits were once counted apart."""
     size, rank = len(is_aligned), Recorder()
     order = zigzag(2 * size, size).order
-    plan = exchange.make_plan(order, torch.zeros(1, 2 * size), torch.full((1, 2 * size), 2 * size), size, 2)
+    plan = exchange.make_plan(order, torch.zeros(1, 2 * size), torch.full((1, 2 * size), 2 * size), size, 2, size)
     steps = [
         blockwise.Step(moves, 2, KeyIntervals.full(1, 1), bool(a))
         for moves, a in zip(plan.moves, is_aligned, strict=True)

@@ -67,8 +67,9 @@ def test_a_plan_brings_every_key_that_a_row_sees_once(seed, size, shards_of_a_st
     if seed % 3 == 0:
         mask = mask.window(200, "cpu")
     first, end = mask.bounds("cpu")
-    plan = make_plan(split.order, first, end, size, shards_of_a_step * length // size)
+    plan = make_plan(split.order, first, end, size, shards_of_a_step * length // size, 3)
     assert [d for distances in plan.distances for d in distances] == list(range(size))
+    assert max(len(distances) for distances in plan.distances) <= 3
     seen = mask.dense("cpu")[0, 0].view(size, -1, length)
     for rank in range(size):
         fetched = [plan.tokens(step, rank) for step in range(len(plan.moves))]
@@ -92,7 +93,7 @@ def test_what_no_row_needs_is_not_fetched():
 
     def fetched(mask: KeyIntervals) -> list[int]:
         first, end = mask.bounds("cpu")
-        plan = make_plan(split.order, first, end, size, length)
+        plan = make_plan(split.order, first, end, size, length, size)
         return [sum(len(plan.tokens(step, rank)) for step in range(1, len(plan.moves))) for rank in range(size)]
 
     one = torch.zeros(1, length, dtype=torch.int64)
@@ -108,20 +109,21 @@ def test_a_step_takes_as_many_owners_as_its_buffer_holds():
     length, size = 8192, 8
     split, share = zigzag(length, size), length // size
     documents = (torch.arange(length) // 700 * 700).unsqueeze(0)
-    for start, tokens, expected in (
-        (documents, share, [range(1), range(1, 8)]),
-        (torch.zeros_like(documents), share, [range(d, d + 1) for d in range(size)]),
-        (torch.zeros_like(documents), 2 * share, [range(1), range(1, 3), range(3, 5), range(5, 7), range(7, 8)]),
-        (torch.zeros_like(documents), 1, [range(d, d + 1) for d in range(size)]),
+    for start, tokens, most, expected in (
+        (documents, share, 7, [range(1), range(1, 8)]),
+        (documents, share, 4, [range(1), range(1, 5), range(5, 8)]),
+        (torch.zeros_like(documents), share, 7, [range(d, d + 1) for d in range(size)]),
+        (torch.zeros_like(documents), 2 * share, 7, [range(1), range(1, 3), range(3, 5), range(5, 7), range(7, 8)]),
+        (torch.zeros_like(documents), 1, 7, [range(d, d + 1) for d in range(size)]),
     ):
         first, end = split.mask(start, torch.device("cpu")).bounds("cpu")
-        assert make_plan(split.order, first, end, size, tokens).distances == expected
+        assert make_plan(split.order, first, end, size, tokens, most).distances == expected
 
 
 def test_gradients_are_added_in_the_order_of_distances():
     split = zigzag(4096, 4)
     first, end = split.mask(torch.zeros(1, 4096, dtype=torch.int64), torch.device("cpu")).bounds("cpu")
-    plan = make_plan(split.order, first, end, 4, 1)
+    plan = make_plan(split.order, first, end, 4, 1, 4)
     # rank 2 holds chunks 2 and 5; the later one is seen by ranks 2, 1 and 0, whose last chunks come after it
     assert plan.readers(2, range(4)) == [(range(512), [0, 1, 2, 3]), (range(512, 1024), [0, 1, 2])]
     assert plan.readers(2, range(1, 2)) == [(range(512), [1]), (range(512, 1024), [1])]

@@ -435,7 +435,7 @@ def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, corpus, moment):
     assert results[1][1] < 25
     rows = read_metrics(tmp_path / "test" / "metrics.jsonl")
     step = int(max(row["step"] for row in rows))
-    expected = {"warm-up": [1], "step": [4], "validation": [6], "save": [4, 5, 6]}.get(moment, range(1, 100_000))
+    expected = {"warm-up": [1], "step": [4], "validation": [5], "save": [4, 5, 6]}.get(moment, range(1, 100_000))
     assert step in expected
     assert moment != "validation" or not any("loss/val" in row for row in rows)  # it was left
     assert verify_files(tmp_path / "test" / "checkpoints" / f"step_{step}")["facts"]["consumed"] == 4 * step
@@ -593,6 +593,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, corpus):
 
 
 def compared_ranks(rank):
+    assert straggler.compare_ranks(runtime.start(60))[0]["run/slowest_over_median"] >= 1  # as timed
     straggler.own_ms = lambda _device: 13.0 if rank == 1 else 10.0
     here = runtime.start(60)
     told = straggler.compare_ranks(here)
@@ -606,10 +607,6 @@ def test_a_rank_that_computes_slowly_is_named():
         assert f"rank 1 on {socket.gethostname()} computes slowly" in slow[1]
         assert "13.00 ms for what takes the median rank 10.00 ms" in slow[1]
         assert usual == ({"run/slowest_rank": 1.0, "run/slowest_over_median": pytest.approx(1.1)}, None)
-
-
-def test_matrix_products_are_timed():
-    assert 0 < straggler.own_ms(torch.device("cpu")) < 10_000
 
 
 def test_torchrun_restarts_after_a_kill(tmp_path, corpus):

@@ -226,6 +226,7 @@ def timings(case: Case, size: int, mine: Call, free: Call, seconds: float) -> Ro
 
 def trace(name: str, case: Case, rank: int, size: int, folder: Path) -> None:
     """A timeline of one forward and backward pass on rank 0, for Perfetto or chrome://tracing."""
+    folder.mkdir(parents=True, exist_ok=True)
     tensors, mask = inputs(case, size, rank), case.split(size, name).mask(case.starts(), torch.device("cuda"))
     with contender(name, case) as attend:
         results(attend, tensors, mask)
@@ -274,17 +275,17 @@ def main() -> None:
     rows: list[Row] = []
     for case in cases:
         for name in names:
+            row: Row = {"case": case.name, "contender": name}
             try:
-                rows.append({"case": case.name, "contender": name} | measure(name, case, rank, size, arguments.seconds))
-            except (torch.OutOfMemoryError, UnservedError) as error:
-                rows.append({"case": case.name, "contender": name, "error": f"{type(error).__name__}: {error}"})
+                row |= measure(name, case, rank, size, arguments.seconds)
+                if arguments.trace and name not in ALONE:
+                    trace(name, case, rank, size, arguments.output)
+            except (torch.OutOfMemoryError, UnservedError, ImportError) as error:
+                row["error"] = f"{type(error).__name__}: {error}"
+            rows.append(row)
             say(rows[-1])
             gc.collect()
             torch.cuda.empty_cache()
-        if arguments.trace:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            for name in [name for name in names if name not in ALONE]:
-                trace(name, case, rank, size, arguments.output)
     if rank == 0:
         shown = ["forward ms", "backward ms", "forward", "backward", "forward share", "backward share", "GiB"]
         print(benchmarking.table(rows, ["case", "contender", *shown]))

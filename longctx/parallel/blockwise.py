@@ -41,10 +41,12 @@ class Schedule:
 
 
 @once_a_mask
-def _schedule_of(mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, device: torch.device) -> Schedule:
+def _schedule_of(
+    mask: KeyIntervals, rank: int, size: int, tokens_of_a_step: int, most_owners: int, device: torch.device
+) -> Schedule:  # fmt: skip
     """For the mask of a split sequence, whose rows are in the ranks' order."""
     here = on_cpu(mask)
-    plan = make_plan(here.positions("cpu")[0][0].long(), *here.bounds("cpu"), size, tokens_of_a_step)
+    plan = make_plan(here.positions("cpu")[0][0].long(), *here.bounds("cpu"), size, tokens_of_a_step, most_owners)
     (start, end), (position, _) = mask.bounds(device), mask.positions(device)
     share = mask.n_queries // size
     mine = torch.arange(rank * share, (rank + 1) * share, device=device)
@@ -194,7 +196,8 @@ def _setting(q: Tensor, k: Tensor, call: Call, budget: Budget) -> tuple[Transpor
     length = q.shape[1] * transport.size
     mask = in_ranks_order(call.intervals(length, length))
     tokens_of_a_step = budget.step // (2 * k[:, :1].nbytes)
-    return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, q.device)
+    slots = max(1, budget.inbox // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize))  # each for an owner
+    return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, slots, q.device)
 
 
 def _rounds(plan: Plan, slots: int) -> list[range]:

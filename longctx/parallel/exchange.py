@@ -80,11 +80,13 @@ def runs_of(order: Tensor, size: int) -> list[Run]:
     return [Run(begin // share, begin % share, int(order[begin]), end - begin) for begin, end in pairwise(begins)]
 
 
-def make_plan(order: Tensor, start: Tensor, end: Tensor, size: int, tokens_of_a_step: int) -> Plan:
+def make_plan(
+    order: Tensor, start: Tensor, end: Tensor, size: int, tokens_of_a_step: int, most_owners: int
+) -> Plan:  # fmt: skip
     """The plan of a split sequence whose rows see the keys from `start` to `end` - 1.
 
     order (sequence,); start and end (batch, sequence), in that order: integers on the CPU. `tokens_of_a_step`: how many
-    fetched ones a rank holds at a time; what it needs of one owner it takes at once in any case.
+    fetched ones a rank holds at a time; what it needs of one owner it takes at once anyway. `most_owners`: of a step.
     """
     runs, share = runs_of(order, size), len(order) // size
     needs = _needs(runs, start, end, share, size)
@@ -95,7 +97,8 @@ def make_plan(order: Tensor, start: Tensor, end: Tensor, size: int, tokens_of_a_
     distances = [range(1)]
     for d in range(1, size):
         first = distances[-1].start
-        if first and max(sum(of_rank[first : d + 1]) for of_rank in fetched) <= tokens_of_a_step:
+        tokens = max(sum(of_rank[first : d + 1]) for of_rank in fetched)
+        if first and d - first < most_owners and tokens <= tokens_of_a_step:
             distances[-1] = range(first, d + 1)
         else:
             distances.append(range(d, d + 1))
