@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from longctx.data.prepare import prepare
 from longctx.data.text import Document
 from longctx.trainer import Trainer
 
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TINY = ModelConfig(vocab_size=8192, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp_width=64)
 
 
