@@ -160,18 +160,6 @@ def test_a_layout_is_verified_once(tmp_path, corpus):
             assert 0 < waited_s < 30
 
 
-def test_resume_on_another_layout(tmp_path, corpus):
-    config = small_config(tmp_path / "whole", corpus, optim__steps=12)
-    whole = run_on_ranks(1, run_steps, config, 12)[0]
-    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
-    losses = run_on_ranks(2, run_and_save, config, 4)[0]
-    config.parallel = ParallelConfig(context=2)
-    losses += run_on_ranks(4, run_and_save, config, 4)[0]
-    config.parallel = ParallelConfig()
-    losses += run_on_ranks(1, run_steps, config, 4)[0]
-    assert losses == pytest.approx(whole, rel=1e-5)
-
-
 def validate_and_save(_rank, config):
     """The float32 masters before, and the checkpoint written right after a validation."""
     with trainer_of(config) as trainer:
