@@ -12,6 +12,7 @@ import torch
 from compiled import compile_launches
 
 from longctx.kernels import dense, rotary, softmax, swiglu, triton_cross_entropy, triton_norm
+from longctx.kernels.attention import key_gradients
 from longctx.kernels.loss_options import PLAIN, LossOptions
 
 NO_DROPOUT = triton_norm.Dropout(0.0, None, None)
@@ -58,6 +59,11 @@ def softmax_both_ways(columns: int) -> None:
     softmax._backward(x, x, 0.1)
 
 
+def sums_of_key_gradients() -> None:
+    inbox, dk = empty(4, 1, 8192, 2, 8, 128, dtype=torch.float32), empty(1, 8192, 8, 128)
+    key_gradients._launch(inbox, empty(8192, dtype=torch.int64), dk, dk, False)
+
+
 def gelu_backward() -> None:
     dense._gelu_backward(empty(32768, 16384), empty(32768, 16384))
 
@@ -81,6 +87,7 @@ CASES: dict[str, Callable[[], None]] = {
     "softmax 4096": lambda: softmax_both_ways(4096),
     "softmax 32768": lambda: softmax_both_ways(32768),
     "gelu_backward 32768 x 16384": gelu_backward,
+    "key gradients of 4 ranks": sums_of_key_gradients,
 }
 
 

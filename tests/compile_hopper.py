@@ -55,6 +55,7 @@ def compile_case(
                     "kernel": kernel.name, "triton": triton.__version__, "head_dim": head_dim, "dtype": str(dtype),
                     "into": into, "blocks": blocks, "deterministic": deterministic, "registers": kernel.registers,
                     "spills": kernel.spill_bytes, "shared": kernel.shared_bytes, "warnings": kernel.warnings,
+                    "stores": sass.bytes_of_stores(code),
                     "loops": [
                         {
                             "instructions": len(loop), "spills": sass.spills(loop),

@@ -50,6 +50,12 @@ def spills(loop: list[str]) -> int:
     return sum(x.startswith(("STL", "LDL")) for x in loop)
 
 
+def bytes_of_stores(code: Code) -> list[int]:
+    """Of a thread, of each kind of instruction that stores to global memory."""
+    stores = {x.split()[0] for x in code.instructions if x.startswith("STG")}
+    return sorted(int(width[1]) // 8 if (width := re.search(r"\.(64|128)$", store)) else 4 for store in stores)
+
+
 def exponentials_by_pending_products(loop: list[str]) -> dict[int, int]:
     """How many exponentials are issued after a wait that leaves so many groups of products pending."""
     found: dict[int, int] = {}

@@ -45,6 +45,13 @@ def test_the_loops_of_the_backward_pass_spill_addresses_alone(kernels):
             assert all(loop["spills"] <= 24 for loop in kernel["loops"][:2]), kernel
 
 
+def test_gradients_go_to_other_gpus_16_bytes_at_a_time(kernels):
+    """By 4 bytes at a time the links between GPUs took half as long as the kernel."""
+    sending = [kernel for kernel in kernels if kernel["kernel"] == "_backward_kernel" and kernel["blocks"]]
+    assert sending
+    assert all(kernel["stores"] == [16] for kernel in sending), sending
+
+
 def test_the_softmax_is_between_the_two_waits(kernels):
     """While it runs, one group of products is pending: P V of the tile before, or dO V^T."""
     for kernel in kernels:

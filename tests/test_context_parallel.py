@@ -83,7 +83,7 @@ class Recorder:
     def meet(self) -> None:
         assert not self.leaving or not self.writes
 
-    def share(self, _name, shape, like):
+    def share(self, _name, shape, _like, _dtype):
         return torch.empty(shape)
 
     def addresses(self, *_arguments):
@@ -92,7 +92,7 @@ class Recorder:
     def add(self, *_arguments) -> None:
         self.writes += 1
 
-    def scratch(self, name, shape, like):
+    def scratch(self, name, shape, _like, _dtype):
         assert name not in self.leaving, f"{name} is overwritten before it has left"
         self.taken = name
         return torch.empty(shape)
@@ -113,10 +113,11 @@ def test_no_buffer_is_overwritten_before_it_has_left(is_aligned):
         blockwise.Step(moves, 2, KeyIntervals.full(1, 1), bool(a))
         for moves, a in zip(plan.moves, is_aligned, strict=True)
     ]
+    shard = torch.empty(1, 2, 2, 1, 8)
     keys = SimpleNamespace(
-        transport=rank, schedule=blockwise.Schedule(plan, steps), keys_values=lambda _number: torch.empty(1, 2, 2, 1, 8)
+        transport=rank, schedule=blockwise.Schedule(plan, steps), shard=shard, keys_values=lambda _number: shard
     )
-    blockwise._give_gradients(range(size), keys, rank, torch.empty(1, 2, 2, 1, 8))
+    blockwise._give_gradients(range(size), keys, rank)
     assert (rank.writes, rank.leaving) == (size, set())
 
 

@@ -120,13 +120,14 @@ def test_a_step_takes_as_many_owners_as_its_buffer_holds():
         assert make_plan(split.order, first, end, size, tokens, most).distances == expected
 
 
-def test_gradients_are_added_in_the_order_of_distances():
+def test_who_gives_gradients_of_which_token():
     split = zigzag(4096, 4)
     first, end = split.mask(torch.zeros(1, 4096, dtype=torch.int64), torch.device("cpu")).bounds("cpu")
     plan = make_plan(split.order, first, end, 4, 1, 4)
     # rank 2 holds chunks 2 and 5; the later one is seen by ranks 2, 1 and 0, whose last chunks come after it
-    assert plan.readers(2, range(4)) == [(range(512), [0, 1, 2, 3]), (range(512, 1024), [0, 1, 2])]
-    assert plan.readers(2, range(1, 2)) == [(range(512), [1]), (range(512, 1024), [1])]
+    assert plan.givers(2, range(4)).tolist() == [0b1111] * 512 + [0b0111] * 512
+    assert plan.givers(2, range(1, 4)).tolist() == [0b111] * 512 + [0b011] * 512
+    assert plan.givers(2, range(3, 4)).tolist() == [1] * 512 + [0] * 512
 
 
 def test_runs():

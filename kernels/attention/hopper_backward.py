@@ -84,6 +84,24 @@ def _by_thread(dq):
     return gl.convert_layout(parts.reshape([128, 32]), rows)
 
 
+@gluon.constexpr_function
+def _sectors(BLOCK_D):
+    """A consumer's sums (64, D), a pair of columns of each thread traded for another's: four threads hold 64 bytes."""
+    columns = [[0, 16], [0, 32], [0, 64]][: 1 + BLOCK_D // 64]
+    lanes, warps = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], *columns], lanes, warps, [], [64, BLOCK_D])
+
+
+@gluon.jit
+def _send(home, strides, batch, head, NUMBER: gl.constexpr, head_dim, x, BLOCK_D: gl.constexpr):
+    """Writes a consumer's part of a tile to its home: 16 bytes a thread, as links between GPUs want it."""
+    layout: gl.constexpr = _sectors(BLOCK_D)
+    pointers, inside = pointers_to(
+        home, strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, layout
+    )  # fmt: skip
+    gl.store(pointers, gl.convert_layout(x, layout), mask=inside)
+
+
 @gluon.jit
 def _consumer(
     box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes,
@@ -178,16 +196,9 @@ def _consumer(
 
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         if homes is not None:
-            dk_home = gl.load(homes + key_block).to(gl.pointer_type(gl.float32))
-            dv_home = dk_home + dk_strides[1] // 2
-            pointers, inside = pointers_to(
-                dk_home, dk_strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, sum_layout
-            )
-            gl.store(pointers, dk, mask=inside)
-            pointers, inside = pointers_to(
-                dv_home, dk_strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, sum_layout
-            )
-            gl.store(pointers, dv, mask=inside)
+            dk_home = gl.multiple_of(gl.load(homes + key_block).to(gl.pointer_type(gl.float32)), 16)
+            _send(dk_home, dk_strides, batch, head, NUMBER, head_dim, dk, BLOCK_D)
+            _send(dk_home + dk_strides[1] // 2, dk_strides, batch, head, NUMBER, head_dim, dv, BLOCK_D)
         elif ACCUMULATE:
             pointers, inside = pointers_to(
                 dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout

@@ -11,6 +11,8 @@ in a box in shared memory which one it is to the other warps.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -156,20 +158,22 @@ def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
     """
     strides = [stride if size > 1 else 16 for size, stride in zip(x.shape, x.stride(), strict=True)]
     shape, strides = ([sizes[i] for i in (0, 2, 1, 3)] for sizes in (x.shape, strides))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, shape, [*strides[:3], 1], [1, 1, rows, width], layout)
+    return TensorDescriptor(x, shape, [*strides[:3], 1], [1, 1, rows, width], _layout(128, 16, 4))
 
 
 def part_descriptor(x: Tensor) -> TensorDescriptor:
     """Of contiguous float32 x (..., 32), 128 rows at a time: 16 KiB beside each other."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    return TensorDescriptor(x, [x.numel() // 32, 32], [32, 1], [128, 32], layout)
+    return TensorDescriptor(x, [x.numel() // 32, 32], [32, 1], [128, 32], _layout(128, 32, 2))
 
 
 def vector_descriptor(x: Tensor, n: int) -> TensorDescriptor:
     """Of all 32-bit numbers of contiguous x, `n` at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [n], layout)
+    return TensorDescriptor(x, [x.numel()], [1], [n], _layout(0, 32, 1))
+
+
+@cache  # making one takes the CPU as long as the rest of a descriptor, and a launch has eleven
+def _layout(swizzle_bytes: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle_bytes, element_bitwidth=bits, rank=rank)
 
 
 def heads_together(heads: int, bytes_of_a_head: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.attention.interface import BackwardInBlocks, Call, ForwardInBlocks, GradientHomes
+from longctx.kernels.attention.key_gradients import MOST_SLOTS, add_up
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, to_device
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
@@ -38,6 +39,13 @@ class Schedule:
 
     plan: Plan
     steps: list[Step]
+    known_givers: dict[range, Tensor] = field(default_factory=dict)
+
+    def givers(self, rank: int, distances: range, device: torch.device) -> Tensor:
+        """`Plan.givers` on the device."""
+        if distances not in self.known_givers:
+            self.known_givers[distances] = to_device(self.plan.givers(rank, distances), device)
+        return self.known_givers[distances]
 
 
 @once_a_mask
@@ -120,27 +128,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, budget: Budget) -> tupl
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call,
-    budget: Budget,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq of one rank's rows, like q; dk and dv of its keys, (batch, tokens, 2, kv_heads, head_dim) in the dtype of
-    sums."""
+    budget: Budget, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq of one rank's rows, like q; dk and dv of its keys, like these but of `dtype`."""
     transport, schedule = _setting(q, k, call, budget)
     gradient = BackwardInBlocks(dout, dlse, q, out, lse, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
-    total = torch.empty(keys.shard.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-    for steps in _rounds(schedule.plan, budget.inbox // total.nbytes):
-        _give_gradients(steps, keys, gradient, total)
-        _add_up(steps, schedule.plan, total, transport)
-    return gradient.dq(), total
+    rounds = _rounds(schedule.plan, _slots(k, budget))
+    dk, dv = (torch.empty(k.shape, dtype=dtype if len(rounds) == 1 else _sums(k), device=k.device) for _ in range(2))
+    for steps in rounds:
+        _give_gradients(steps, keys, gradient)
+        givers = schedule.givers(transport.rank, _distances(schedule.plan, steps), k.device)
+        add_up(transport.shared["inbox"], givers, dk, dv, is_added=steps.start > 0)
+    return gradient.dq(), dk.to(dtype), dv.to(dtype)
 
 
-def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total: Tensor) -> None:
+def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks) -> None:
     """The steps of a round; returns once the gradients are in their owners' inboxes, one slot a distance."""
     transport, plan = keys.transport, keys.schedule.plan
     if steps.start:
         transport.meet()  # all have added up those of the round before
     slots = _distances(plan, steps)
-    inbox = transport.share("inbox", (len(slots), *total.shape), total)
+    shard, sums = keys.shard, _sums(keys.shard)
+    inbox = transport.share("inbox", (len(slots), *shard.shape), shard, sums)
 
     def slot(move: Move) -> int:
         return slots.index(move.distance(plan.size))
@@ -153,28 +163,14 @@ def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks, total
             continue
         if len(waits) > 1:
             waits[-2]()  # of those that were in this buffer
-        shape = total.shape[0], step.n_keys, *total.shape[2:]
-        given = transport.scratch(f"gradients {len(waits) % 2}", shape, total)
+        shape = shard.shape[0], step.n_keys, *shard.shape[2:]
+        given = transport.scratch(f"gradients {len(waits) % 2}", shape, shard, sums)
         given.zero_()
         gradient.add(k, v, step.mask, (given[:, :, 0], given[:, :, 1]))
         waits.append(transport.give("inbox", step.moves, slot, given))
     for wait in waits:
         wait()
     transport.meet()
-
-
-def _add_up(steps: range, plan: Plan, total: Tensor, transport: Transport) -> None:
-    """What the ranks have given in a round, in the order of the distances; the first round is the first to write."""
-    slots = _distances(plan, steps)
-    for places, distances in plan.readers(transport.rank, slots):
-        found = transport.shared["inbox"][:, :, places.start : places.stop]
-        mine = total[:, places.start : places.stop]
-        for number, near in enumerate(_beside_each_other(distances)):
-            part = found[near.start - slots.start : near.stop - slots.start]
-            if steps.start == number == 0:
-                torch.sum(part, 0, out=mine)
-            else:
-                mine += part.sum(0)
 
 
 def _homes(step: Step, slots: range, slot: PieceOf, inbox: Tensor, transport: Transport) -> GradientHomes:
@@ -196,8 +192,17 @@ def _setting(q: Tensor, k: Tensor, call: Call, budget: Budget) -> tuple[Transpor
     length = q.shape[1] * transport.size
     mask = in_ranks_order(call.intervals(length, length))
     tokens_of_a_step = budget.step // (2 * k[:, :1].nbytes)
-    slots = max(1, budget.inbox // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize))  # each for an owner
-    return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, slots, q.device)
+    most_owners = _slots(k, budget)
+    return transport, _schedule_of(mask, transport.rank, transport.size, tokens_of_a_step, most_owners, q.device)
+
+
+def _slots(k: Tensor, budget: Budget) -> int:
+    """Of an inbox, each with the gradients from one rank."""
+    return max(1, min(MOST_SLOTS, budget.inbox // (2 * k.numel() * _sums(k).itemsize)))
+
+
+def _sums(x: Tensor) -> torch.dtype:
+    return accumulation_dtype(x.dtype)
 
 
 def _rounds(plan: Plan, slots: int) -> list[range]:
@@ -213,14 +218,3 @@ def _rounds(plan: Plan, slots: int) -> list[range]:
 
 def _distances(plan: Plan, steps: range) -> range:
     return range(plan.distances[steps.start].start, plan.distances[steps.stop - 1].stop)
-
-
-def _beside_each_other(numbers: list[int]) -> list[range]:
-    """Ascending numbers as ranges without gaps."""
-    found: list[range] = []
-    for number in numbers:
-        if found and found[-1].stop == number:
-            found[-1] = range(found[-1].start, number + 1)
-        else:
-            found.append(range(number, number + 1))
-    return found

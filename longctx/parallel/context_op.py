@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -26,9 +25,7 @@ def context_op(name: str, budget: Budget) -> Callable[..., tuple[Tensor, Tensor]
         return blockwise.forward(q, k, v, call, budget)
 
     def backward(dout, dlse, q, k, v, out, lse, call: Call):
-        dq, dkeys = blockwise.backward(dout, dlse, q, k, v, out, lse, call, budget)
-        dk, dv = (x.to(k.dtype, copy=True, memory_format=torch.contiguous_format) for x in dkeys.unbind(2))
-        return dq, dk, dv
+        return blockwise.backward(dout, dlse, q, k, v, out, lse, call, budget, k.dtype)
 
     return attention_op(name, forward, backward)
 

@@ -58,16 +58,13 @@ class Plan:
         parts = [torch.arange(move.first, move.first + move.length) for move in self.fetched(step, rank)]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    def readers(self, owner: int, distances: range) -> list[tuple[range, list[int]]]:
-        """Ranges of places in the shard of `owner`, and from which distances gradients come for each."""
-        moves = [m for step in self.moves for m in step if m.owner == owner and m.distance(self.size) in distances]
-        cuts = sorted({edge for m in moves for edge in (m.place, m.place + m.length)})
-        found = []
-        for start, end in pairwise(cuts):
-            of_range = [m.distance(self.size) for m in moves if m.place <= start and end <= m.place + m.length]
-            if of_range:
-                found.append((range(start, end), sorted(of_range)))
-        return found
+    def givers(self, owner: int, distances: range) -> Tensor:
+        """Which readers give gradients of each token of `owner`'s shard: int64, bit i the i-th of `distances`."""
+        bits = torch.zeros(sum(move.length for move in self.fetched(0, owner)), dtype=torch.int64)
+        for move in (move for step in self.moves for move in step if move.owner == owner):
+            if (distance := move.distance(self.size)) in distances:
+                bits[move.place : move.place + move.length] |= 1 << (distance - distances.start)
+        return bits
 
 
 def runs_of(order: Tensor, size: int) -> list[Run]:

@@ -156,8 +156,8 @@ class _Exchange:
             gradient = BackwardInBlocks(dout, -of_rows, q, out, lse, call.options(), call.implementation)
             gradient.add(k, v, self.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
             return gradient.dq()
-        dq, of_keys = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET)
-        dkeys += of_keys
+        dq, *of_keys = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET, dkeys.dtype)
+        dkeys += torch.stack(of_keys, 2)
         return dq
 
     def of_queries(self, x: Tensor) -> Tensor:
