@@ -15,7 +15,8 @@ import contextlib
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,6 @@ from longctx.parallel.exchange import Move
 Wait = Callable[[], None]  # returns, or lets the device's queue go on, once the data is there
 PieceOf = Callable[[Move], int]
 _generations = itertools.count()
-MOST_VIEWS = 256  # of other ranks' buffers that are kept
 
 
 class Transport(ABC):
@@ -128,18 +128,20 @@ class SymmetricMemory(Transport):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.side = torch.cuda.Stream()
         self.handles: dict[str, symmetric_memory._SymmetricMemory] = {}
-        self.theirs: dict[tuple, Tensor] = {}  # views of other ranks' buffers
+        self.begins: dict[str, list[int]] = {}  # addresses of all ranks' buffers
         self.door_buffer = symmetric_memory.empty(1, device=self.device)
         self.door = symmetric_memory.rendezvous(self.door_buffer, group)
         self.is_on_gpu = True
+        self.runtime = _cuda_runtime()
+        self.kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or like.dtype
 
         def make(size: int) -> Tensor:
-            self.theirs.clear()
             buffer = symmetric_memory.empty(size, dtype=dtype, device=self.device)
-            self.handles[name] = symmetric_memory.rendezvous(buffer, self.group)
+            self.handles[name] = handle = symmetric_memory.rendezvous(buffer, self.group)
+            self.begins[name] = [handle.get_buffer(r, (size,), dtype).data_ptr() for r in range(self.size)]
             return buffer
 
         self.shared[name] = self._grown(name, shape, dtype, make)
@@ -147,60 +149,68 @@ class SymmetricMemory(Transport):
 
     def meet(self) -> None:
         with self._waiting():
-            torch.cuda.current_stream().wait_stream(self.side)
+            self._stream().wait_stream(self.side)
             self.door.barrier(channel=0, timeout_ms=self.timeout_ms)
 
     def fetch(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
-        def copy(move: Move) -> None:
-            theirs = self._place(name, move, piece_of)
-            _copy(theirs, into[:, move.position : move.position + move.length])
-
-        return self._beside(copy, moves)
+        return self._beside(self._runs(name, moves, piece_of, into))
 
     def give(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
-        def copy(move: Move) -> None:
-            theirs = self._place(name, move, piece_of)
-            _copy(source[:, move.position : move.position + move.length], theirs)
-
-        return self._beside(copy, moves)
+        runs = self._runs(name, moves, piece_of, source)
+        return self._beside((there, here, size, is_remote) for here, there, size, is_remote in runs)
 
     def addresses(self, name: str, moves: list[Move], piece_of: PieceOf) -> list[tuple[int, int]]:
         mine = [move for move in moves if move.reader == self.rank]
-        return [(self._place(name, move, piece_of).data_ptr(), move.length) for move in mine]
+        return [(self._address(name, move, piece_of(move)), move.length) for move in mine]
 
     def shared_bytes(self) -> int:
         return sum(self.buffers[name].nbytes for name in self.handles)
 
-    def _place(self, name: str, move: Move, piece_of: PieceOf) -> Tensor:
-        """(batch, tokens of the move, ...) in the owner's buffer."""
-        mine = self.shared[name]
-        key = self.generation, name, move.owner, mine.shape, mine.dtype
-        if key not in self.theirs:
-            if len(self.theirs) > MOST_VIEWS:
-                self.theirs.clear()
-            self.theirs[key] = self.handles[name].get_buffer(move.owner, mine.shape, mine.dtype)
-        return self.theirs[key][piece_of(move)][:, move.place : move.place + move.length]
+    def _address(self, name: str, move: Move, piece: int, sequence: int = 0) -> int:
+        """Of a move's first token in the owner's buffer."""
+        _, batch, tokens, *_ = (shared := self.shared[name]).shape
+        token = (piece * batch + sequence) * tokens + move.place
+        return self.begins[name][move.owner] + token * shared.stride(2) * shared.element_size()
 
-    def _beside(self, copy: Callable[[Move], None], moves: list[Move]) -> Wait:
-        """Does this rank's copies beside the kernels that follow, after those before."""
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            for move in sorted(moves, key=lambda move: move.distance(self.size)):  # no two from or to one at a time
-                if move.reader == self.rank:
-                    copy(move)
-            done = torch.cuda.Event()
-            done.record()
+    def _runs(
+        self, name: str, moves: list[Move], piece_of: PieceOf, here: Tensor
+    ) -> Iterator[tuple[int, int, int, bool]]:
+        """Of each move of this rank and each sequence: the address in `here`, that at the owner, bytes, whether that is
+        another rank."""
+        batch, tokens, *_ = here.shape
+        begin, token_bytes = here.data_ptr(), here.stride(1) * here.element_size()
+        assert here.is_contiguous()
+        assert token_bytes == self.shared[name].stride(2) * self.shared[name].element_size()
+        mine = [move for move in moves if move.reader == self.rank]
+        for move in sorted(mine, key=lambda move: move.distance(self.size)):  # no two from or to one at a time
+            for sequence in range(batch):
+                place = begin + (sequence * tokens + move.position) * token_bytes
+                there = self._address(name, move, piece_of(move), sequence)
+                yield place, there, move.length * token_bytes, move.owner != self.rank
+
+    def _beside(self, copies: Iterable[tuple[int, int, int, bool]]) -> Wait:
+        """Copies (to, from, bytes, whether from or to another GPU) beside the kernels that follow, after those before.
+
+        What stays on this GPU is copied before the kernels that follow: multiprocessors do it, on which the others of
+        these copies would wait for a kernel to end.
+        """
+        here = self._stream()
+        self.side.wait_stream(here)
+        for to, of, size, is_remote in copies:  # a tensor's copy_ takes the CPU ten times as long
+            stream = self.side if is_remote else here
+            (error,) = self.runtime.cudaMemcpyAsync(to, of, size, self.kind, stream.cuda_stream)
+            if error:
+                raise RuntimeError(f"cudaMemcpyAsync of {size} bytes: {error.name}")
+        done = self.side.record_event()
 
         def wait() -> None:
             with self._waiting():
-                torch.cuda.current_stream().wait_event(done)
+                self._stream().wait_event(done)
 
         return wait
 
-
-def _copy(source: Tensor, destination: Tensor) -> None:
-    for from_sequence, to_sequence in zip(source, destination, strict=True):  # contiguous: an order to a copy engine
-        to_sequence.copy_(from_sequence, non_blocking=True)
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)  # which is looked up at length where it is not named
 
 
 class Messages(Transport):
@@ -318,6 +328,12 @@ def in_use() -> list[Transport]:
     return list(_transports.values())
 
 
+def _cuda_runtime() -> Any:
+    from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]: comes with torch for CUDA
+
+    return runtime
+
+
 def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:
     """Why the ranks of a group cannot reach each other's GPU memory; None if they can. To be called by all of them."""
     machines: list[str | None] = [None] * dist.get_world_size(group)
@@ -330,6 +346,10 @@ def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:
     problem = None
     if not all(torch.cuda.can_device_access_peer(here, other) for other in range(count) if other != here):
         problem = f"GPU {here} cannot reach the memory of all others"
+    try:
+        _cuda_runtime()
+    except ImportError as error:
+        problem = f"no cuda-bindings: {error}"
     if found := _first_problem(problem, group):  # before the others wait for it in the rendezvous
         return found
     try:
