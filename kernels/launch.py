@@ -28,9 +28,15 @@ def unsupported(x: Tensor) -> str | None:
         return "Triton's interpreter computes bfloat16 wrong; use float16 or float32"
     if not INTERPRETED and x.device.type != "cuda":
         return f"Triton kernels run on GPUs (or with TRITON_INTERPRET=1), not on {x.device.type}"
-    if not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability(x.device)}"
+    if not INTERPRETED and torch.version.hip is None and capability(x.device) < (8, 0):
+        return f"Triton kernels need compute capability 8.0, this GPU has {capability(x.device)}"
     return None
+
+
+@cache  # asked for several times a launch, and torch looks it up at length
+def capability(device: torch.device) -> tuple[int, int]:
+    """Major and minor compute capability."""
+    return torch.cuda.get_device_capability(device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -102,7 +108,7 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "hip"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return "sm_{}{}".format(*capability(device))
 
 
 # the choice between a fused op and its reference ----------------------------------------------------------------------

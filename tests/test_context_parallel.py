@@ -15,7 +15,7 @@ from longctx.kernels.attention import interface
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.model.attention import Attend
-from longctx.parallel import blockwise, exchange, sequence, transport
+from longctx.parallel import blockwise, exchange, sequence, transport, ulysses
 from longctx.parallel.blockwise import Budget
 from longctx.parallel.context_op import ContextAttend, context_op
 from longctx.parallel.mesh import make_mesh
@@ -150,6 +150,7 @@ def strategy_on_gpu(rank: int, size: int, name: str, masked: str) -> list[torch.
     parallel = ParallelConfig(context=size, strategy=Strategy(name.split(",", maxsplit=1)[0]), ulysses=2)
     config, device = Config(parallel=parallel), torch.device("cuda", rank)
     mesh = make_mesh(parallel, size, "cuda")
+    ulysses.FLOPS_OF_A_GROUP = 1.0  # several groups of heads
     attend = wrapper(choose_strategy(config, size), mesh, 60)(Attend("auto"))
     whole, start, window = long_case(name, masked)
     shard = whole[1].nbytes * 2 // size

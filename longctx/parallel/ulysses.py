@@ -28,6 +28,7 @@ from longctx.parallel.sequence import in_ranks_order, on_cpu
 from longctx.parallel.transport import Wait, copy_rows, transport_of
 
 MOST_GROUPS = 4
+FLOPS_OF_A_GROUP = 5e11  # forward: launching the kernels of less takes longer than they
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Heads:
     heads: int
     kv_heads: int
     size: int
+    most_groups: int = MOST_GROUPS
 
     @cached_property
     def groups(self) -> int:
         """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
         of_rank, kv_of_rank = self.heads // self.size, max(1, self.kv_heads // self.size)
-        fitting = [n for n in range(1, MOST_GROUPS + 1) if of_rank % n == 0]
+        fitting = [n for n in range(1, self.most_groups + 1) if of_rank % n == 0]
         return max(n for n in fitting if kv_of_rank % n == 0 or n % kv_of_rank == 0)
 
     @cached_property
@@ -88,6 +90,13 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @once_a_mask
+def _pairs(mask: KeyIntervals) -> int:
+    """Of a query and a key it sees."""
+    start, end = on_cpu(mask).bounds("cpu")
+    return int((end - start).clamp(min=0).sum())
+
+
+@once_a_mask
 def _in_groups_order(mask: KeyIntervals, size: int, groups: int, group: int) -> tuple[KeyIntervals, list[Move]]:
     """For the ranks of `group` of `groups`, each of `size` ranks beside each other, which trade heads.
 
@@ -127,7 +136,9 @@ class _Exchange:
         self.length = q.shape[1] * size
         whole = in_ranks_order(call.intervals(self.length * groups, self.length * groups))
         self.mask, self.moves = _in_groups_order(whole, size, groups, group)
-        self.heads = Heads(q.shape[2], k.shape[2], size)
+        flops = 4 * _pairs(whole) / groups * q.shape[2] / size * q.shape[3]
+        worthwhile = int(flops / FLOPS_OF_A_GROUP) if q.is_cuda else MOST_GROUPS
+        self.heads = Heads(q.shape[2], k.shape[2], size, max(1, min(worthwhile, MOST_GROUPS)))
         self.call = call
         if beyond:  # over which the tokens of this group are one shard
             self.call = Call.of(self.mask, call.options(), call.implementation, outer[0])
