@@ -196,7 +196,7 @@ class SymmetricMemory(Transport):
         """
         here = self._stream()
         self.side.wait_stream(here)
-        for to, of, size, is_remote in copies:  # a tensor's copy_ takes the CPU ten times as long
+        for to, of, size, is_remote in copies:
             stream = self.side if is_remote else here
             (error,) = self.runtime.cudaMemcpyAsync(to, of, size, self.kind, stream.cuda_stream)
             if error:
