@@ -29,6 +29,7 @@ def compile_case(
     empty = partial(torch.empty, dtype=torch.float32, device="meta")
     lse, options = empty(1, 4, N), Options(0.1, deterministic=deterministic)
     out = (empty(q.shape), lse) if into or blocks else None
+    roles = torch.empty(1, N // 128, dtype=torch.int32, device="meta")
     homes = hopper_backward.GradientHomes(
         torch.empty(1, dtype=torch.int64, device="meta"), empty((1, N, 2, 2, head_dim))
     )
@@ -36,8 +37,8 @@ def compile_case(
 
     def call():
         if blocks:
-            hopper_forward.forward(q, k, v, mask, options, out, is_first=True)
-            hopper_forward.forward(q, k, v, mask, options, out, is_last=True)
+            part = hopper_forward.Part(roles, torch.empty_like(q), *out)
+            hopper_forward.forward(q, k, v, mask, options, part=part)
             hopper_backward.BackwardInBlocks(q, lse, q, q, lse, options).add(k, v, mask, homes)
             return
         if not deterministic:

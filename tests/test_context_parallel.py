@@ -110,7 +110,7 @@ def test_no_buffer_is_overwritten_before_it_has_left(is_aligned):
     order = zigzag(2 * size, size).order
     plan = exchange.make_plan(order, torch.zeros(1, 2 * size), torch.full((1, 2 * size), 2 * size), size, 2, size)
     steps = [
-        blockwise.Step(moves, 2, KeyIntervals.full(1, 1), bool(a))
+        blockwise.Step(moves, 2, KeyIntervals.full(1, 1), torch.empty(0), bool(a))
         for moves, a in zip(plan.moves, is_aligned, strict=True)
     ]
     shard = torch.empty(1, 2, 2, 1, 8)

@@ -141,6 +141,28 @@ def test_two_halves_of_the_keys_are_the_whole(head_dim):
 
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rows_are_written_with_the_last_part_they_see(head_dim):
+    """Of three parts of the keys, one, two or all; some rows see nothing at all."""
+    n, options = 1536, Options(0.25)
+    start = torch.tensor([[0] * 300 + [300] * 600 + [900] * 636, [0] * 128 + [128] * 1408], device=DEVICE)
+    end = torch.arange(1, n + 1, device=DEVICE).repeat(2, 1)
+    end[0, :130], start[0, -200:] = 0, n
+    mask = KeyIntervals.intervals(start, end, n)
+    q = torch.randn(2, n, 4, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(2, n, 2, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    whole, whole_lse = hopper.forward(q, k, v, mask, options)
+    parts = torch.arange(n, device=DEVICE).split([256, 512, 768])
+    masks = [mask.keys(part) for part in parts]
+    whole_by_parts = interface.ForwardInBlocks(q, options, "hopper")
+    roles = tiles.roles(masks, interface.ROWS_WITH_A_ROLE)
+    for part, part_mask, of_part in zip(parts, masks, roles, strict=True):
+        whole_by_parts.add(k[:, part], v[:, part], part_mask, of_part, is_last=part is parts[-1])
+    assert relative_error(whole_by_parts.out, whole.double()) < 4e-3
+    torch.testing.assert_close(whole_by_parts.lse, whole_lse, rtol=0, atol=1e-5)
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_deterministic_gradients_are_the_same_bits(head_dim):
     mask = KeyIntervals.documents(torch.tensor([[0] * 900 + [900] * 2100], device=DEVICE))
     q, k, v, dout = (

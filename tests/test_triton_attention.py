@@ -124,6 +124,26 @@ def test_tiles_are_what_the_mask_touches(data):
                 assert tile.shape == (block_q, block_k)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_roles_of_rows_in_parts_of_the_keys(data):
+    """Whoever sees keys of a part takes part, knows of those before and after, and writes once, with the last."""
+    n_queries, n_keys, block = data.draw(st.integers(1, 30)), data.draw(st.integers(3, 30)), 4
+    bounds = st.lists(st.integers(0, n_keys), min_size=n_queries, max_size=n_queries).map(sorted)
+    start, end = (torch.tensor([data.draw(bounds)]) for _ in range(2))
+    mask = KeyIntervals.intervals(start, end, n_keys)
+    parts = torch.arange(n_keys).tensor_split(3)
+    roles = torch.cat(tiles.roles([mask.keys(part) for part in parts], block))
+    seen = mask.dense("cpu")[0, 0]
+    for rows, of_rows in zip(seen.split(block), roles.T.tolist(), strict=True):
+        sees = [bool(rows[:, part].any()) for part in parts]
+        sees[2] |= not any(sees)
+        for number, role in enumerate(of_rows):
+            before, after = any(sees[:number]), any(sees[number + 1 :])
+            expected = tiles.TAKES_PART + before * tiles.HAS_BEFORE + after * tiles.HAS_AFTER
+            assert role == (expected if sees[number] else 0)
+
+
 def test_tiles_are_computed_once_a_mask(monkeypatch):
     calls = []
     original = tiles._ordered

@@ -13,12 +13,12 @@ from longctx.kernels.attention import sdpa, triton_backward
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.hopper_backward import BackwardInBlocks
 from longctx.kernels.attention.hopper_backward import backward as _gluon_backward
-from longctx.kernels.attention.hopper_forward import forward
+from longctx.kernels.attention.hopper_forward import ITEM_ROWS, Part, forward
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.reference import added, repeat_heads, sum_repeated_heads
 
-__all__ = ["BackwardInBlocks", "backward", "forward", "has_own_backward", "unsupported"]
+__all__ = ["ITEM_ROWS", "BackwardInBlocks", "Part", "backward", "forward", "has_own_backward", "unsupported"]
 
 
 def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str | None:

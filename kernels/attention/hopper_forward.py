@@ -10,6 +10,8 @@ docs/attention_on_hopper.md says how it works. Letters in shapes: Q rows and K k
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -41,12 +43,16 @@ from longctx.kernels.attention.hopper_work import (
 )
 from longctx.kernels.attention.mask import KeyIntervals
 from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.tiles import HAS_AFTER as _HAS_AFTER
+from longctx.kernels.attention.tiles import HAS_BEFORE as _HAS_BEFORE
 from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, longest_first
 from longctx.kernels.triton_math import LN_2, LOG2_E, finite
 
 ROWS = gl.constexpr(64)  # of a consumer
+ITEM_ROWS = 2 * ROWS.value
+HAS_BEFORE, HAS_AFTER = gl.constexpr(_HAS_BEFORE), gl.constexpr(_HAS_AFTER)
 SIZES = [  # one compilation for all of them
-    "bounds_batch", "tiles_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
+    "bounds_batch", "tiles_batch", "roles_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
     "row_blocks",
 ]  # fmt: skip
 
@@ -112,16 +118,30 @@ def _consume_tiles(
 
 
 @gluon.jit
+def _write_out(descriptor, tile, coordinates, acc):
+    """Out of a consumer's rows, by the copy engine."""
+    tma.store_wait(0)  # of the item before
+    threads_meet()
+    tile.store(acc.to(tile.dtype))
+    fence_async_shared()
+    threads_meet()
+    tma.async_copy_shared_to_global(descriptor, coordinates, tile)
+
+
+@gluon.jit
 def _consumer(
     box, query_ring, key_ring, value_ring, outs, rows,
-    NUMBER: gl.constexpr, MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
+    NUMBER: gl.constexpr, INTO: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of each item."""
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    out_descriptor, sums, lse, start, end, strides, bounds_batch, n_queries, head_dim, heads, row_blocks, factor = rows
+    (
+        out_descriptor, sums, lse, start, end, roles, strides, bounds_batch, roles_batch, n_queries, head_dim, heads,
+        row_blocks, factor,
+    ) = rows  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
@@ -146,6 +166,10 @@ def _consumer(
         row_end = gl.load(end + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
         edges = full_first - first + last - full_last
         n_tiles = last - first
+        has_before, has_after = True, True  # what is not asked for where there are no sums
+        if roles is not None:
+            role = gl.load(roles + batch * roles_batch + pair % row_blocks)
+            has_before, has_after = (role & HAS_BEFORE) != 0, (role & HAS_AFTER) != 0
 
         # the first tile, whose scores nothing overlaps
         mbarrier.wait(query_full.index(NUMBER), turn & 1)
@@ -183,8 +207,8 @@ def _consumer(
         share = gl.where(is_empty, 0.0, 1.0 / total)
         row_lse = gl.where(is_empty, float("-inf"), (peak + gl.log2(total)) * LN_2)
         lse_row = lse + (batch.to(gl.int64) * heads + head) * n_queries + row
-        if MERGE:
-            before = gl.load(lse_row, mask=is_row, other=float("-inf"))
+        if INTO:
+            before = gl.load(lse_row, mask=is_row & has_before, other=float("-inf"))
             top = finite(gl.maximum(before, row_lse))
             merged = top + gl.log2(gl.exp2((before - top) * LOG2_E) + gl.exp2((row_lse - top) * LOG2_E)) * LN_2
             base = finite(merged)
@@ -193,21 +217,17 @@ def _consumer(
             row_lse = merged
         gl.store(lse_row, row_lse, mask=is_row)
         acc = acc * gl.convert_layout(share, acc_row)[:, None]
-        if MERGE or WIDE:
+        if INTO:
             pointers, inside = pointers_to(
                 sums, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
             )
-        if MERGE:
-            acc += gl.load(pointers, mask=inside, other=0.0) * of_before[:, None]
-        if WIDE:
-            gl.store(pointers, acc, mask=inside)
-        else:
-            tma.store_wait(0)  # of the item before
-            threads_meet()
-            out_tile.store(acc.to(q.dtype))
-            fence_async_shared()
-            threads_meet()
-            tma.async_copy_shared_to_global(out_descriptor, [batch, head, first_row, 0], out_tile)
+            acc += gl.load(pointers, mask=inside & has_before, other=0.0) * of_before[:, None]
+            gl.store(pointers, acc, mask=inside & has_after)
+        if roles is not None:
+            if not has_after:
+                _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
+        elif not INTO:
+            _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
         if not OWN_OUT:
             tma.store_wait(0)
             mbarrier.arrive(query_empty.index(NUMBER), count=1)
@@ -219,14 +239,14 @@ def _consumer(
 @gluon.jit
 def _producer(
     descriptors, box, query_ring, key_ring, value_ring, work,
-    MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    INTO: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items, says which, and copies their queries, keys and values."""
     query_descriptor, key_descriptor, value_descriptor = descriptors
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group = work
+    order, tiles, counter, roles, tiles_batch, roles_batch, n_items, n_pairs, together, row_blocks, group = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
@@ -234,7 +254,11 @@ def _producer(
         pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
         first, full_first, full_last, last = visit
         is_empty = first >= last
-        if not (MERGE and WIDE and is_empty):  # nothing to merge
+        if roles is not None:
+            is_wanted = gl.load(roles + (pair // row_blocks) * roles_batch + pair % row_blocks) != 0
+        else:
+            is_wanted = not (INTO and is_empty)
+        if is_wanted:
             if is_empty:  # one tile, of which no row sees anything
                 first = gl.maximum(first - 1, 0)
                 full_first, full_last, last = first + 1, first + 1, first + 1
@@ -269,10 +293,10 @@ def _producer(
 
 @gluon.jit(do_not_specialize=SIZES)
 def _forward_kernel(
-    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles, counter,
-    sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, n_queries, head_dim, heads, group, n_items, n_pairs,
-    together, row_blocks, factor,
-    MERGE: gl.constexpr, WIDE: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles, roles,
+    counter, sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, roles_batch, n_queries, head_dim, heads,
+    group, n_items, n_pairs, together, row_blocks, factor,
+    INTO: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
@@ -289,22 +313,31 @@ def _forward_kernel(
     value_ring = values, barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     rows = (
-        out_descriptor, sums, lse, start, end, (sums_batch, sums_row, sums_head), bounds_batch, n_queries, head_dim,
-        heads, row_blocks, factor
+        out_descriptor, sums, lse, start, end, roles, (sums_batch, sums_row, sums_head), bounds_batch, roles_batch,
+        n_queries, head_dim, heads, row_blocks, factor,
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
-    work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, row_blocks, group
+    work = order, tiles, counter, roles, tiles_batch, roles_batch, n_items, n_pairs, together, row_blocks, group
     gl.warp_specialize(
         [
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, MERGE, WIDE, BLOCK_K, BLOCK_D, STAGES,
-                         OWN_OUT, PING_PONG)),
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, MERGE, WIDE, BLOCK_K, BLOCK_D, STAGES,
-                         OWN_OUT, PING_PONG)),
-            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, MERGE, WIDE, BLOCK_K, STAGES)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, INTO, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
+                         PING_PONG)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, INTO, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
+                         PING_PONG)),
+            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, INTO, BLOCK_K, STAGES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """One of several blocks of keys, whose results are merged."""
+
+    roles: Tensor  # of each block of rows, as `tiles.roles` says
+    out: Tensor  # like q: written with the last block that a row has part in
+    sums: Tensor  # float32, of those before it
+    lse: Tensor  # (batch, heads, n_queries) float32
 
 
 def forward(
@@ -314,40 +347,36 @@ def forward(
     mask: KeyIntervals,
     options: Options,
     into: tuple[Tensor, Tensor] | None = None,
-    is_first: bool = False,
-    is_last: bool = False,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`.
-
-    What `into` holds before the first block does not matter; with the last, out comes like q.
-    """
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
     batch, n_queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    if into is None:
-        is_first = is_last = True
+    kv_heads, roles = k.shape[2], None
+    if part is not None:
+        roles, out, sums, lse = part
+    elif into is not None:
+        sums, lse = into
+        out = sums
+    else:
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
         out = sums = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    else:
-        sums, lse = into
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if is_last else sums
     q, k, v = (addressable(x) for x in (q, k, v))
     blocks, width = launch.hopper_forward(q), launch.hopper_head_dim(q)
-    rows = 2 * ROWS.value
     mask = mask.written_out(q.device)
     start, end = contiguous_bounds(mask)
-    tiles = key_tiles(mask, rows, blocks.keys)
-    order = longest_first(mask, batch, rows, blocks.keys)
+    tiles = key_tiles(mask, ITEM_ROWS, blocks.keys)
+    order = longest_first(mask, batch, ITEM_ROWS, blocks.keys)
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
     n_items = order.numel() * heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, out if is_last else q))
+    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, q if out.dtype != q.dtype else out))
     keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
     with launch.on_device(q):
         _forward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
-            queries, keys, values, outs, sums, lse, start, end, order, tiles, counter, *sums.stride()[:3],
-            launch.shared_stride(start), launch.shared_stride(tiles), n_queries, head_dim, heads, heads // kv_heads,
-            n_items, order.numel(), together, order.numel() // batch, options.scale * LOG2_E.value,
-            MERGE=not is_first, WIDE=not is_last, BLOCK_K=blocks.keys, BLOCK_D=width,
+            queries, keys, values, outs, sums, lse, start, end, order, tiles, roles, counter, *sums.stride()[:3],
+            launch.shared_stride(start), launch.shared_stride(tiles), launch.shared_stride(roles), n_queries,
+            head_dim, heads, heads // kv_heads, n_items, order.numel(), together, order.numel() // batch,
+            options.scale * LOG2_E.value, INTO=sums.dtype == torch.float32, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
         )  # fmt: skip

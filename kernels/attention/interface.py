@@ -287,6 +287,7 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
     return reference.attention_delta(dout, None, out)
 
 
+ROWS_WITH_A_ROLE = hopper.ITEM_ROWS
 _INTERVALS = KeyIntervals.documents(torch.zeros(1, 1, dtype=torch.int64))  # a mask of the kind that a block's is
 
 
@@ -300,22 +301,24 @@ class ForwardInBlocks:
         self.q, self.options = q, options
         self.implementation = choose(implementation, q, _INTERVALS, options)
         compute = reference.accumulation_dtype(q.dtype)
-        self.out = torch.empty(q.shape, dtype=compute, device=q.device)
+        self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.sums = torch.empty(q.shape, dtype=compute, device=q.device)
         self.lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
-        self.is_first = True
+        self.has_begun = False
 
-    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, is_last: bool) -> None:
-        """One block of keys and values."""
-        q, sums = self.q, (self.out, self.lse)
+    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, roles: Tensor, is_last: bool) -> None:
+        """One block of keys and values; roles: of each `ROWS_WITH_A_ROLE` rows, see `tiles.roles`."""
+        q = self.q
         if self.implementation == "hopper" and q.numel() and k.numel():
-            self.out, self.lse = hopper.forward(q, k, v, mask, self.options, sums, self.is_first, is_last)
-        else:
-            if self.is_first:
-                self.out.zero_()
-                self.lse.fill_(-torch.inf)
-            forward(q, k, v, mask, self.options, self.implementation, into=sums)
-            self.out = self.out.to(q.dtype) if is_last else self.out
-        self.is_first = False
+            hopper.forward(q, k, v, mask, self.options, part=hopper.Part(roles, self.out, self.sums, self.lse))
+            return
+        if not self.has_begun:
+            self.sums.zero_()
+            self.lse.fill_(-torch.inf)
+            self.has_begun = True
+        forward(q, k, v, mask, self.options, self.implementation, into=(self.sums, self.lse))
+        if is_last:
+            self.out.copy_(self.sums)
 
 
 class BackwardInBlocks:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
 
+TAKES_PART, HAS_BEFORE, HAS_AFTER = 1, 2, 4  # bits of a role
+
 
 @once_a_mask
 def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
@@ -84,3 +86,21 @@ def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int, of
     tiles = (row_tiles if of_keys else key_tiles)(mask, block_q, block_k)
     visited = (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
     return torch.argsort(visited, descending=True, stable=True).to(torch.int32)
+
+
+def roles(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:
+    """What blocks of rows do with each of several blocks of keys whose results are merged, given the masks of these.
+
+    Of each mask int32 (batch or 1, row blocks): 0 where no row sees any of its keys, else `TAKES_PART` and whether
+    there are keys in masks before and after. Rows that see no key at all take part in the last.
+    """
+    seen = []
+    for mask in masks:
+        start, end = contiguous_bounds(mask)
+        sees = F.pad(start < end, (0, -mask.n_queries % block_q))
+        seen.append(sees.view(len(sees), -1, block_q).any(2))
+    seen[-1] = seen[-1] | ~torch.stack(seen).any(0)
+    found = torch.stack(seen).to(torch.int32)
+    so_far = found.cumsum(0) - found
+    to_come = found.sum(0) - found - so_far
+    return list((found * (TAKES_PART + HAS_BEFORE * (so_far > 0) + HAS_AFTER * (to_come > 0))).to(torch.int32))

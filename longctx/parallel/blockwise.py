@@ -13,9 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention.interface import BackwardInBlocks, Call, ForwardInBlocks, GradientHomes
+from longctx.kernels.attention.interface import (
+    ROWS_WITH_A_ROLE,
+    BackwardInBlocks,
+    Call,
+    ForwardInBlocks,
+    GradientHomes,
+)
 from longctx.kernels.attention.key_gradients import MOST_SLOTS, add_up
 from longctx.kernels.attention.mask import KeyIntervals, once_a_mask, to_device
+from longctx.kernels.attention.tiles import roles
 from longctx.kernels.reference import accumulation_dtype
 from longctx.parallel.exchange import ALIGNMENT, Move, Plan, make_plan
 from longctx.parallel.sequence import in_ranks_order, on_cpu
@@ -29,6 +36,7 @@ class Step:
     moves: list[Move]  # of all ranks
     n_keys: int
     mask: KeyIntervals
+    roles: Tensor  # of blocks of rows in the forward pass, see `tiles.roles`
     is_aligned: bool  # whether each tile of keys has one owner
     homes: dict = field(default_factory=dict)  # of the gradients of its keys, see `_homes`
 
@@ -61,12 +69,19 @@ def _schedule_of(
     rows = KeyIntervals(
         share, mask.n_keys, start=start[:, mine], end=end[:, mine], query_position=position[:, mine]
     )  # fmt: skip
-    steps = []
-    for step, moves in enumerate(plan.moves):
-        tokens = plan.tokens(step, rank)
-        is_aligned = all(move.length % ALIGNMENT == 0 for move in plan.fetched(step, rank))
-        steps.append(Step(moves, len(tokens), rows.keys(to_device(tokens, device)), is_aligned))
+    tokens = [plan.tokens(step, rank) for step in range(len(plan.moves))]
+    masks = [rows.keys(to_device(of_step, device)) for of_step in tokens]
+    steps = [
+        Step(moves, step_mask.n_keys, step_mask, of_step, _is_aligned(plan.fetched(number, rank)))
+        for number, (moves, step_mask, of_step) in enumerate(
+            zip(plan.moves, masks, roles(masks, ROWS_WITH_A_ROLE), strict=True)
+        )
+    ]
     return Schedule(plan, steps)
+
+
+def _is_aligned(moves: list[Move]) -> bool:
+    return all(move.length % ALIGNMENT == 0 for move in moves)
 
 
 # the two passes -------------------------------------------------------------------------------------------------------
@@ -122,7 +137,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, budget: Budget) -> tupl
     for number, step in enumerate(schedule.steps):
         step_k, step_v = keys.keys_values(number).unbind(2)
         if number <= last:
-            attention.add(step_k, step_v, step.mask, number == last)
+            attention.add(step_k, step_v, step.mask, step.roles, number == last)
     return attention.out, attention.lse
 
 
