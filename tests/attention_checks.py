@@ -1,7 +1,8 @@
 """What the tests of the attention kernels share: their truth, the comparison with it, and masks.
 
 Truth is plain torch in float64 with its own autograd; the error may be 1.5 x that of the reference in float32, or of
-plain torch in a 16-bit dtype.
+plain torch in a 16-bit dtype. Of random inputs, whose rows may see two or three keys, plain torch may be right by luck
+where dq is a difference of large terms: there it may be 1.5 x what rounding these explains, if that is more.
 """
 
 from __future__ import annotations
@@ -50,6 +51,24 @@ def results(function, inputs, sink, gradients):
     return out, lse, *torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse))
 
 
+def rounding_of_gradients(q, k, v, mask, options, truth, gradients) -> dict[str, float]:
+    """Of dq and dk, relative to their norms and in units of rounding: what comes of rounding `out`, by rowsum(dout *
+    out), and the gradients of the scores. All in float64."""
+    (out, lse, dq, dk, *_), (dout, dlse) = (x.detach() for x in truth), gradients
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * options.scale
+    exponent = torch.where(lse == -torch.inf, torch.inf, lse).unsqueeze(-1)
+    weights = torch.where(mask.dense(q.device), torch.exp(scores - exponent), 0) * options.scale
+    delta = ((dout * out).sum(-1).transpose(1, 2) - dlse).unsqueeze(-1)
+    dscores = weights * (torch.einsum("bihd,bjhd->bhij", dout, v) - delta)
+    of_delta = weights * (dout * out).norm(dim=-1).transpose(1, 2).unsqueeze(-1)
+    of_dq = torch.einsum("bhij,bjhd->bihd", of_delta, k).square().sum()
+    of_dq += torch.einsum("bhij,bjhd->", dscores.square(), k.square())
+    of_dk = torch.einsum("bhij,bihd->", of_delta.square() + dscores.square(), q.square())
+    return {name: float(total.sqrt() / x.norm().clamp(min=1e-30)) for name, total, x in (("dq", of_dq, dq), ("dk", of_dk, dk))}
+
+
 def check(
     mask, dtype, heads=4, kv_heads=2, head_dim=16, batch=2, sink=None, inputs=None, floor=4, implementation="triton",
     **changes,
@@ -81,10 +100,13 @@ def check(
     same_precision = results(in_float32 if dtype == torch.float32 else plain, (q, k, v), sink, gradients)
     # the kernels sum the terms of a float32 product one after the other, torch does not
     least = torch.finfo(dtype).eps * (floor if dtype == torch.float32 else 0.5)
+    explained = {}
+    if inputs is not None and dtype != torch.float32:
+        explained = rounding_of_gradients(*exact[0], mask, options, truth, [g.double() for g in gradients])
     for name, mine, theirs, true in zip(
         NAMES, results(kernel, (q, k, v), sink, gradients), same_precision, truth, strict=False
     ):
-        allowed = 1.5 * max(relative_error(theirs, true), least)
+        allowed = 1.5 * max(relative_error(theirs, true), least, least * explained.get(name, 0.0))
         assert relative_error(mine, true) <= allowed, name
 
 
