@@ -66,7 +66,10 @@ def rounding_of_gradients(q, k, v, mask, options, truth, gradients) -> dict[str,
     of_dq = torch.einsum("bhij,bjhd->bihd", of_delta, k).square().sum()
     of_dq += torch.einsum("bhij,bjhd->", dscores.square(), k.square())
     of_dk = torch.einsum("bhij,bihd->", of_delta.square() + dscores.square(), q.square())
-    return {name: float(total.sqrt() / x.norm().clamp(min=1e-30)) for name, total, x in (("dq", of_dq, dq), ("dk", of_dk, dk))}
+    return {
+        name: float(total.sqrt() / x.norm().clamp(min=1e-30))
+        for name, total, x in (("dq", of_dq, dq), ("dk", of_dk, dk))
+    }
 
 
 def check(
