@@ -121,6 +121,34 @@ def test_no_buffer_is_overwritten_before_it_has_left(is_aligned):
     assert (rank.writes, rank.leaving) == (size, set())
 
 
+def test_a_step_without_keys_is_no_block(monkeypatch):
+    """It once made the sums of those before zero, where kernels write rows with the last keys they see."""
+    steps = [SimpleNamespace(n_keys=n, mask=None, roles=n) for n in (4, 0, 2, 0)]
+    added: list[tuple[int, bool]] = []
+
+    class Blocks:
+        out, lse = "out", "lse"
+
+        def __init__(self, *_arguments) -> None: ...
+
+        def add(self, k, _v, _mask, roles, is_last) -> None:
+            added.append((roles, is_last))
+            assert len(k) == roles
+
+    class Keys:
+        def __init__(self, *_arguments) -> None: ...
+
+        def keys_values(self, number):
+            return torch.empty(steps[number].n_keys, 1, 2)
+
+    monkeypatch.setattr(blockwise, "_setting", lambda *_: (None, SimpleNamespace(steps=steps)))
+    monkeypatch.setattr(blockwise, "ForwardInBlocks", Blocks)
+    monkeypatch.setattr(blockwise, "_Pass", Keys)
+    call = SimpleNamespace(options=lambda: None, implementation="")
+    assert blockwise.forward(None, None, None, call, Budget(1, 1)) == ("out", "lse")
+    assert added == [(4, False), (2, True)]
+
+
 def test_blocks_are_served_as_intervals_are():
     """On GPUs without Hopper's kernels Triton's come before torch's: once the blocks' kind of mask was mistaken."""
     q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16, device="meta")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from longctx.config import Config, ModelConfig, ParallelConfig, Strategy
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.parallel import ulysses
 from longctx.parallel.exchange import ALIGNMENT, make_plan, runs_of
 from longctx.parallel.sequence import SMALLEST_CHUNK, TOLERANCE, balanced, imbalance, in_order, zigzag
 from longctx.parallel.strategy import choose_strategy
@@ -132,6 +133,19 @@ def test_who_gives_gradients_of_which_token():
 
 def test_runs():
     assert [tuple(run) for run in runs_of(zigzag(16, 2).order, 2)] == [(0, 0, 0, 4), (0, 4, 12, 4), (1, 0, 4, 8)]
+
+
+def test_groups_are_large_enough_to_launch_and_small_enough_to_hold():
+    def groups(tokens: int, size: int, batch: int = 1) -> int:
+        """Of 32 heads of 128, causal."""
+        pairs = ulysses._pairs(in_order(tokens, size).mask(torch.zeros(1, tokens), torch.device("cpu")))
+        assert pairs == tokens * (tokens + 1) / 2
+        return ulysses.most_groups(4 * batch * pairs * 32 / size * 128, batch * tokens // size * 32 * 128 * 2)
+
+    assert [groups(1 << 14, 2), groups(1 << 15, 4), groups(1 << 14, 4), groups(1 << 14, 4, batch=4)] == [2, 4, 1, 4]
+    documents = torch.arange(1 << 14) // 2 * 2
+    assert ulysses._pairs(KeyIntervals.documents(documents.repeat(3, 1))) == 1.5 * (1 << 14)
+    assert [ulysses.most_groups(0.0, mib << 20) for mib in (1, 256, 257, 1024, 4096)] == [1, 1, 2, 4, 4]
 
 
 @pytest.mark.parametrize(

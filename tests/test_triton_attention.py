@@ -137,7 +137,7 @@ def test_roles_of_rows_in_parts_of_the_keys(data):
     seen = mask.dense("cpu")[0, 0]
     for rows, of_rows in zip(seen.split(block), roles.T.tolist(), strict=True):
         sees = [bool(rows[:, part].any()) for part in parts]
-        sees[2] |= not any(sees)
+        sees[0] |= not any(sees)
         for number, role in enumerate(of_rows):
             before, after = any(sees[:number]), any(sees[number + 1 :])
             expected = tiles.TAKES_PART + before * tiles.HAS_BEFORE + after * tiles.HAS_AFTER

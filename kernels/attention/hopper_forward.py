@@ -166,7 +166,7 @@ def _consumer(
         row_end = gl.load(end + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
         edges = full_first - first + last - full_last
         n_tiles = last - first
-        has_before, has_after = True, True  # what is not asked for where there are no sums
+        has_before, has_after = True, True  # without roles: of sums that are given, if they are
         if roles is not None:
             role = gl.load(roles + batch * roles_batch + pair % row_blocks)
             has_before, has_after = (role & HAS_BEFORE) != 0, (role & HAS_AFTER) != 0
@@ -349,7 +349,11 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     part: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`.
+
+    `part`, instead of `into`: one of several blocks, after the last of which its out and lse are whole.
+    """
+    assert into is None or part is None
     batch, n_queries, heads, head_dim = q.shape
     kv_heads, roles = k.shape[2], None
     if part is not None:

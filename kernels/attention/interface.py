@@ -301,15 +301,19 @@ class ForwardInBlocks:
         self.q, self.options = q, options
         self.implementation = choose(implementation, q, _INTERVALS, options)
         compute = reference.accumulation_dtype(q.dtype)
-        self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self.sums = torch.empty(q.shape, dtype=compute, device=q.device)
+        self.out = self.sums if q.dtype == compute else torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self.lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
         self.has_begun = False
 
     def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, roles: Tensor, is_last: bool) -> None:
-        """One block of keys and values; roles: of each `ROWS_WITH_A_ROLE` rows, see `tiles.roles`."""
+        """One block of keys and values, with at least one key.
+
+        The Hopper kernel goes by the roles of each `ROWS_WITH_A_ROLE` rows (see `tiles.roles`) and writes to `out` what
+        later blocks do not change; the others merge all rows, and `out` comes with the last block.
+        """
         q = self.q
-        if self.implementation == "hopper" and q.numel() and k.numel():
+        if self.implementation == "hopper" and q.numel():
             hopper.forward(q, k, v, mask, self.options, part=hopper.Part(roles, self.out, self.sums, self.lse))
             return
         if not self.has_begun:
@@ -317,7 +321,7 @@ class ForwardInBlocks:
             self.lse.fill_(-torch.inf)
             self.has_begun = True
         forward(q, k, v, mask, self.options, self.implementation, into=(self.sums, self.lse))
-        if is_last:
+        if is_last and self.out is not self.sums:
             self.out.copy_(self.sums)
 
 

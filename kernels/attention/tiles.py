@@ -92,14 +92,14 @@ def roles(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:
     """What blocks of rows do with each of several blocks of keys whose results are merged, given the masks of these.
 
     Of each mask int32 (batch or 1, row blocks): 0 where no row sees any of its keys, else `TAKES_PART` and whether
-    there are keys in masks before and after. Rows that see no key at all take part in the last.
+    there are keys in masks before and after. Rows that see no key at all take part in the first.
     """
     seen = []
     for mask in masks:
         start, end = contiguous_bounds(mask)
         sees = F.pad(start < end, (0, -mask.n_queries % block_q))
         seen.append(sees.view(len(sees), -1, block_q).any(2))
-    seen[-1] = seen[-1] | ~torch.stack(seen).any(0)
+    seen[0] = seen[0] | ~torch.stack(seen).any(0)
     found = torch.stack(seen).to(torch.int32)
     so_far = found.cumsum(0) - found
     to_come = found.sum(0) - found - so_far

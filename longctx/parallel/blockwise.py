@@ -72,8 +72,8 @@ def _schedule_of(
     tokens = [plan.tokens(step, rank) for step in range(len(plan.moves))]
     masks = [rows.keys(to_device(of_step, device)) for of_step in tokens]
     steps = [
-        Step(moves, step_mask.n_keys, step_mask, of_step, _is_aligned(plan.fetched(number, rank)))
-        for number, (moves, step_mask, of_step) in enumerate(
+        Step(moves, step_mask.n_keys, step_mask, roles=of_rows, is_aligned=_is_aligned(plan.fetched(number, rank)))
+        for number, (moves, step_mask, of_rows) in enumerate(
             zip(plan.moves, masks, roles(masks, ROWS_WITH_A_ROLE), strict=True)
         )
     ]
@@ -133,10 +133,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, budget: Budget) -> tupl
     transport, schedule = _setting(q, k, call, budget)
     attention = ForwardInBlocks(q, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
-    last = max(number for number, step in enumerate(schedule.steps) if step.n_keys or not number)
+    last = max(number for number, step in enumerate(schedule.steps) if step.n_keys)
     for number, step in enumerate(schedule.steps):
         step_k, step_v = keys.keys_values(number).unbind(2)
-        if number <= last:
+        if step.n_keys:
             attention.add(step_k, step_v, step.mask, step.roles, number == last)
     return attention.out, attention.lse
 

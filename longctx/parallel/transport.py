@@ -191,8 +191,8 @@ class SymmetricMemory(Transport):
     def _beside(self, copies: Iterable[tuple[int, int, int, bool]]) -> Wait:
         """Copies (to, from, bytes, whether from or to another GPU) beside the kernels that follow, after those before.
 
-        What stays on this GPU is copied before the kernels that follow: multiprocessors do it, on which the others of
-        these copies would wait for a kernel to end.
+        A copy within this GPU runs on multiprocessors: beside, it would wait for the kernel that runs, and the copies
+        behind it with it. It goes before the kernels that follow instead.
         """
         here = self._stream()
         self.side.wait_stream(here)
@@ -349,7 +349,7 @@ def why_no_symmetric_memory(group: dist.ProcessGroup) -> str | None:
     try:
         _cuda_runtime()
     except ImportError as error:
-        problem = f"no cuda-bindings: {error}"
+        problem = problem or f"no cuda-bindings: {error}"
     if found := _first_problem(problem, group):  # before the others wait for it in the rendezvous
         return found
     try:

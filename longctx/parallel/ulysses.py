@@ -28,7 +28,8 @@ from longctx.parallel.sequence import in_ranks_order, on_cpu
 from longctx.parallel.transport import Wait, copy_rows, transport_of
 
 MOST_GROUPS = 4
-FLOPS_OF_A_GROUP = 5e11  # forward: launching the kernels of less takes longer than they
+FLOPS_OF_A_GROUP = 5e11  # forward, of less than which it has too few tiles for a GPU, and takes the CPU too long
+BYTES_OF_A_GROUP = 256 << 20  # of queries, of more than which it takes too much memory
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,15 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @once_a_mask
-def _pairs(mask: KeyIntervals) -> int:
-    """Of a query and a key it sees."""
+def _pairs(mask: KeyIntervals) -> float:
+    """Of a query and a key it sees, in a sequence: the mean of a batch."""
     start, end = on_cpu(mask).bounds("cpu")
-    return int((end - start).clamp(min=0).sum())
+    return float((end - start).clamp(min=0).sum()) / len(start)
+
+
+def most_groups(flops: float, query_bytes: int) -> int:
+    """How many groups of heads are worth their launches, given the work of a rank's forward pass on a GPU."""
+    return max(1, min(MOST_GROUPS, max(int(flops / FLOPS_OF_A_GROUP), -(-query_bytes // BYTES_OF_A_GROUP))))
 
 
 @once_a_mask
@@ -136,9 +142,9 @@ class _Exchange:
         self.length = q.shape[1] * size
         whole = in_ranks_order(call.intervals(self.length * groups, self.length * groups))
         self.mask, self.moves = _in_groups_order(whole, size, groups, group)
-        flops = 4 * _pairs(whole) / groups * q.shape[2] / size * q.shape[3]
-        worthwhile = int(flops / FLOPS_OF_A_GROUP) if q.is_cuda else MOST_GROUPS
-        self.heads = Heads(q.shape[2], k.shape[2], size, max(1, min(worthwhile, MOST_GROUPS)))
+        batch, _, n_heads, head_dim = q.shape
+        flops = 4 * batch * _pairs(whole) / groups * n_heads / size * head_dim
+        self.heads = Heads(n_heads, k.shape[2], size, most_groups(flops, q.nbytes) if q.is_cuda else MOST_GROUPS)
         self.call = call
         if beyond:  # over which the tokens of this group are one shard
             self.call = Call.of(self.mask, call.options(), call.implementation, outer[0])
@@ -168,7 +174,8 @@ class _Exchange:
             gradient.add(k, v, self.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
             return gradient.dq()
         dq, *of_keys = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET, dkeys.dtype)
-        dkeys += torch.stack(of_keys, 2)
+        for number, gradient in enumerate(of_keys):
+            dkeys[:, :, number] += gradient
         return dq
 
     def of_queries(self, x: Tensor) -> Tensor:
