@@ -11,9 +11,11 @@ from distributed import run_on_ranks
 from test_parity import DOCUMENTS, GQA, LENGTH, make_inputs
 
 from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy, UserError
-from longctx.kernels.attention import interface
-from longctx.kernels.attention.interface import attention
+from longctx.kernels import reference
+from longctx.kernels.attention import interface, tiles
+from longctx.kernels.attention.interface import ROWS_WITH_A_ROLE, attention
 from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.options import Options
 from longctx.model.attention import Attend
 from longctx.parallel import blockwise, exchange, sequence, transport, ulysses
 from longctx.parallel.blockwise import Budget
@@ -147,6 +149,49 @@ def test_a_step_without_keys_is_no_block(monkeypatch):
     call = SimpleNamespace(options=lambda: None, implementation="")
     assert blockwise.forward(None, None, None, call, Budget(1, 1)) == ("out", "lse")
     assert added == [(4, False), (2, True)]
+
+
+def as_on_hopper(q, k, v, mask, options, part) -> None:
+    """What the kernel does for each block of rows, by its role."""
+    found, found_lse = reference.attention_forward(q, k, v, mask, options)
+    for block, role in enumerate(part.roles[0].tolist()):
+        rows = slice(block * ROWS_WITH_A_ROLE, (block + 1) * ROWS_WITH_A_ROLE)
+        result, lse = found[:, rows], found_lse[:, :, rows]
+        if role & tiles.HAS_BEFORE:
+            result, lse = reference.merge(part.sums[:, rows], part.lse[:, :, rows], result, lse)
+        if role:
+            part.lse[:, :, rows] = lse
+            (part.sums if role & tiles.HAS_AFTER else part.out)[:, rows] = result
+
+
+@pytest.mark.parametrize("masked", ["documents", "window"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_rows_are_written_once_by_their_roles(size, masked, poisoned_memory, monkeypatch):
+    """Of all ranks, an owner a step, with steps without keys: what comes out is attention over the whole sequence."""
+    monkeypatch.setattr(interface.hopper, "forward", as_on_hopper)
+    monkeypatch.setattr(interface, "choose", lambda *_: "hopper")
+    length, generator = 256 * size, torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, length, 1, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    start, split, options = torch.zeros(1, length, dtype=torch.int64), zigzag(length, size), Options(0.3)
+    for border in (70, 200, 201, 3 * length // 4) if masked == "documents" else ():
+        start[0, border:] = border
+    mask = split.mask(start, torch.device("cpu"))
+    mask = mask.window(100, "cpu") if masked == "window" else mask
+    expected = reference.attention_forward(q[:, split.order], k, v, mask, options)
+    empty_steps = 0
+    for rank in range(size):
+        rows = slice(rank * 256, (rank + 1) * 256)
+        schedule = blockwise._schedule_of(mask, rank, size, 1, 1, torch.device("cpu"))
+        blocks = interface.ForwardInBlocks(split.shard(q, rank), options, "hopper")
+        blocks.out = torch.empty_like(blocks.sums)  # as of 16-bit dtypes
+        for number, step in enumerate(schedule.steps):
+            tokens = schedule.plan.tokens(number, rank)
+            empty_steps += not len(tokens)
+            if len(tokens):
+                blocks.add(k[:, tokens], v[:, tokens], step.mask, step.roles, is_last=False)
+        torch.testing.assert_close(blocks.out, expected[0][:, rows])
+        torch.testing.assert_close(blocks.lse, expected[1][:, :, rows])
+    assert empty_steps or size == 2
 
 
 def test_blocks_are_served_as_intervals_are():
