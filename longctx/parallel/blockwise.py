@@ -69,19 +69,12 @@ def _schedule_of(
     rows = KeyIntervals(
         share, mask.n_keys, start=start[:, mine], end=end[:, mine], query_position=position[:, mine]
     )  # fmt: skip
-    tokens = [plan.tokens(step, rank) for step in range(len(plan.moves))]
-    masks = [rows.keys(to_device(of_step, device)) for of_step in tokens]
-    steps = [
-        Step(moves, step_mask.n_keys, step_mask, roles=of_rows, is_aligned=_is_aligned(plan.fetched(number, rank)))
-        for number, (moves, step_mask, of_rows) in enumerate(
-            zip(plan.moves, masks, roles(masks, ROWS_WITH_A_ROLE), strict=True)
-        )
-    ]
+    masks = [rows.keys(to_device(plan.tokens(step, rank), device)) for step in range(len(plan.moves))]
+    steps = []
+    for step, of_rows in enumerate(roles(masks, ROWS_WITH_A_ROLE)):
+        is_aligned = all(move.length % ALIGNMENT == 0 for move in plan.fetched(step, rank))
+        steps.append(Step(plan.moves[step], masks[step].n_keys, masks[step], of_rows, is_aligned))
     return Schedule(plan, steps)
-
-
-def _is_aligned(moves: list[Move]) -> bool:
-    return all(move.length % ALIGNMENT == 0 for move in moves)
 
 
 # the two passes -------------------------------------------------------------------------------------------------------
@@ -150,7 +143,8 @@ def backward(
     gradient = BackwardInBlocks(dout, dlse, q, out, lse, call.options(), call.implementation)
     keys = _Pass(k, v, schedule, transport)
     rounds = _rounds(schedule.plan, _slots(k, budget))
-    dk, dv = (torch.empty(k.shape, dtype=dtype if len(rounds) == 1 else _sums(k), device=k.device) for _ in range(2))
+    of_rounds = dtype if len(rounds) == 1 else accumulation_dtype(k.dtype)
+    dk, dv = (torch.empty(k.shape, dtype=of_rounds, device=k.device) for _ in range(2))
     for steps in rounds:
         _give_gradients(steps, keys, gradient)
         givers = schedule.givers(transport.rank, _distances(schedule.plan, steps), k.device)
@@ -164,7 +158,7 @@ def _give_gradients(steps: range, keys: _Pass, gradient: BackwardInBlocks) -> No
     if steps.start:
         transport.meet()  # all have added up those of the round before
     slots = _distances(plan, steps)
-    shard, sums = keys.shard, _sums(keys.shard)
+    shard, sums = keys.shard, accumulation_dtype(keys.shard.dtype)
     inbox = transport.share("inbox", (len(slots), *shard.shape), shard, sums)
 
     def slot(move: Move) -> int:
@@ -213,11 +207,7 @@ def _setting(q: Tensor, k: Tensor, call: Call, budget: Budget) -> tuple[Transpor
 
 def _slots(k: Tensor, budget: Budget) -> int:
     """Of an inbox, each with the gradients from one rank."""
-    return max(1, min(MOST_SLOTS, budget.inbox // (2 * k.numel() * _sums(k).itemsize)))
-
-
-def _sums(x: Tensor) -> torch.dtype:
-    return accumulation_dtype(x.dtype)
+    return max(1, min(MOST_SLOTS, budget.inbox // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize)))
 
 
 def _rounds(plan: Plan, slots: int) -> list[range]:
