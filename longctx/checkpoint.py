@@ -291,7 +291,7 @@ class ShardWriter(HuggingFaceStorageWriter):
             facts = {hf.CUSTOM_METADATA_KEY: json.dumps(places), hf.DCP_VERSION_KEY: str(hf.HF_DCP_VERSION)}
             file = Path(self.path) / hf._gen_file_name(1, 1, plan.storage_data["shard_index"])
             save_file(tensors, file, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
-            file.chmod(file.parent.stat().st_mode & 0o666)  # it makes files that their owner alone can read
+            files.readable_as_its_folder(file)
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files
         return done

@@ -75,6 +75,12 @@ class DataSource(StrEnum):
     recall = "recall"
 
 
+class TokenDtype(StrEnum):
+    auto = "auto"
+    uint16 = "uint16"
+    uint32 = "uint32"
+
+
 class Strategy(StrEnum):
     auto = "auto"
     ring = "ring"
@@ -177,6 +183,7 @@ class DataConfig:
     folder: str = ""  # source=prepared: of tools/prepare_data.py, of Megatron's *.bin and *.idx, or of nanoGPT's *.bin
     mixture: dict[str, float] = field(default_factory=dict)  # in place of `folder`: several, and their shares
     tokenizer: str = ""  # tokenizer.json of Megatron's and nanoGPT's files: for samples and bits a byte
+    token_dtype: TokenDtype = TokenDtype.auto  # of nanoGPT's files; auto: uint16, up to a vocabulary of 65,536
     end_of_document: int = 50256  # id that closes a document in nanoGPT's files, unless `tokenizer` says
     cache_folder: str = "~/.cache/longctx"  # where source=builtin keeps its tokens
     sequence_length: int = 2048  # tokens

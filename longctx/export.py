@@ -13,13 +13,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from longctx.checkpoint import CheckpointError, read_manifest, verify_files
 from longctx.config import Config, ModelConfig
-from longctx.data.prepare import find_end_of_document
+from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
+from longctx.files import readable_as_its_folder
 from longctx.model.hugging_face import Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
@@ -40,18 +40,45 @@ def export_hugging_face(
 ) -> list[Path]:
     """Writes the weights of `checkpoint` and `config.json` so that transformers' `from_pretrained` reads `folder`.
 
-    With a tokenizer, it lies beside them and its end-of-document token ends what is generated.
+    The tokenizer lies beside them, so that a text gets the ids it was trained on, and what is generated ends at its
+    end-of-document token: `tokenizer_file`, or the one that the run has kept in its folder.
 
     Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
     """
-    model, sequence_length = model_of(read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    model, sequence_length = model_of(manifest)
     fields = to_config_json(model, sequence_length) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    kept = checkpoint.resolve().parent.parent / "tokenizer.json"
     beside = {}
-    if tokenizer_file is not None:
-        fields["eos_token_id"] = find_end_of_document(Tokenizer.from_file(str(tokenizer_file)), tokenizer_file)
-        beside["tokenizer.json"] = tokenizer_file.read_text()
-    beside["config.json"] = json.dumps(fields, indent=2) + "\n"
+    if tokenizer_file is not None or kept.exists():
+        end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
+        names, beside = _tokenizer_files(tokenizer_file or kept, end, sequence_length)
+        fields |= names
+    beside["config.json"] = _json(fields)
     return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
+
+
+def _tokenizer_files(file: Path, end: int | None, sequence_length: int) -> tuple[dict[str, int], dict[str, str]]:
+    """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
+    tokenizer = open_tokenizer(file)
+    ids = {"eos_token_id": find_end_of_document(tokenizer, file) if end is None else end}
+    if begin := document_begin(tokenizer):
+        ids["bos_token_id"] = begin[0]
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # as tokenizer.json says it, whatever the model is
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in ids.items()}
+    return ids, {
+        "tokenizer.json": as_trained(file, None),
+        "tokenizer_config.json": _json(config),
+        "generation_config.json": _json(ids),
+    }
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 def export_weights(
@@ -94,6 +121,7 @@ def _write(
     for number, lot in enumerate(lots, 1):
         name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
         save_file(_read(checkpoint, lot, sizes, dtype), folder / name, metadata={"format": "pt"})
+        readable_as_its_folder(folder / name)
         weight_map |= {tensor.name: name for tensor in lot}
         names.append(name)
     if len(lots) > 1:

@@ -54,7 +54,7 @@ def test_jsonl_is_cut_between_lines(tmp_path, small_pieces):
 def whole(pieces):
     """The ranges of one file's pieces as one."""
     ranges = [r for piece in pieces for r in piece.ranges]
-    return text.Range(ranges[0].path, ranges[0].name, 0, ranges[-1].end, ranges[-1].end, 0)
+    return text.Range(ranges[0].path, "jsonl", ranges[0].name, 0, ranges[-1].end, ranges[-1].end, 0)
 
 
 @pytest.mark.parametrize("begin", range(40))
@@ -63,7 +63,7 @@ def test_a_range_begins_anywhere(tmp_path, begin):
     content = write_jsonl(tmp_path / "a.jsonl", ["a", "b" * 9, "c"])
     parts = [(0, begin), (begin, len(content))]
     path = tmp_path / "a.jsonl"
-    pieces = [FilePiece((text.Range(path, "a", b, e, e - b, 0),), "text") for b, e in parts]
+    pieces = [FilePiece((text.Range(path, "jsonl", "a", b, e, e - b, 0),), "text") for b, e in parts]
     assert texts_of(pieces) == ["a", "b" * 9, "c"]
 
 

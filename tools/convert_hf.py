@@ -4,8 +4,8 @@ usage: python tools/convert_hf.py config HF_FOLDER > configs/model/NAME.yaml
        python tools/convert_hf.py export runs/NAME/checkpoints/step_N --output FOLDER [--dtype bfloat16]
 
 `config` prints the model of a folder as a preset; `train.py recipe=... model=NAME model.init_from=HF_FOLDER` then
-starts with its weights. `export` writes a checkpoint's weights and config.json so that transformers' from_pretrained
-reads them; the tokenizer is copied along if --tokenizer names it.
+starts with its weights. `export` writes a checkpoint's weights, config.json and the tokenizer of its corpus, so that
+transformers' from_pretrained reads the model and AutoTokenizer gives the ids it was trained on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     export.add_argument("checkpoint", type=Path)
     export.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    export.add_argument("--tokenizer", type=Path, help="a tokenizer.json to put beside")
+    export.add_argument("--tokenizer", type=Path, help="a tokenizer.json in place of the one in the run's folder")
     arguments = parser.parse_args()
     try:
         if arguments.command == "config":
@@ -38,17 +38,14 @@ def main() -> None:
 
 
 def print_preset(folder: Path) -> None:
+    from longctx.model.hugging_face import as_yaml
     from longctx.parallel.pretrained import PretrainedWeights
 
     weights = PretrainedWeights(folder)
     rotary = weights.config.pop("rotary", {})
-    lines = [f"{key}: {_yaml(value)}" for key, value in weights.config.items()]
-    inner = ", ".join(f"{key}: {_yaml(value)}" for key, value in rotary.items())
+    lines = [f"{key}: {as_yaml(value)}" for key, value in weights.config.items()]
+    inner = ", ".join(f"{key}: {as_yaml(value)}" for key, value in rotary.items())
     print("\n".join([*lines, *([f"rotary: {{{inner}}}"] if rotary else [])]))
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Path | None) -> None:
@@ -61,6 +58,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Pat
     files = export_hugging_face(checkpoint, folder, getattr(torch, dtype), tokenizer)
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
+    if not (folder / "tokenizer.json").exists():
+        print(f"without a tokenizer: the run's corpus had none; give one with --tokenizer")
 
 
 if __name__ == "__main__":

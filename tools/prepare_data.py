@@ -2,10 +2,10 @@
 
 usage: python tools/prepare_data.py INPUT [INPUT ...] --output FOLDER [--tokenizer tokenizer.json]
 
-INPUT is a text file (one document), a .jsonl file (one document a line; also .jsonl.zst, .gz, .bz2, .lz4) or a
-.parquet file (one document a row), both with the text in the field --text-field, or a folder of all of these. Without
---tokenizer, the 8192-token byte-level BPE of longctx, which was trained on Python sources, is used. A preparation that
-was stopped goes on where it was when the same command is given again.
+INPUT is a file of JSON lines (one document a line), of parquet (one a row), both with the text in the field --text-field,
+a text (one document), each also compressed as .zst, .gz, .bz2 or .lz4, or a folder of all of these. Without --tokenizer,
+the 8192-token byte-level BPE of longctx, which was trained on Python sources, is used. A preparation that was stopped goes
+on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from longctx.config import UserError
 from longctx.data.lengths import draw_lengths, length_table
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
-from longctx.data.text import find_pieces
-from longctx.data.tokens import TokenFolder
+from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files
+from longctx.data.tokens import Manifest, TokenFolder
 
 
 def main() -> None:
@@ -30,6 +30,14 @@ def main() -> None:
     parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     parser.add_argument("--text-field", default="text", help="of .jsonl lines and .parquet rows")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: cores")
+    parser.add_argument("--end-of-document", metavar="TOKEN", help="token that closes a document; default: a usual one")
+    parser.add_argument(
+        "--add-special-tokens", action=argparse.BooleanOptionalAction, default=True,
+        help="put what the tokenizer's template puts around a text (a begin-of-text token) around each document",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out, and count, what is not UTF-8, not JSON or damaged"
+    )
     arguments = parser.parse_args()
     if not 0 <= arguments.validation_fraction < 1:
         parser.error(f"--validation-fraction {arguments.validation_fraction} is outside 0 to 1")
@@ -42,20 +50,40 @@ def main() -> None:
             parser.error(f"--output {arguments.output} is inside the input {path}; give a folder beside it")
     source = ", ".join(str(path) for path in arguments.input)
     try:
-        pieces = find_pieces(arguments.input, arguments.text_field)
+        found = find_files(arguments.input)
+        pieces = cut_files(found.files, arguments.text_field, arguments.skip_unreadable)
         manifest = prepare(
             pieces, arguments.output, arguments.tokenizer, arguments.validation_fraction, source=source,
-            workers=arguments.workers,
+            workers=arguments.workers, end_of_document=arguments.end_of_document,
+            add_special_tokens=arguments.add_special_tokens,
         )  # fmt: skip
     except UserError as error:
         sys.exit(f"prepare_data.py: {error}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  names of files may be of any bytes
+    print(input_table(pieces, found, manifest))
     for split, shards in manifest.splits.items():
         tokens, documents_, size = (sum(getattr(s, f) for s in shards) for f in ("tokens", "documents", "text_bytes"))
         print(f"{split}: {documents_} documents, {tokens} tokens, {size / max(tokens, 1):.2f} bytes a token")
     split = TokenFolder(arguments.output, manifest.vocab_size).splits["train"]
     print(length_table(split))
-    print(f"as a picture: {draw_lengths(split, arguments.output / 'lengths.svg')}")
+    try:
+        print(f"as a picture: {draw_lengths(split, arguments.output / 'lengths.svg')}")
+    except OSError as error:  # the tokens are whole without it
+        print(f"{arguments.output / 'lengths.svg'}: not written: {error}")
     print(f"train on it: train.py recipe=... data=prepared data.folder={arguments.output}")
+
+
+def input_table(pieces: list[FilePiece], found: Input, manifest: Manifest) -> str:
+    """How many files of which kind were read, what was left out, and why."""
+    lines = [f"{'files':>8}  {'MB':>10}  read as"]
+    lines += [f"{n:8,}  {size / 1e6:10,.1f}  {kind}" for kind, (n, size) in files_by_kind(pieces).items()]
+    for why in dict.fromkeys(why for _, why in found.left_out):
+        names = [name for name, reason in found.left_out if reason == why]
+        lines.append(f"left out, {why}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    if manifest.skipped:
+        lines.append(f"left out, unreadable: {manifest.skipped:,} files, lines or rows, such as")
+        lines += [f"  {example}" for example in manifest.skipped_examples[:5]]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

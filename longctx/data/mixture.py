@@ -33,8 +33,15 @@ class Mixture:
                 raise DataError(
                     f"{other.folder} and {first.folder} were made with different tokenizers; prepare both with one"
                 )
+            if (other.document_begin, other.end_of_document) != (first.document_begin, first.end_of_document):
+                raise DataError(
+                    f"{other.folder}: documents begin with {other.document_begin} and end with {other.end_of_document}, "
+                    f"those of {first.folder} with {first.document_begin} and {first.end_of_document}; prepare both alike"
+                )
         self.tokenizer_file, self.tokenizer_vocab = first.tokenizer_file, first.tokenizer_vocab
         self.token_bytes: np.ndarray | None = first.token_bytes
+        self.document_begin, self.end_of_document = first.document_begin, first.end_of_document
+        self.notes = [note for corpus in corpora for note in corpus.notes]
 
     def __str__(self) -> str:
         if len(self.corpora) == 1:

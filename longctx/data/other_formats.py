@@ -11,10 +11,9 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from longctx.config import DataConfig
-from longctx.data.prepare import count_bytes, find_end_of_document
+from longctx.config import DataConfig, TokenDtype
+from longctx.data.tokenizer import count_bytes, find_end_of_document, open_tokenizer
 from longctx.data.tokens import (
     MANIFEST,
     Corpus,
@@ -60,9 +59,9 @@ class _GivenTokenizer:
         self.file = Path(data.tokenizer).expanduser()
         if not self.file.is_file():
             raise DataError(f"data.tokenizer={data.tokenizer}: no such file; name a tokenizer.json")
-        tokenizer = Tokenizer.from_file(str(self.file))
+        tokenizer = open_tokenizer(self.file)
         self.end_of_document = find_end_of_document(tokenizer, self.file)
-        lengths = count_bytes(tokenizer, self.end_of_document)
+        lengths = count_bytes(tokenizer)
         if len(lengths) > vocab_size:
             raise DataError(
                 f"data.tokenizer={data.tokenizer} has {len(lengths)} ids, model.vocab_size is {vocab_size}; set "
@@ -73,35 +72,63 @@ class _GivenTokenizer:
 
 
 class NanoGPTFolder:
-    """nanoGPT's `train.bin` and `val.bin`: uint16 ids, nothing else; `data.end_of_document` closes each document."""
+    """nanoGPT's `train.bin` and `val.bin`: ids and nothing else; `data.end_of_document` closes each document.
+
+    Ids are uint16, or what `data.token_dtype` says: a file does not tell, and a vocabulary of more than 65,536 asks.
+    """
+
+    document_begin = None
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
+        self.end_of_document, self.notes = given.end_of_document, []
+        dtype = _nanogpt_dtype(folder, vocab_size, data)
         self.paths = {s: folder / f for s, f in (("train", "train.bin"), ("validation", "val.bin"))}
         self.splits = {}
         for number, (split, path) in enumerate(self.paths.items()):
             if not path.exists():
                 self.splits[split] = TokenSplit([], [])
                 continue
-            ids = _map(path, "<u2")
+            ids = _map(path, dtype)
+            if dtype == "<u2":
+                _refuse_wider_ids(path, ids)
             if number % ranks == rank:
                 check_ids(path, ids, vocab_size)
             self.splits[split] = TokenSplit([ids], [_ends_by_id(ids, given.end_of_document)])
         files = _fingerprint([path for path in self.paths.values() if path.exists()])
-        self._fingerprint = f"{files}-{given.end_of_document}"
+        self._fingerprint = f"{files}-{given.end_of_document}" + ("" if dtype == "<u2" else f"-{dtype[1:]}")
 
     def fingerprint(self) -> str:
         """Of the files' sizes, both ends of their content, and the id that closes documents."""
         return self._fingerprint
 
 
+def _nanogpt_dtype(folder: Path, vocab_size: int, data: DataConfig) -> str:
+    if data.token_dtype == TokenDtype.auto and vocab_size > 1 << 16:
+        raise DataError(
+            f"{folder}: nanoGPT's files do not say how wide their ids are, and model.vocab_size={vocab_size} is more than "
+            f"uint16 can tell apart; set data.token_dtype=uint32 (or uint16, if they are of a smaller vocabulary)"
+        )
+    return "<u4" if data.token_dtype == TokenDtype.uint32 else "<u2"
+
+
+def _refuse_wider_ids(path: Path, ids: np.ndarray) -> None:
+    """Of a file of uint32 read as uint16, every second id is 0."""
+    begin = ids[:SAMPLE]
+    if len(begin) >= 64 and not begin[1::2].any() and begin[::2].any():
+        raise DataError(f"{path}: every second id is 0, so these seem to be of uint32; set data.token_dtype=uint32")
+
+
 class MegatronFolder:
     """Megatron's `*.idx` and `*.bin`; files whose name has a word beginning with `val` are the validation split."""
+
+    document_begin = None
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
+        self.end_of_document, self.notes = given.end_of_document, []
         self.paths = sorted(folder.glob("*.idx"))
         shards: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "validation": []}
         for number, path in enumerate(self.paths):
@@ -164,8 +191,9 @@ def read_megatron(index: Path) -> tuple[np.ndarray, np.ndarray]:
         or (np.diff(document_borders) < 0).any()
     ):  # fmt: skip
         raise DataError(f"{index}: its document borders do not rise from 0 to {sequences}; make the files again")
-    last = np.unique(document_borders)[1:]  # a document without sequences is none
-    return _map(path, INDEX_DTYPES[code]), ends[last - 1]
+    document_ends = ends[document_borders[1:][document_borders[1:] > 0] - 1]
+    # a document without sequences, or whose sequences have no tokens, is none
+    return _map(path, INDEX_DTYPES[code]), np.unique(document_ends[document_ends > 0])
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,18 +19,21 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.text import MIB, Piece
+from longctx.data.text import MIB, Piece, Skipped
+from longctx.data.tokenizer import count_bytes, document_frame, open_tokenizer, vocab_size
 from longctx.data.tokens import SPLITS, DataError, Manifest, Shard, ShardWriter
-from longctx.files import read_manifest, sha256, sync, write_manifest
+from longctx.files import disk_problem, read_manifest, sha256, sync, write_manifest
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
-PIECE_FORMAT = "longctx-piece-1"
+PIECE_FORMAT = "longctx-piece-2"
+BYTES_A_TOKEN = 3  # of text, roughly: for what a full disk would need
+EXAMPLES = 20  # of what was skipped, that are kept
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Recipe:
     tokenizer_file: str
     tokenizer_sha256: str
     vocab_size: int
-    end_of_document: int
+    document_begin: tuple[int, ...]
+    document_end: tuple[int, ...]
     validation_fraction: float
     max_document_tokens: int | None
 
@@ -59,26 +62,44 @@ def prepare(
     source: str = "",
     workers: int = 1,
     work: Path | None = None,
+    end_of_document: str | None = None,
+    add_special_tokens: bool = True,
 ) -> Manifest:
     """Tokenizes `pieces` into `folder`, which appears only when it is whole.
 
     A document goes to the validation split if the hash of its name falls into `validation_fraction`. One longer than
     `max_document_tokens` is cut into several. The result does not depend on `workers`, the number of processes: one is
     this process, with a thread a core. `work` holds what is done until then, and is gone on with if it is there
-    already. Raises `DataError` naming what cannot be read, if nothing is left to train on, or if `folder` exists.
+    already. `end_of_document` and `add_special_tokens`: as of `document_frame`. Raises `DataError` naming what cannot be
+    read, if nothing is left to train on, if the disk is full, or if `folder` exists.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; remove it or give another folder")
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer = open_tokenizer(tokenizer_file)
+    frame = document_frame(tokenizer, tokenizer_file, end_of_document, add_special_tokens)
     recipe = Recipe(
         str(tokenizer_file.resolve()),
         sha256(tokenizer_file),
-        _vocab_size(tokenizer),
-        find_end_of_document(tokenizer, tokenizer_file),
+        vocab_size(tokenizer),
+        frame.begin,
+        frame.end,
         validation_fraction,
         max_document_tokens,
     )
     work = work or folder.with_name(f"{folder.name}.preparing")
+    try:
+        return _prepare(pieces, folder, tokenizer_file, recipe, count_bytes(tokenizer), source, workers, work)
+    except OSError as error:
+        tokens = sum(piece.size for piece in pieces) / BYTES_A_TOKEN
+        needed = int(tokens * np.dtype(recipe.dtype).itemsize)
+        raise DataError(f"{disk_problem(error, work, needed)}. What is done is kept in {work}: the same command goes "
+                        "on with it") from None
+
+
+def _prepare(
+    pieces: Sequence[Piece], folder: Path, tokenizer_file: Path, recipe: Recipe, token_lengths: np.ndarray, source: str,
+    workers: int, work: Path,
+) -> Manifest:  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
@@ -86,7 +107,7 @@ def prepare(
         except BlockingIOError:
             raise DataError(f"{work}: another process is at work there; wait for it, or give another folder") from None
         by_piece = _tokenize_all(pieces, work, recipe, workers)
-        shards = {split: [Shard(**s) for piece in by_piece for s in piece[split]] for split in SPLITS}
+        shards = {split: [Shard(**s) for piece in by_piece for s in piece["shards"][split]] for split in SPLITS}
         if not shards["train"]:
             shutil.rmtree(work)
             held_out = sum(shard.documents for shard in shards["validation"])
@@ -96,10 +117,11 @@ def prepare(
             )
         shutil.copyfile(tokenizer_file, work / "tokenizer.json")
         token_bytes = work / "token_bytes.bin"
-        count_bytes(tokenizer, recipe.end_of_document).tofile(token_bytes)
+        token_lengths.tofile(token_bytes)
         manifest = Manifest(
-            recipe.dtype, recipe.vocab_size, recipe.end_of_document, recipe.tokenizer_sha256, sha256(token_bytes),
-            shards, source,
+            recipe.dtype, recipe.vocab_size, list(recipe.document_begin), list(recipe.document_end),
+            recipe.tokenizer_sha256, sha256(token_bytes), shards, source, sum(piece["skipped"] for piece in by_piece),
+            [example for piece in by_piece for example in piece["skipped_examples"]][:EXAMPLES],
         )  # fmt: skip
         manifest.write(work)
         for number in range(len(pieces)):
@@ -111,10 +133,10 @@ def prepare(
     return manifest
 
 
-def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int) -> list[dict[str, list[dict]]]:
-    """The shards of each piece by split; those that an earlier call has finished are taken as they are."""
-    done = {number: shards for number, piece in enumerate(pieces) if (shards := _finished(work, number, piece, recipe))}
-    kept = {f"{s['name']}.{kind}" for d in done.values() for split in SPLITS for s in d[split] for kind in KINDS}
+def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int) -> list[dict[str, Any]]:
+    """The record of each piece; those that an earlier call has finished are taken as they are."""
+    done = {number: record for number, piece in enumerate(pieces) if (record := _finished(work, number, piece, recipe))}
+    kept = {f"{s['name']}.{k}" for d in done.values() for split in SPLITS for s in d["shards"][split] for k in KINDS}
     kept |= {_record(work, number).name for number in done} | {"lock"}
     for path in work.iterdir():  # begun, or made of other input
         if path.name not in kept:
@@ -173,7 +195,7 @@ def _identity(piece: Piece, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps([piece.identity, facts]).encode()).hexdigest()
 
 
-def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str, list[dict]] | None:
+def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str, Any] | None:
     try:
         record = read_manifest(_record(work, number), PIECE_FORMAT)
     except (FileNotFoundError, ValueError):
@@ -189,47 +211,41 @@ def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str
         )
     }
     is_whole = all((work / name).is_file() and (work / name).stat().st_size == size for name, size in sizes.items())
-    return shards if is_whole and record["identity"] == _identity(piece, recipe) else None
+    return record if is_whole and record["identity"] == _identity(piece, recipe) else None
 
 
-def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str, list[dict]]:
-    """Writes the shards of one piece, and then that it is finished."""
+def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str, Any]:
+    """Writes the shards of one piece, and then the record that it is finished."""
     tokenizer = _tokenizer(recipe.tokenizer_file)
     writers = {split: ShardWriter(work, f"{split}_{number:05d}", recipe.dtype) for split in SPLITS}
+    frame = len(recipe.document_begin) + len(recipe.document_end)
+    skipped: list[str] = []
     for document in piece.documents():
+        if isinstance(document, Skipped):
+            skipped.append(document.why)
+            continue
         ids, text_bytes = _encode(tokenizer, document.pieces)
         if not len(ids):
             continue
         is_validation = document.is_validation
         if is_validation is None:
             is_validation = _fraction_of_name(document.name) < recipe.validation_fraction
-        limit = (recipe.max_document_tokens or len(ids) + 1) - 1
+        limit = max(1, recipe.max_document_tokens - frame) if recipe.max_document_tokens else len(ids)
         for first in range(0, len(ids), limit):
             part = ids[first : first + limit]
             share = round(text_bytes * len(part) / len(ids))
-            writers["validation" if is_validation else "train"].add(np.append(part, recipe.end_of_document), share)
+            framed = np.concatenate([recipe.document_begin, part, recipe.document_end])
+            writers["validation" if is_validation else "train"].add(framed, share)
     shards = {split: [asdict(shard) for shard in writer.finish()] for split, writer in writers.items()}
     fields = {"format": PIECE_FORMAT, "identity": _identity(piece, recipe), "shards": shards}
+    fields |= {"skipped": len(skipped), "skipped_examples": skipped[:EXAMPLES]}
     write_manifest(_record(work, number), fields)
-    return shards
+    return fields
 
 
 @cache
 def _tokenizer(file: str) -> Tokenizer:
-    return Tokenizer.from_file(file)
-
-
-def find_end_of_document(tokenizer: Tokenizer, where: Path) -> int:
-    """The id that closes a document. Raises `DataError` if the tokenizer has none of the usual names for it."""
-    for token in END_OF_DOCUMENT:
-        token_id = tokenizer.token_to_id(token)
-        if token_id is not None:
-            return token_id
-    raise DataError(f"{where}: has no end-of-document token; one of {', '.join(END_OF_DOCUMENT)} is needed")
-
-
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
+    return open_tokenizer(Path(file))
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:
@@ -258,17 +274,5 @@ def _batched(pieces: Iterable[str], size: int = 4 * MIB) -> Iterator[list[str]]:
 
 
 def _fraction_of_name(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
 
-
-def count_bytes(tokenizer: Tokenizer, end_of_document: int) -> np.ndarray:
-    """Bytes of text each id stands for. In byte-level tokenizers each character of a token stands for one byte."""
-    is_byte_level = "ByteLevel" in tokenizer.to_str()
-    lengths = np.zeros(_vocab_size(tokenizer), dtype="<u2")
-    for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-        if is_byte_level:
-            lengths[token_id] = len(token)
-        else:  # SentencePiece: a mark for the space, <0x0A> for a single byte
-            lengths[token_id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
-    lengths[end_of_document] = 0
-    return lengths

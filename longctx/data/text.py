@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from longctx.data.tokens import DataError
 
 COMPRESSED = (".zst", ".gz", ".bz2", ".lz4")
+BOM = b"\xef\xbb\xbf"
 MIB = 1 << 20
+LONGEST_FIRST_LINE = 64 * MIB  # by the first line it is told whether a file holds JSON lines
 PIECES = 64  # an input is cut into about so many, of these sizes in bytes
 SMALLEST_PIECE, LARGEST_PIECE = 4 * MIB, 256 * MIB
 WHOLE_TEXT = 16 * MIB  # a text file is tokenized in parts of this size, cut behind lines
@@ -31,6 +33,12 @@ class Document(NamedTuple):
     is_validation: bool | None = None  # None: the hash of the name decides
 
 
+class Skipped(NamedTuple):
+    """A file, line or row that cannot be read and is left out, as was asked for."""
+
+    why: str  # with its place
+
+
 class Piece(Protocol):
     """A part of the input. It can be pickled."""
 
@@ -40,7 +48,7 @@ class Piece(Protocol):
     @property
     def identity(self) -> str: ...  # changes when what it holds does
 
-    def documents(self) -> Iterator[Document]: ...
+    def documents(self) -> Iterator[Document | Skipped]: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Range:
     """A part of a file: lines that begin in `begin` to `end` (bytes), parquet's row groups, or all of a text."""
 
     path: Path
+    kind: str  # jsonl, parquet or text
     name: str  # the same from wherever the tool is called
     begin: int
     end: int
@@ -61,6 +70,7 @@ class FilePiece:
 
     ranges: tuple[Range, ...]
     text_field: str
+    skip_unreadable: bool = False
 
     @property
     def size(self) -> int:
@@ -68,70 +78,226 @@ class FilePiece:
 
     @property
     def identity(self) -> str:
-        return repr((self.text_field, [(r.name, r.begin, r.end, r.size, r.changed_at) for r in self.ranges]))
+        ranges = [(r.kind, r.name, r.begin, r.end, r.size, r.changed_at) for r in self.ranges]
+        return repr((self.text_field, self.skip_unreadable, ranges))
 
-    def documents(self) -> Iterator[Document]:
-        """Raises `DataError` naming file and line, row or byte of what is no text."""
+    def documents(self) -> Iterator[Document | Skipped]:
+        """Raises `DataError` naming file and line, row or byte of what is no text, unless it is to be skipped."""
+        readers = {"jsonl": self._read_jsonl, "parquet": self._read_parquet, "text": self._read_text}
         for part in self.ranges:
-            kind = _kind(part.path)
-            if kind == "jsonl":
-                yield from _read_jsonl(part, self.text_field)
-            elif kind == "parquet":
-                yield from _read_parquet(part, self.text_field)
-            else:
-                yield Document(part.name, _read_text(part.path))
+            try:
+                yield from readers[part.kind](part)
+            except UnreadableError as error:  # of the file: the rest of it is left out
+                if not self.skip_unreadable:
+                    raise
+                yield Skipped(error.args[0])
+
+    def _read_text(self, part: Range) -> Iterator[Document | Skipped]:
+        if self.skip_unreadable:  # read twice, so that no half of a document is kept
+            for _ in _text_parts(part.path):
+                pass
+        yield Document(part.name, _text_parts(part.path))
+
+    def _read_jsonl(self, part: Range) -> Iterator[Document | Skipped]:
+        is_compressed = part.path.suffix in COMPRESSED
+        begin, end = (0, None) if is_compressed else (part.begin, part.end)
+        try:
+            with _open(part.path) as lines:
+                if begin:  # the line that begins before belongs to the range before
+                    lines.seek(begin - 1)
+                    begin += len(lines.readline()) - 1
+                while (end is None or begin < end) and (line := lines.readline()):
+                    if line.strip():
+                        yield self._document(f"{part.name}@{begin}", _text_of, line, part.path, begin)
+                    begin += len(line)
+        except OSError as error:
+            raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
+
+    def _read_parquet(self, part: Range) -> Iterator[Document | Skipped]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(part.path) as file:
+                if self.text_field not in file.schema_arrow.names:
+                    columns = ", ".join(file.schema_arrow.names)
+                    raise DataError(f"{part.path}: no column {self.text_field!r} but {columns}; name it with --text-field")
+                row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
+                groups = list(range(part.begin, part.end))
+                for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[self.text_field]):
+                    for text in batch.column(0).to_pylist():
+                        where = f"{part.path}: row {row}"
+                        yield self._document(f"{part.name}@{row}", _checked, text, lambda where=where: where)
+                        row += 1
+        except (pa.ArrowException, OSError) as error:
+            raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
+
+    def _document(self, name: str, text_of: Callable[..., str], *arguments: Any) -> Document | Skipped:
+        try:
+            return Document(name, [text_of(*arguments, self.text_field)])
+        except UnreadableError as error:
+            if not self.skip_unreadable:
+                raise
+            return Skipped(error.args[0])
 
 
-def find_pieces(paths: list[Path], text_field: str = "text") -> list[FilePiece]:
-    """The files of `paths` (files, and folders searched to the bottom, sorted by path), cut into pieces.
+class UnreadableError(DataError):
+    """A file, line or row that is no text, which `skip_unreadable` leaves out."""
 
-    `.jsonl` (also `.jsonl.zst`, `.gz`, `.bz2`, `.lz4`) holds a document a line, `.parquet` one a row, both in
-    `text_field`; any other file is one document of UTF-8 text. Raises `DataError` if there is nothing at a path.
+    def __str__(self) -> str:
+        return f"{super().__str__()}; or leave out what cannot be read with --skip-unreadable"
+
+
+class Input(NamedTuple):
+    """The files of an input, and what of it is left out."""
+
+    files: list[tuple[Path, str]]  # with their names, which are the same from wherever the tool is called
+    left_out: list[tuple[str, str]]  # name, and why
+
+
+def find_files(paths: list[Path]) -> Input:
+    """The files of `paths`: files, and folders searched to the bottom, sorted by path.
+
+    Names that begin with a dot are left out of folders: they are other programs' notes (`.git`, `.cache` of a download,
+    `.DS_Store`). Raises `DataError` if there is nothing at a path.
     """
     files: list[tuple[Path, str]] = []
+    left_out: list[tuple[str, str]] = []
     for path in (Path(os.path.abspath(path)) for path in paths):  # names must not depend on where one stands
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files += [(file, str(file.relative_to(path.parent))) for file in found]
+        if not path.is_dir():
+            files.append((path, path.name))
+            continue
+        found, others = _search(path)
+        files += [(file, str(file.relative_to(path.parent))) for file in sorted(found)]
+        left_out += [(str(other.relative_to(path.parent)), why) for other, why in sorted(others)]
+    return Input(files, left_out)
+
+
+def _search(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    found: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
+
+    def unreadable(error: OSError) -> None:
+        left_out.append((Path(error.filename), f"{error.strerror}"))
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
+        for name in [*folders, *names]:
+            path = Path(root, name)
+            if name.startswith("."):
+                left_out.append((path, "its name begins with a dot"))
+            elif name in folders:
+                if path.is_symlink():
+                    left_out.append((path, "a link to a folder; name that folder as an input of its own"))
+            elif path.is_file():
+                found.append(path)
+            else:
+                left_out.append((path, "no file, or a link to nothing"))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return found, left_out
+
+
+def find_pieces(paths: list[Path], text_field: str = "text", skip_unreadable: bool = False) -> list[FilePiece]:
+    """The files of `paths`, cut into pieces; see `find_files` and `cut_files`."""
+    return cut_files(find_files(paths).files, text_field, skip_unreadable)
+
+
+def cut_files(files: list[tuple[Path, str]], text_field: str, skip_unreadable: bool = False) -> list[FilePiece]:
+    """Files as pieces. JSON lines hold a document a line, parquet one a row, both in `text_field`; any other file is one.
+
+    What a file holds is told by its content: JSON lines may have any name, and be compressed (`.zst`, `.gz`, `.bz2`,
+    `.lz4`). Raises `DataError`, if a file cannot be read: unless `skip_unreadable`, which leaves it out.
+    """
     total = sum(file.stat().st_size for file, _ in files)
     # a power of two, so that a small change of the input leaves most cuts where they are
     limit = min(max(1 << max(total // PIECES, 1).bit_length() - 1, SMALLEST_PIECE), LARGEST_PIECE)
     pieces, open_ranges = [], []
     for file, name in files:
-        for part in _cut(file, name, limit):
+        for part in _cut(file, name, limit, text_field, skip_unreadable):
             open_ranges.append(part)
             if sum(r.size for r in open_ranges) >= limit:
-                pieces.append(FilePiece(tuple(open_ranges), text_field))
+                pieces.append(FilePiece(tuple(open_ranges), text_field, skip_unreadable))
                 open_ranges = []
     if open_ranges:
-        pieces.append(FilePiece(tuple(open_ranges), text_field))
+        pieces.append(FilePiece(tuple(open_ranges), text_field, skip_unreadable))
     return pieces
 
 
-def _kind(path: Path) -> str:
-    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
-    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "", "text")
+def files_by_kind(pieces: Iterable[FilePiece]) -> dict[str, tuple[int, int]]:
+    """Kind of file -> how many, and their bytes: `JSON lines, compressed`, `parquet`, `text`."""
+    names = {"jsonl": "JSON lines", "parquet": "parquet", "text": "text"}
+    sizes: dict[tuple[str, Path], int] = {}
+    for part in (part for piece in pieces for part in piece.ranges):
+        kind = names[part.kind] + (", compressed" if part.path.suffix in COMPRESSED else "")
+        sizes[kind, part.path] = sizes.get((kind, part.path), 0) + part.size
+    return {
+        kind: (sum(k == kind for k, _ in sizes), sum(size for (k, _), size in sizes.items() if k == kind))
+        for kind in dict.fromkeys(kind for kind, _ in sizes)
+    }
 
 
-def _cut(path: Path, name: str, limit: int) -> Iterator[Range]:
+def _kind(path: Path, text_field: str) -> str:
+    """What a file holds: by its content, where its name does not say it."""
+    suffixes = [s.lower() for s in path.suffixes if s not in COMPRESSED]
+    by_name = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+    if kind := by_name.get(suffixes[-1] if suffixes else ""):
+        return kind
+    try:
+        with _open(path) as file:
+            first = file.readline(LONGEST_FIRST_LINE).removeprefix(BOM)
+            while first and not first.strip():
+                first = file.readline(LONGEST_FIRST_LINE)
+            second = file.readline(LONGEST_FIRST_LINE) if first.lstrip().startswith(b"{") else b""
+    except OSError:  # reading it will say so
+        return "text"
+    if first.startswith(b"PAR1"):
+        return "parquet"
+    record = _record_of(first)
+    if record is not None and (text_field in record or _record_of(second) is not None):
+        return "jsonl"
+    array = first.strip().startswith(b"[") and _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}")
+    if array and text_field in array:
+        raise DataError(
+            f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')"
+        )
+    return "text"
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, if it is one."""
+    if not line.lstrip().startswith(b"{"):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _cut(path: Path, name: str, limit: int, text_field: str, skip_unreadable: bool) -> Iterator[Range]:
     """Ranges of a file of about `limit` bytes; a text, and what is compressed, is one."""
     stat = path.stat()
-    kind = _kind(path)
+    kind = _kind(path, text_field)
     if kind == "parquet":
-        groups = _parquet_groups(path)
+        try:
+            groups = _parquet_groups(path)
+        except UnreadableError:
+            if not skip_unreadable:
+                raise
+            groups = [stat.st_size]  # which reading it will leave out
         begin, size = 0, 0
         for group, group_size in enumerate(groups):
             size += group_size
             if size >= limit or group == len(groups) - 1:
-                yield Range(path, name, begin, group + 1, size, stat.st_mtime_ns)
+                yield Range(path, kind, name, begin, group + 1, size, stat.st_mtime_ns)
                 begin, size = group + 1, 0
     elif kind == "jsonl" and path.suffix not in COMPRESSED:
         for begin in range(0, stat.st_size, limit):
             end = min(begin + limit, stat.st_size)
-            yield Range(path, name, begin, end, end - begin, stat.st_mtime_ns)
+            yield Range(path, kind, name, begin, end, end - begin, stat.st_mtime_ns)
     else:
-        yield Range(path, name, 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
+        yield Range(path, kind, name, 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
 
 
 def _parquet_groups(path: Path) -> list[int]:
@@ -142,7 +308,7 @@ def _parquet_groups(path: Path) -> list[int]:
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no parquet file ({error})") from None
+        raise UnreadableError(f"{path}: no parquet file ({error})") from None
     columns = range(metadata.num_columns)
     return [
         sum(metadata.row_group(g).column(c).total_compressed_size for c in columns)
@@ -159,34 +325,19 @@ def _open(path: Path) -> io.BufferedReader:
     return io.BufferedReader(pa.input_stream(str(path), compression="detect"), buffer_size=MIB)  # pyright: ignore[reportArgumentType]  it has readinto
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def _text_parts(path: Path) -> Iterator[str]:
+    """A text file in parts that end behind lines, without a byte-order mark."""
     offset = 0
     try:
         with _open(path) as file:
             while part := file.read(WHOLE_TEXT):
                 part += file.readline()
-                yield part.decode("utf-8")
+                yield (part if offset else part.removeprefix(BOM)).decode("utf-8")
                 offset += len(part)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {offset + error.start} is not UTF-8; convert or remove the file") from None
+        raise UnreadableError(f"{path}: byte {offset + error.start} is not UTF-8; convert or remove the file") from None
     except OSError as error:
-        raise DataError(f"{path}: {error}; the file is damaged or cannot be read") from None
-
-
-def _read_jsonl(part: Range, text_field: str) -> Iterator[Document]:
-    is_compressed = part.path.suffix in COMPRESSED
-    begin, end = (0, None) if is_compressed else (part.begin, part.end)
-    try:
-        with _open(part.path) as lines:
-            if begin:  # the line that begins before belongs to the range before
-                lines.seek(begin - 1)
-                begin += len(lines.readline()) - 1
-            while (end is None or begin < end) and (line := lines.readline()):
-                if line.strip():
-                    yield Document(f"{part.name}@{begin}", [_text_of(line, part.path, begin, text_field)])
-                begin += len(line)
-    except OSError as error:
-        raise DataError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
+        raise UnreadableError(f"{path}: {error}; the file is damaged or cannot be read") from None
 
 
 def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
@@ -199,35 +350,15 @@ def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
         return f"{path}:{number}"
 
     try:
-        return _checked(json.loads(line)[text_field], text_field, where)
+        return _checked(json.loads(line)[text_field], where, text_field)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where()}: not JSON ({error})") from None
+        raise UnreadableError(f"{where()}: not JSON ({error})") from None
     except (KeyError, TypeError):
-        raise DataError(f"{where()}: no field {text_field!r}; name it with --text-field") from None
+        raise UnreadableError(f"{where()}: no field {text_field!r}; name it with --text-field") from None
 
 
-def _checked(text: Any, text_field: str, where) -> str:
+def _checked(text: Any, where: Callable[[], str], text_field: str) -> str:
     if not isinstance(text, str):
-        raise DataError(f"{where()}: field {text_field!r} holds no text but {text!r:.40}")
+        raise UnreadableError(f"{where()}: field {text_field!r} holds no text but {text!r:.40}")
     # JSON may hold halves of surrogate pairs, which no encoding has: they become the replacement character
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _read_parquet(part: Range, text_field: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(part.path) as file:
-            if text_field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{part.path}: no column {text_field!r} but {columns}; name it with --text-field")
-            row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
-            groups = list(range(part.begin, part.end))
-            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    where = f"{part.path}: row {row}"
-                    yield Document(f"{part.name}@{row}", [_checked(text, text_field, lambda where=where: where)])
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{part.path}: {error}; the file is damaged or cannot be read") from None

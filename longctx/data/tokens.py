@@ -11,16 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from longctx.config import UserError
-from longctx.files import read_manifest, sha256, sync, write_manifest
+from longctx.files import outside, read_manifest, sha256, sync, write_manifest
 
-FORMAT = "longctx-tokens-2"
+FORMAT = "longctx-tokens-3"
+BEFORE = "longctx-tokens-2"  # still read, with a note: see `NOTE_ON_BEFORE`
+NOTE_ON_BEFORE = (
+    "was prepared by an earlier version of longctx, which left out the tokenizer's own begin-of-text, took special tokens "
+    "that a text spells for the tokens, and cut documents where tokenizer.json has a truncation; bytes of added tokens "
+    "are counted anew here. Prepare it again, unless none of this is in your text"
+)
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
@@ -47,12 +54,19 @@ class Manifest:
 
     dtype: str  # numpy name of the ids' type
     vocab_size: int
-    end_of_document: int
+    document_begin: list[int]  # ids before the text of each document, as the tokenizer's template has it
+    document_end: list[int]  # ids after it; the last one is the end-of-document token
     tokenizer_sha256: str
     token_bytes_sha256: str
     splits: dict[str, list[Shard]]
     source: str = ""  # where the text came from, for people
+    skipped: int = 0  # files, lines and rows that could not be read
+    skipped_examples: list[str] = field(default_factory=list)  # of them, where and why
     format: str = FORMAT
+
+    @property
+    def end_of_document(self) -> int:
+        return self.document_end[-1]
 
     def write(self, folder: Path) -> None:
         write_manifest(folder / MANIFEST, asdict(self))
@@ -61,11 +75,13 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         path = folder / MANIFEST
         try:
-            fields = read_manifest(path, FORMAT)
+            fields = read_manifest(path, FORMAT, BEFORE)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; make the folder with tools/prepare_data.py") from None
         except ValueError as error:
             raise DataError(f"{path}: {error}; prepare the folder again") from None
+        if fields["format"] == BEFORE:
+            fields |= {"document_begin": [], "document_end": [fields.pop("end_of_document")]}
         fields["splits"] = {split: [Shard(**s) for s in shards] for split, shards in fields["splits"].items()}
         return Manifest(**fields)
 
@@ -82,7 +98,10 @@ class TokenSplit:
         return int(self.first[-1])
 
     def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` tokens from `offset`: ids (int64), and the indices in them where a new document begins."""
+        """`count` tokens from `offset`: ids (int64), and the indices in them where a new document begins.
+
+        Raises `DataError` if a file has become shorter than it was when it was opened.
+        """
         ids, starts = [], []
         for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
             shard_first = int(self.first[shard])
@@ -91,6 +110,8 @@ class TokenSplit:
                 break
             if begin >= end:  # a shard without tokens
                 continue
+            check_still_whole(self.tokens[shard])
+            check_still_whole(self.document_ends[shard])
             ids.append(np.asarray(self.tokens[shard][begin - shard_first : end - shard_first], dtype=np.int64))
             ends = self.document_ends[shard]
             low = np.searchsorted(ends, begin - shard_first, "left")
@@ -98,6 +119,18 @@ class TokenSplit:
             starts.append(np.asarray(ends[low:high]) + shard_first - offset)
         starts = np.concatenate(starts)
         return np.concatenate(ids), starts[(starts > 0) & (starts < count)]
+
+
+def check_still_whole(values: np.ndarray) -> None:
+    """Raises `DataError` if the file that `values` are mapped from was cut short since: to read them would be SIGBUS."""
+    if not isinstance(values, np.memmap) or values.filename is None:
+        return
+    size, expected = os.stat(values.filename).st_size, values.offset + values.nbytes
+    if size < expected:
+        raise DataError(
+            f"{values.filename}: {size} bytes, it had {expected} when the run opened it: the file was cut short while it "
+            "is being read; restore it and start the run again, which resumes"
+        )
 
 
 class Corpus(Protocol):
@@ -108,6 +141,9 @@ class Corpus(Protocol):
     tokenizer_file: Path | None
     tokenizer_vocab: int  # ids the tokenizer has
     token_bytes: np.ndarray | None  # bytes of text each id stands for
+    document_begin: list[int] | None  # ids each document begins with, before its text; None: not known
+    end_of_document: int  # id that closes a document
+    notes: list[str]  # what its user should know
 
     def fingerprint(self) -> str: ...
 
@@ -138,6 +174,13 @@ class TokenFolder:
         for number, shard in enumerate(s for shards in self.manifest.splits.values() for s in shards):
             self._check_shard(shard, check_hashes, is_read=number % ranks == rank)
         self.token_bytes: np.ndarray | None = np.fromfile(self.folder / "token_bytes.bin", dtype="<u2")
+        self.document_begin: list[int] | None = self.manifest.document_begin
+        self.end_of_document, self.notes = self.manifest.end_of_document, []
+        if self.manifest.format == BEFORE:
+            from longctx.data.tokenizer import count_bytes, open_tokenizer
+
+            self.token_bytes = count_bytes(open_tokenizer(self.folder / "tokenizer.json"))
+            self.notes.append(f"{self.folder} {NOTE_ON_BEFORE}")
         self.splits = {
             split: TokenSplit(
                 [self._map(f"{s.name}.tokens", self.manifest.dtype) for s in shards],
@@ -158,6 +201,8 @@ class TokenFolder:
 
     def _check_file(self, name: str, size: int | None, digest: str | None) -> None:
         path = self.folder / name
+        if problem := outside(self.folder, name):
+            raise DataError(problem)
         if not path.is_file():
             raise DataError(f"{path}: missing; prepare the folder again")
         if size is not None and path.stat().st_size != size:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling, UserError
+from longctx.model.rotary import attention_factor
 
 # buffers that some files hold beside the weights
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
@@ -142,6 +143,8 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
     }  # fmt: skip
     if config.rotary.scaling == RotaryScaling.dynamic:  # there the length it grows from has this name
         fields["max_position_embeddings"] = config.rotary.original_length
+    if config.rotary.scaling == RotaryScaling.yarn:  # transformers before 4.56 takes the factor from this
+        fields["max_position_embeddings"] = round(config.rotary.factor * config.rotary.original_length)
     return fields | ({"mlp_bias": config.projection_bias} if kind == "llama" else {"use_sliding_window": False})
 
 
@@ -159,10 +162,8 @@ def _to_rope_parameters(config: ModelConfig) -> dict[str, Any]:
     if rotary.scaling == RotaryScaling.yarn:
         found |= {
             "beta_fast": rotary.beta_fast, "beta_slow": rotary.beta_slow,
-            "original_max_position_embeddings": rotary.original_length,
+            "original_max_position_embeddings": rotary.original_length, "attention_factor": attention_factor(rotary),
         }  # fmt: skip
-        if rotary.attention_factor is not None:
-            found["attention_factor"] = rotary.attention_factor
     return found
 
 
@@ -172,6 +173,9 @@ def from_config_json(fields: dict[str, Any], where: str) -> dict[str, Any]:
     `where` names the file. Keys of rotary scaling are read in transformers' new form (`rope_parameters`) and in the one
     before (`rope_theta`, `rope_scaling`).
     """
+    if quantized := fields.get("quantization_config"):
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise PretrainedError(f"{where}: the weights are quantized ({method}); take the bfloat16 weights of the model")
     kind = fields.get("model_type")
     try:
         if kind == "gpt2":
@@ -258,6 +262,11 @@ def differences(config: ModelConfig, found: dict[str, Any]) -> tuple[list[str], 
     First what the weights do not fit, as overrides that mend it, then what may be changed on purpose: rotary positions.
     """
     ours = asdict(config)
-    wrong = [f"model.{key}={value}" for key, value in found.items() if key != "rotary" and ours[key] != value]
-    rotary = [f"model.rotary.{k}={v}" for k, v in found.get("rotary", {}).items() if ours["rotary"][k] != v]
+    wrong = [f"model.{key}={as_yaml(value)}" for key, value in found.items() if key != "rotary" and ours[key] != value]
+    rotary = [f"model.rotary.{k}={as_yaml(v)}" for k, v in found.get("rotary", {}).items() if ours["rotary"][k] != v]
     return wrong, rotary
+
+
+def as_yaml(value: object) -> str:
+    """A value as the configuration spells it: `null`, `true`, `0.5`."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,6 +16,9 @@ from longctx.config import ModelConfig
 from longctx.model.hugging_face import IGNORED, PretrainedError, Stored, differences, from_config_json, stored_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+DTYPES = ("F64", "F32", "F16", "BF16")
+ROWS = 4096  # of a matrix, compared at a time
 PREFIXES = ("", "transformer.", "model.")  # that a file made from the bare model leaves out
 
 
@@ -31,9 +34,43 @@ class PretrainedWeights:
         for path in self._paths():
             try:
                 with safe_open(path, framework="pt") as file:
-                    self.files |= dict.fromkeys(file.keys(), path)
+                    for name in file.keys():  # noqa: SIM118  it is no dict
+                        self._check_dtype(path, name, file.get_slice(name).get_dtype())
+                        self.files[name] = path
             except (OSError, SafetensorError) as error:
                 raise PretrainedError(f"{path}: no whole safetensors file ({error}); download it again") from None
+        self._find_whether_tied(fields)
+
+    def _check_dtype(self, path: Path, name: str, dtype: str) -> None:
+        if dtype not in DTYPES and not name.endswith(IGNORED):
+            raise PretrainedError(
+                f"{path}: {name} is {dtype}, which are numbers only together with scales (quantized weights); take the "
+                "bfloat16 weights of the model"
+            )
+
+    def _find_whether_tied(self, fields: dict[str, Any]) -> None:
+        """The files decide: an output matrix of its own is not dropped, and one that is not there is the embedding."""
+        head = next((name for name in self.files if name.endswith(HEAD)), None)
+        embedding = next((name for name in self.files if name.endswith(EMBEDDINGS)), None)
+        if head is None and fields.get("tie_word_embeddings") is None:
+            self.config["tied_embeddings"] = True
+        elif head and embedding and self.config["tied_embeddings"] and not self._are_equal(head, embedding):
+            if fields["model_type"] == "gpt2":
+                raise PretrainedError(
+                    f"{self.folder}: {head} is not {embedding}, and GPT-2 has one matrix for both; these weights are of "
+                    "another model"
+                )
+            self.config["tied_embeddings"] = False
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Compares two matrices some rows at a time."""
+        with safe_open(self.files[one], framework="pt") as a, safe_open(self.files[other], framework="pt") as b:
+            first, second = a.get_slice(one), b.get_slice(other)
+            if first.get_shape() != second.get_shape():
+                return False
+            return all(
+                torch.equal(first[i : i + ROWS], second[i : i + ROWS]) for i in range(0, first.get_shape()[0], ROWS)
+            )
 
     def _paths(self) -> list[Path]:
         if not (self.folder / INDEX).exists():
@@ -62,7 +99,10 @@ class PretrainedWeights:
         """
         wrong, rotary = differences(config, self.config)
         if wrong:
-            raise PretrainedError(f"{self.folder} is another model than this run's; set {' '.join(wrong)}")
+            why = ""
+            if config.tied_embeddings and not self.config["tied_embeddings"]:
+                why = f" ({HEAD} is not the embedding)"
+            raise PretrainedError(f"{self.folder} is another model than this run's; set {' '.join(wrong)}{why}")
         self.names(config)
         return rotary
 

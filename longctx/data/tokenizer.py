@@ -1,0 +1,118 @@
+"""Tokenizers, opened in one way everywhere: what is trained on is what the text says, whole and as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from longctx.data.tokens import DataError
+
+# names of the token that closes a document, the first that a tokenizer has is taken
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<｜end▁of▁sentence｜>")  # noqa: RUF001
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, for documents. Raises `DataError` if the file is none.
+
+    Files that transformers has saved may cut or pad every text (`truncation`, `padding`): both are turned off. A special
+    token that a text spells (`<|endoftext|>` in an article about GPT-2) is tokenized as the text it is, not as the token.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exceptions
+        raise DataError(f"{file}: no tokenizer.json that the tokenizers library reads ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class DocumentFrame:
+    """Ids around the text of each document."""
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]  # the last one is the end-of-document token
+
+
+def document_frame(
+    tokenizer: Tokenizer, where: Path, end_of_document: str | None = None, add_special_tokens: bool = True
+) -> DocumentFrame:
+    """What the tokenizer's own template puts before and after a text (Llama 3: its begin-of-text), then the end.
+
+    `end_of_document` names the token that closes a document (None: the first of the usual ones); it is not repeated where
+    the template ends with it. Without `add_special_tokens` the template is left out. Raises `DataError`.
+    """
+    last = find_end_of_document(tokenizer, where, end_of_document)
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a", add_special_tokens=add_special_tokens).ids
+    at = next((i for i in range(len(framed) - len(text) + 1) if framed[i : i + len(text)] == text), None)
+    if at is None:
+        raise DataError(
+            f"{where}: its template changes the text itself; prepare without it (--no-add-special-tokens)"
+        )
+    end = framed[at + len(text) :]
+    return DocumentFrame(tuple(framed[:at]), tuple(end if end[-1:] == [last] else [*end, last]))
+
+
+def find_end_of_document(tokenizer: Tokenizer, where: Path, token: str | None = None) -> int:
+    """The id that closes a document: of `token`, or of the usual names for it. Raises `DataError` if there is none."""
+    for name in (token,) if token else END_OF_DOCUMENT:
+        token_id = tokenizer.token_to_id(name)
+        if token_id is not None:
+            return token_id
+    if token:
+        raise DataError(f"{where}: has no token {token!r}; name one of its own as the end of a document")
+    raise DataError(
+        f"{where}: has no end-of-document token of the usual names ({', '.join(END_OF_DOCUMENT)}); name its own with "
+        "--end-of-document"
+    )
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """Ids from 0 to the largest one, those between that no token has included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def count_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text each id stands for: uint16, (vocabulary,).
+
+    In byte-level tokenizers each character of a token stands for one byte. Added tokens (runs of spaces, say) stand for
+    their own text, unless they are special: those are no text.
+    """
+    is_byte_level = "ByteLevel" in tokenizer.to_str()
+    lengths = np.zeros(vocab_size(tokenizer), dtype="<u2")
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
+        if is_byte_level:
+            lengths[token_id] = len(token)
+        else:  # SentencePiece: a mark for the space, <0x0A> for a single byte
+            lengths[token_id] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+    for token_id, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[token_id] = 0 if added.special else len(added.content.encode())
+    return lengths
+
+
+def as_trained(file: Path, begin: list[int] | None) -> str:
+    """`tokenizer.json` for other programs, so that a text gets the ids it was trained on.
+
+    Nothing is cut or padded, and the template is gone if documents do not begin with it. `begin`: the ids that documents
+    begin with; None: not known, the template stays.
+    """
+    tokenizer = open_tokenizer(file)
+    fields = json.loads(tokenizer.to_str())
+    if begin is not None and list(document_begin(tokenizer)) != begin:
+        # byte-level tokenizers have a post-processor that adds nothing; one that adds tokens is left out
+        fields["post_processor"] = None
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def document_begin(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that the tokenizer's template puts before a text."""
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a").ids
+    return tuple(framed[: next((i for i in range(len(framed)) if framed[i : i + len(text)] == text), 0)])
