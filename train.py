@@ -7,7 +7,9 @@ configuration, `longctx.trainer` does the rest. Nothing heavy is imported before
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import math
 import os
 import sys
 import time
@@ -17,11 +19,15 @@ from typing import NoReturn
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx.config import Config, ConfigError, UserError, all_keys, explain_unknown_key
+from longctx.command_line import as_typed, name_of_job, refuse_foreign_launchers
+from longctx.config import Config, ConfigError, UserError
+from longctx.suggest import all_keys, explain_unknown_key, text_keys
 
 schema = OmegaConf.structured(Config)
 for mapping in (schema.data.mixture, schema.data.curriculum):  # whose keys are the user's
@@ -29,21 +35,53 @@ for mapping in (schema.data.mixture, schema.data.curriculum):  # whose keys are 
 ConfigStore.instance().store(name="schema", node=schema)
 
 
+names: list[str] = []  # of the runs of this process: one, or the jobs of a multirun
+failed: list[str] = []  # and those that ended with an error
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float:
+    """One run. Returns its last validation loss, which is what Hydra's optimizing sweepers lower."""
+    hydra_config = HydraConfig.get()
+    overrides = [str(word) for word in hydra_config.overrides.task]
+    is_multirun = hydra_config.mode == RunMode.MULTIRUN
     try:
+        refuse_foreign_launchers(os.environ)
         refuse_unknown_keys(composed)
+        if is_multirun:
+            composed.name = name_of_job(composed.name, overrides, sys.argv[1:])
+        if composed.name in names:
+            raise ConfigError([f"name={composed.name} is that of an earlier job of this multirun; sweep the name too"])
+        names.append(composed.name)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
         from longctx.trainer import train
 
-        overrides = [str(word) for word in HydraConfig.get().overrides.task]
-        is_complete = train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+        outcome = train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
     except UserError as error:
-        fail(str(error))
-    if not is_complete:  # a signal ends the jobs of a multirun that are still to come, too
+        if not is_multirun:
+            fail(str(error))
+        failed.append(f"{composed.name}: {error}")
+        if is_main():
+            print(f"train.py: {failed[-1]}", file=sys.stderr, flush=True)
+        return math.inf
+    if not outcome.is_complete:  # a signal ends the jobs of a multirun that are still to come, too
         leave()
         sys.exit(0)
+    return outcome.loss
+
+
+def typed(words: list[str]) -> list[str]:
+    """The command line for Hydra: values of text as they were typed."""
+    parser, keys = OverridesParser.create(), set(text_keys())
+
+    def parsed(word: str) -> object:
+        try:
+            return parser.parse_override(word).value()
+        except HydraException as error:
+            raise ValueError from error
+
+    return [as_typed(word, keys, parsed) for word in words]
 
 
 def refuse_unknown_keys(composed: DictConfig) -> None:
@@ -66,6 +104,10 @@ def refuse_unknown_keys(composed: DictConfig) -> None:
         raise ConfigError(problems)
 
 
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def explain(error: BaseException) -> str:
     """One message for an error of the composition: Hydra's own words, and the near misses of an unknown key."""
     lines = [str(error).strip()]
@@ -74,6 +116,8 @@ def explain(error: BaseException) -> str:
         key = getattr(cause, "full_key", None)
         if key and type(cause).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
             return explain_unknown_key(key)
+        if key == "logging.wandb" and "expected one of" in str(cause):
+            lines.append("logging.wandb=disabled turns it off")
         if cause is not error and str(cause).strip() not in lines[-1]:
             lines.append(str(cause).strip())
         cause = cause.__cause__
@@ -93,13 +137,20 @@ def fail(message: str) -> NoReturn:
         extra = {"timestamp": str(int(time.time())), "py_callstack": message}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     leave()
-    sys.exit(f"train.py: {message}" if os.environ.get("RANK", "0") == "0" else 2)
+    sys.exit(f"train.py: {message}" if is_main() else 2)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
+    if sys.stderr is not None:
+        faulthandler.enable()  # tells where a rank stood when the system ended it (SIGBUS of a file that was cut short)
     try:
+        sys.argv[1:] = typed(sys.argv[1:])
         main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
+    except ConfigError as error:
+        fail(str(error))
+    if failed:
+        fail(f"{len(failed)} of {len(names)} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
     leave()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, SavePlan, SavePlanner
@@ -45,14 +46,15 @@ class CheckpointError(UserError):
 class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
-    def __init__(self, folder: Path, keep: int, runtime: Runtime) -> None:
-        """To be called by all ranks."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, runtime: Runtime, undecayed_until: int = 0) -> None:
+        """To be called by all ranks. Beside the newest `keep`, the last one up to step `undecayed_until` stays."""
+        self.folder, self.keep, self.undecayed_until = folder, keep, undecayed_until
         self.runtime = runtime.in_background()
         has_gpu = runtime.device.type == "cuda"
         self.stager = BlockingAsyncStager(cache_staged_state_dict=has_gpu)  # kept, the copy is in pinned memory
         # a thread's device is not that of the one that starts it
         device = {"initializer": torch.cuda.set_device, "initargs": (runtime.device,)} if has_gpu else {}
+        self.has_gpu = has_gpu
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **device)
         self.pending: Future[Path | None] | None = None
 
@@ -76,6 +78,22 @@ class Checkpoints:
         self.wait()
         copy: Any = self.runtime.together(lambda: self.stager.stage(tensors))
         self.pending = self.thread.submit(self.save, step, copy, facts)
+
+    def save_beside(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+        """As `save`, after what runs in the background has ended, while the main thread is in the middle of a step.
+
+        On a GPU the tensors are read on a stream of its own, so that it does not wait for the step's kernels.
+        """
+
+        def save() -> Path:
+            with torch.cuda.stream(torch.cuda.Stream() if self.has_gpu else None):
+                return self.save(step, tensors, facts)
+
+        return self.thread.submit(save).result()
+
+    def finish_beside(self) -> None:
+        """Returns when all ranks are here and nothing runs in the background any more."""
+        self.thread.submit(lambda: self.runtime.gather(None)).result()
 
     def wait(self) -> Path | None:
         """Lets what runs in the background end: the checkpoint, if it was a save. Raises `UserError` if it failed."""
@@ -110,8 +128,8 @@ class Checkpoints:
         target = self.folder / f"step_{step}"
         work = Path(self.runtime.on_main(lambda: str(self._make_work_folder(target))))
         try:
-            self.runtime.together(lambda: _write(tensors, work, self.runtime.group))
-            hashes = self._hash_files(work)
+            written = self.runtime.together(lambda: _write(tensors, work, self.runtime.group))
+            hashes = self._hash_files(work, [name for names in self.runtime.gather(written) for name in names])
             kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
             manifest = {"format": FORMAT, "step": step, "facts": facts, "tensors": kinds, "files": hashes}
             self.runtime.on_main(lambda: self._commit(work, target, manifest))
@@ -194,9 +212,22 @@ class Checkpoints:
         work.mkdir(parents=True)
         return work
 
-    def _hash_files(self, work: Path) -> dict[str, dict[str, Any]]:
-        """Name -> size and sha256 of every file; each rank syncs and hashes a part of them."""
-        names = self.runtime.on_main(lambda: sorted(path.name for path in work.glob("*.safetensors")))
+    def _hash_files(self, work: Path, written: list[str]) -> dict[str, dict[str, Any]]:
+        """Name -> size and sha256 of every file that a rank has written; each rank syncs and hashes a part of them.
+
+        Raises `CheckpointError` if rank 0 does not see one: its folder is not the one of that rank.
+        """
+
+        def see_all() -> list[str]:
+            seen = {path.name for path in work.glob("*.safetensors")}
+            if missing := sorted(set(written) - seen):
+                raise CheckpointError(
+                    f"{work}: {missing[0]} was written by another rank and is not seen by rank 0 ({len(missing)} are "
+                    "not); the run's folder must be one that all machines share"
+                )
+            return sorted(seen)
+
+        names = self.runtime.on_main(see_all)
 
         def hash_mine() -> dict[str, dict[str, Any]]:
             mine = names[self.runtime.rank :: self.runtime.world_size]
@@ -208,17 +239,36 @@ class Checkpoints:
     def _commit(self, work: Path, target: Path, manifest: dict[str, Any]) -> None:
         files.write_manifest(work / MANIFEST, manifest)
         sync(work)
-        if target.exists():  # one that was refused as damaged
+        if target.is_symlink() or target.exists():  # one that was refused as damaged
             _set_aside(target)
         work.rename(target)
         sync(self.folder)
-        self._point("latest", target)
-        best = self._point_to_best()
+        self._tidy_up(target)
+
+    def _tidy_up(self, newest: Path) -> None:
+        """What follows a commit: links to it, and old ones removed. What fails is told, and the run goes on."""
+        self._point("latest", newest)
+        stay = [newest, self._point_to_best(), self.undecayed()]
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            if old not in (target, best):
-                shutil.rmtree(old)
+            if old not in stay:
+                self._remove(old)
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _remove(self, old: Path) -> None:
+        try:
+            if old.is_symlink():
+                raise OSError(None, "it is a link to another place")
+            # to a name that no longer is a checkpoint's first: half of one must not be taken for one
+            leftover = old.with_name(f"{old.name}.tmp-{uuid.uuid4().hex[:8]}")
+            old.rename(leftover)
+            shutil.rmtree(leftover)
+        except OSError as error:
+            self.runtime.say(f"the old checkpoint {old} is not removed: {error.strerror}; remove it by hand")
+
+    def undecayed(self) -> Path | None:
+        """The last checkpoint before the learning rate began to fall, if there is one."""
+        return next((p for p in reversed(list_checkpoints(self.folder)) if _step(p) <= self.undecayed_until), None)
 
     def _point_to_best(self) -> Path | None:
         best = best_of(list_checkpoints(self.folder))
@@ -230,8 +280,11 @@ class Checkpoints:
 
     def _point(self, name: str, target: Path) -> None:
         link = self.folder / f"{name}.{uuid.uuid4().hex[:8]}"
-        link.symlink_to(target.name)
-        link.replace(self.folder / name)
+        try:
+            link.symlink_to(target.name)
+            link.replace(self.folder / name)
+        except OSError as error:  # file systems without links; every checkpoint is found without them
+            self.runtime.say(f"{self.folder / name} does not point to {target.name}: {error.strerror}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -243,14 +296,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no {MANIFEST} in it, so it is no checkpoint; name a step_N folder") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def verify_files(path: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """The manifest of a checkpoint, after comparing the files with it: no other, sizes, and sha256 of a rank's part.
 
-    Raises `CheckpointError` naming the file.
+    The parts that files hold of each tensor must make it whole. Raises `CheckpointError` naming the file or the tensor.
     """
     manifest = read_manifest(path)
+    for name in sorted(manifest["files"]):
+        if problem := files.outside(path, name):
+            raise CheckpointError(problem)
     for name in sorted({file.name for file in path.iterdir()} - set(manifest["files"]) - {MANIFEST}):
         raise CheckpointError(f"{path / name}: is not in the manifest; it does not belong there")
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
@@ -261,13 +319,45 @@ def verify_files(path: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
         if number % ranks == rank and sha256(file) != expected["sha256"]:
             raise CheckpointError(f"{file}: its sha256 is not the manifest's: the file was changed")
+    if rank == 0:
+        _check_tensors_are_whole(path, manifest)
     return manifest
+
+
+def _check_tensors_are_whole(path: Path, manifest: dict[str, Any]) -> None:
+    """Counts what the files hold of each tensor, by their headers: shards of a machine may never have got there."""
+    found: dict[str, int] = {}
+    for name in manifest["files"]:
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    found[key] = found.get(key, 0) + math.prod(file.get_slice(key).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name}: no whole safetensors file ({error})") from None
+    for key, kind in manifest["tensors"].items():
+        if found.get(key, 0) != math.prod(shape_of(kind)):
+            raise CheckpointError(
+                f"{path}: its files hold {found.get(key, 0)} of the {math.prod(shape_of(kind))} numbers of {key}: a part "
+                "was not saved here, and no layout can load it"
+            )
+
+
+def shape_of(kind: str) -> list[int]:
+    """The shape in the description of a tensor, `torch.float32[2, 3]`."""
+    return [int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n.strip()]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders `step_N` with a manifest in the checkpoint folder of a run, by step."""
-    steps = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*") if (p / MANIFEST).is_file()}
+    steps = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*") if _has_manifest(p)}
     return sorted((path for path, match in steps.items() if match), key=_step)
+
+
+def _has_manifest(path: Path) -> bool:
+    try:
+        return (path / MANIFEST).is_file()
+    except OSError:  # what cannot be looked at is there; reading it will say why it cannot be used
+        return True
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -278,6 +368,7 @@ class ShardWriter(HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
+        self.names: list[str] = []  # of the files that this rank has written
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         tensors, places = {}, {}
@@ -292,6 +383,7 @@ class ShardWriter(HuggingFaceStorageWriter):
             file = Path(self.path) / hf._gen_file_name(1, 1, plan.storage_data["shard_index"])
             save_file(tensors, file, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
             files.readable_as_its_folder(file)
+            self.names.append(file.name)
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files
         return done
@@ -308,12 +400,19 @@ def best_of(paths: list[Path]) -> Path | None:
     return min((path for path, loss in losses.items() if loss < math.inf), key=losses.__getitem__, default=None)
 
 
-def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> list[str]:
+    """Returns the names of the files that this rank has written."""
     writer = ShardWriter(folder)
     try:
         dcp.save(tensors, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
-        raise CheckpointError(f"saving to {folder} failed {_first_cause(error)}") from None
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(folder).free
+        raise CheckpointError(
+            f"saving to {folder} failed {_first_cause(error)} ({files.gigabytes(free)} free, {files.gigabytes(needed)} "
+            "needed by all ranks)"
+        ) from None
+    return writer.names
 
 
 def _first_cause(error: dcp.CheckpointException) -> str:

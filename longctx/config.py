@@ -6,8 +6,6 @@ everything that is wrong at once. Each part of the program is handed its own pie
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -104,6 +102,11 @@ class Schedule(StrEnum):
     cosine = "cosine"
     wsd = "wsd"
     constant = "constant"
+
+
+class OnUsr1(StrEnum):
+    save = "save"
+    stop = "stop"
 
 
 class ComputeDtype(StrEnum):
@@ -213,6 +216,10 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none  # what the backward pass computes again to save memory
     compile: bool = False  # torch.compile each block
     timeout_seconds: int = 600  # a collective that takes longer ends the run
+    # a step that would take longer after a signal to stop is abandoned, and the state before it saved; torchrun kills its
+    # ranks 30 seconds after a signal of its own (--shutdown-timeout), and the save needs time too
+    stop_seconds: int = 20
+    check_memory: bool = True  # refuse at start what cannot fit the memory there is
 
 
 @dataclass
@@ -230,7 +237,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # of matrices; vectors have none
     clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
     schedule: Schedule = Schedule.cosine
-    warmup_steps: int = 10
+    warmup_steps: int | None = None  # null: a twentieth of the steps, at most 100
     decay_fraction: float = 0.2  # wsd: the share of the steps in which the rate falls
     final_lr_fraction: float = 0.1  # of lr, at the last step
     max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
@@ -255,6 +262,9 @@ class CheckpointConfig:
     # auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or the
     # path of a step folder, from which this run branches off (and goes on with its own newer ones when restarted)
     resume: str = "auto"
+    on_usr1: OnUsr1 = (
+        OnUsr1.save
+    )  # what SIGUSR1 asks for, which batch systems send ahead of a limit: save and go on, or stop
 
 
 @dataclass
@@ -263,8 +273,8 @@ class LoggingConfig:
 
     every_steps: int = 1  # metrics and console line
     validate_every_steps: int = 100  # 0: only at the end
-    wandb: WandbMode = WandbMode.auto  # auto: online with an API key, else offline
-    wandb_project: str = "longctx"
+    wandb: WandbMode = WandbMode.auto  # auto: as WANDB_MODE says; without it online with an API key, else offline
+    wandb_project: str = ""  # empty: as WANDB_PROJECT says; without it longctx
     wandb_timeout_seconds: int = 20  # a server that has not answered by then is left alone
     peak_tflops: float | None = None  # of one device, for MFU; null: known for common GPUs
     trace_step: int = 0  # number of a step whose timeline rank 0 writes into the run's folder; 0: none
@@ -303,6 +313,11 @@ def resolve_shard(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // others if world_size % others == 0 else 0
 
 
+def warmup_steps(optim: OptimConfig) -> int:
+    """Steps of the warm-up: `optim.warmup_steps`, with null as a twentieth of the steps, at most 100."""
+    return min(100, optim.steps // 20) if optim.warmup_steps is None else optim.warmup_steps
+
+
 def check(config: Config, world_size: int) -> None:
     """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
     too_small, model = _check_sizes(config), _check_model(config.model)
@@ -319,13 +334,13 @@ _AT_LEAST_ONE = (
     "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
     "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step",
     "data.sequences_per_micro_batch", "data.recall.keys", "data.recall.values", "parallel.replicate",
-    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "optim.steps", "optim.max_skipped_steps",
+    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "parallel.stop_seconds", "optim.steps", "optim.max_skipped_steps",
     "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions", "model.rotary.longest",
     "data.validation_sequences", "data.recall_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay",
-    "optim.clip_norm", "optim.warmup_steps", "checkpoint.every_steps", "logging.validate_every_steps",
+    "optim.clip_norm", "checkpoint.every_steps", "logging.validate_every_steps",
     "logging.sample_tokens", "logging.trace_step", "seed",
 )  # fmt: skip
 _FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
@@ -364,10 +379,20 @@ def _check_ranges(config: Config) -> list[str]:
     peak = config.logging.peak_tflops
     if peak is not None and peak <= 0:
         problems.append(f"logging.peak_tflops={peak} must be above 0; null: known for common GPUs")
+    warmup = config.optim.warmup_steps
+    if warmup is not None and warmup < 0:
+        problems.append(f"optim.warmup_steps={warmup} is less than 0; give 0 or more, or null for a twentieth of the steps")
+    elif warmup is not None and warmup >= max(config.optim.steps, 1):
+        problems.append(
+            f"optim.warmup_steps={warmup} is not less than optim.steps={config.optim.steps}, so the learning rate never "
+            "gets to its top; give fewer, or optim.warmup_steps=null for a twentieth of the steps"
+        )
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
-    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+    if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
         problems.append(f"name={config.name!r} is no folder name; give one without slashes")
+    elif config.name != config.name.strip() or not config.name.isprintable():
+        problems.append(f"name={config.name!r} has spaces at an end, or signs that cannot be seen; give one without")
     return problems + _check_data(config.data)
 
 
@@ -521,28 +546,3 @@ def shares_heads(heads: int, kv_heads: int, size: int) -> bool:
 def _divisors(n: int) -> str:
     numbers = [str(d) for d in range(1, n + 1) if n % d == 0]
     return numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"
-
-
-# unknown keys --------------------------------------------------------------------------------------------------------
-
-
-def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every key of the configuration, dotted: `optim.lr`."""
-    keys = []
-    for f in dataclasses.fields(cls):
-        keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(f.default_factory):
-            keys += all_keys(f.default_factory, f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
-    return keys
-
-
-def explain_unknown_key(key: str) -> str:
-    """Why `key` (dotted) is refused, and the keys its writer may have meant."""
-    keys = [k for k in all_keys() if not any(other.startswith(f"{k}.") for other in all_keys())]  # without the groups
-    last = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
-    near += [k for k in keys if k not in near and difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]], cutoff=0.75)]
-    hint = (
-        f"did you mean {' or '.join(near[:4])}?" if near else "`python train.py --cfg job recipe=...` lists all keys."
-    )
-    return f"{key} is no key of the configuration; {hint}"

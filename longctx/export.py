@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from longctx.checkpoint import CheckpointError, read_manifest, verify_files
+from longctx.checkpoint import CheckpointError, read_manifest, shape_of, verify_files
 from longctx.config import Config, ModelConfig
 from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
 from longctx.files import readable_as_its_folder
@@ -62,7 +62,7 @@ def _tokenizer_files(file: Path, end: int | None, sequence_length: int) -> tuple
     """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
     tokenizer = open_tokenizer(file)
     ids = {"eos_token_id": find_end_of_document(tokenizer, file) if end is None else end}
-    if begin := document_begin(tokenizer):
+    if begin := document_begin(tokenizer, file):
         ids["bos_token_id"] = begin[0]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # as tokenizer.json says it, whatever the model is
@@ -96,7 +96,7 @@ def export_weights(
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; remove it or give another folder")
     sizes = {
-        name.removeprefix(PREFIX): [int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n.strip()]
+        name.removeprefix(PREFIX): shape_of(kind)
         for name, kind in manifest["tensors"].items()
         if name.startswith(PREFIX)
     }

@@ -6,7 +6,10 @@ wandb is fed from a thread of its own: a server that does not answer can neither
 
 from __future__ import annotations
 
+import configparser
 import json
+import math
+import netrc
 import os
 import queue
 import sys
@@ -14,11 +17,15 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from tqdm import tqdm
 
 from longctx.config import LoggingConfig, WandbMode
+from longctx.console import say
+
+SILENCE_S = 60  # inside a step, after which its progress is printed
 
 # dense bfloat16 TFLOP/s of one device without sparsity, by a part of its name, from the makers' data sheets
 PEAK_TFLOPS = {
@@ -48,15 +55,25 @@ class Metrics:
         self.history = History(folder / "history.json", self._last_step(), start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
+        self.shown_at = time.monotonic()
         self.wandb = None
-        if logging.wandb != WandbMode.disabled:
-            self.wandb = WandbThread(logging, folder, name, as_written)
-        self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if sys.stderr.isatty() else None
+        mode = wandb_mode(logging)
+        if mode != "disabled":
+            self.wandb = WandbThread(logging, mode, folder, name, as_written)
+        is_seen = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
 
     def _last_step(self) -> int | None:
-        """The last step that an earlier start of the run has logged."""
-        rows = read_metrics(self.path) if self.path.exists() else []
-        return max((int(row["step"]) for row in rows), default=None)
+        """The last step that an earlier start of the run has logged; lines that cannot be read are set aside."""
+        if not self.path.exists():
+            return None
+        lines = self.path.read_bytes().split(b"\n")
+        if unread := [line for line in lines if line and _row(line) is None]:
+            beside = _aside(self.path)
+            beside.write_bytes(b"\n".join(unread) + b"\n")
+            _replace(self.path, b"".join(line + b"\n" for line in lines if _row(line) is not None))
+            say(f"{self.path}: {len(unread)} lines cannot be read; they are in {beside} now")
+        return max((int(row["step"]) for row in read_metrics(self.path)), default=None)
 
     def _forget_steps_after(self, start: int) -> None:
         """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""
@@ -65,17 +82,19 @@ class Metrics:
         if start == 0:
             self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
             return
-        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(line + "\n" for line in lines))
-        beside.replace(self.path)
+        rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        _replace(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes the numbers of one step; `step` counts from 1. A disk that takes no more does not end the run."""
+        """Writes the numbers of one step; `step` counts from 1. A disk that takes no more does not end the run.
+
+        What is not finite is written as null: NaN is no JSON.
+        """
         if not self.is_main:
             return
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
             self.file.flush()
         except OSError as error:
             self.say(f"{self.path}: step {step} not written: {error}")
@@ -90,19 +109,35 @@ class Metrics:
         if self.bar:
             self.bar.update(step - self.bar.n)
 
+    def show_progress(self, step: int, done: int, parts: int) -> None:
+        """Inside a step: its micro-batches, in the bar, or as a line if nothing was printed for a while."""
+        if not self.is_main or done == parts:
+            return
+        if self.bar:
+            self.bar.set_postfix_str(f"step {step}: micro-batch {done} of {parts}")
+        elif time.monotonic() - self.shown_at > SILENCE_S:
+            self.say(f"step {step}: micro-batch {done} of {parts} done")
+
     def say(self, message: str) -> None:
         """Prints on rank 0 without disturbing the progress bar."""
-        if self.is_main:
-            tqdm.write(message) if self.bar else print(message, flush=True)
+        if not self.is_main:
+            return
+        self.shown_at = time.monotonic()
+        if not self.bar:
+            say(message)
+            return
+        with self.bar.external_write_mode():
+            say(message)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0, seconds: float | None = None) -> None:
+        """`exit_code`: what wandb is told, 1 for a run that has failed; `seconds`: the most that is waited for it."""
         if not self.is_main:
             return
         if self.bar:
             self.bar.close()
         self.file.close()
         if self.wandb:
-            self.wandb.close()
+            self.wandb.close(exit_code, seconds)
 
 
 class History:
@@ -116,10 +151,8 @@ class History:
             self.started_at = earlier.get("started_at", self.started_at)
             self.restarts = int(earlier.get("restarts", 0)) + 1
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
-        beside = path.with_suffix(".tmp")
         facts = {"started_at": self.started_at, "restarts": self.restarts, "lost_steps": self.lost_steps}
-        beside.write_text(json.dumps(facts) + "\n")
-        beside.replace(path)
+        _replace(path, json.dumps(facts).encode() + b"\n")
 
     def values(self, trained_s: float) -> dict[str, float]:
         """`trained_s`: seconds of all steps up to now that counted, those before a restart included.
@@ -135,22 +168,57 @@ class History:
 
 
 def _read_history(path: Path) -> dict[str, float]:
+    """What the file holds; one that holds something else is set aside."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return {}
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and all(_is_number(value) for value in found.values()):
+        return found
+    beside = _aside(path)
+    path.rename(beside)
+    say(f"{path}: holds no history of a run; it is {beside} now, and restarts are counted anew")
+    return {}
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _step_of(line: str) -> float:
+def _aside(path: Path) -> Path:
+    """A name for what cannot be read of a file."""
+    return path.with_name(f"{path.stem}.unreadable-{time.time_ns()}{path.suffix}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Gives a file another content, at once or not at all."""
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, with NaN for what is not a number; lines that cannot be read are left out."""
+    rows = (_row(line) for line in path.read_bytes().split(b"\n"))
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not _is_number(row.get("step")):
+        return None
+    return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def last_validation_loss(path: Path) -> float:
+    """Of the last validation that a `metrics.jsonl` has; NaN if it has none."""
+    rows = read_metrics(path) if path.exists() else []
+    return next((row["loss/val"] for row in reversed(rows) if "loss/val" in row), math.nan)
 
 
 def console_line(step: int, steps: int, values: dict[str, float]) -> str:
@@ -169,18 +237,19 @@ def console_line(step: int, steps: int, values: dict[str, float]) -> str:
 class WandbThread:
     """Starts wandb and hands it the metrics, all in a background thread."""
 
-    def __init__(self, logging: LoggingConfig, folder: Path, name: str, as_written: str) -> None:
-        self.timeout_seconds, self.folder = logging.wandb_timeout_seconds, folder
-        self.mode: Any = str(logging.wandb)
-        if logging.wandb == WandbMode.auto:
-            self.mode = "online" if has_wandb_key() else "offline"
+    def __init__(self, logging: LoggingConfig, mode: str, folder: Path, name: str, as_written: str) -> None:
+        self.timeout_seconds, self.folder, self.exit_code = logging.wandb_timeout_seconds, folder, 0
+        self.mode: Any = mode
         self.queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
         self.problem: str | None = None
-        arguments = (logging.wandb_project, folder, name, as_written)
+        project = logging.wandb_project or os.environ.get("WANDB_PROJECT") or "longctx"
+        # wandb keeps an offline run a folder; of two with one id the server keeps the steps of the last, so it has all
+        earlier = read_metrics(folder / "metrics.jsonl") if mode == "offline" else []
+        arguments = (project, folder, name, as_written, earlier)
         self.thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self.thread.start()
 
-    def _run(self, project: str, folder: Path, name: str, as_written: str) -> None:
+    def _run(self, project: str, folder: Path, name: str, as_written: str, earlier: list[dict[str, Any]]) -> None:
         try:
             import wandb
 
@@ -192,25 +261,27 @@ class WandbThread:
                 settings=settings,
             )  # fmt: skip
             run.config.update({"configuration": as_written}, allow_val_change=True)
+            for row in earlier:
+                run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
             while (item := self.queue.get()) is not None:
                 run.log(item[1], step=item[0])
-            run.finish()
+            run.finish(exit_code=self.exit_code)
         except Exception as error:  # whatever happens to wandb must not happen to the run
             self.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.queue.put((step, values))
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0, seconds: float | None = None) -> None:
         """Waits for wandb for a bounded time and says so if it did not finish."""
+        self.exit_code = exit_code
         self.queue.put(None)
-        self.thread.join(self.timeout_seconds)
+        seconds = self.timeout_seconds if seconds is None else seconds
+        self.thread.join(seconds)
         if self.thread.is_alive():
-            self.problem = f"no answer within {self.timeout_seconds} s"
+            self.problem = f"no answer within {seconds} s"
         if self.problem:
-            print(
-                f"wandb ({self.mode}): {self.problem}; every number is in {self.folder / 'metrics.jsonl'}", flush=True
-            )
+            say(f"wandb ({self.mode}): {self.problem}; every number is in {self.folder / 'metrics.jsonl'}")
 
 
 def _run_id(folder: Path) -> str:
@@ -221,9 +292,38 @@ def _run_id(folder: Path) -> str:
     return path.read_text()
 
 
+def wandb_mode(logging: LoggingConfig) -> str:
+    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by whether there is a key."""
+    if logging.wandb != WandbMode.auto:
+        return str(logging.wandb)
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on", "t", "y"):
+        return "disabled"
+    asked = {"run": "online", "dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", "").lower(), mode)
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if has_wandb_key() else "offline"
+
+
 def has_wandb_key() -> bool:
-    """Whether wandb would find an API key: in the environment or in ~/.netrc."""
+    """Whether wandb would find an API key: in the environment, or in the netrc file for its server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="ignore")
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        found = netrc.netrc(path).authenticators(urlparse(_wandb_server()).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return found is not None
+
+
+def _wandb_server() -> str:
+    """The server that wandb talks to: of its variable, of the settings that `wandb login --host` writes, or its own."""
+    if given := os.environ.get("WANDB_BASE_URL"):
+        return given
+    settings = configparser.ConfigParser()
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    try:
+        settings.read(Path(folder).expanduser() / "settings")
+    except configparser.Error:
+        pass
+    return settings.get("default", "base_url", fallback="https://api.wandb.ai")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import signal
 import time
 import traceback
 import uuid
@@ -15,7 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longctx.config import UserError
+from longctx import plan
+from longctx.config import Config, UserError
+from longctx.console import say
+from longctx.files import gigabytes
+from longctx.stopping import end_with_parent
 
 T = TypeVar("T")
 
@@ -46,7 +49,7 @@ class Runtime:
     def say(self, message: str) -> None:
         """Prints on rank 0."""
         if self.is_main:
-            print(message, flush=True)
+            say(message)
 
     def together(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; if it fails on one, all raise `UserError` with that rank's message.
@@ -85,24 +88,6 @@ class Runtime:
         return box[0]
 
 
-class StopSignals:
-    """While entered, SIGTERM and SIGINT end nothing: `number` says which came, for the step to look at."""
-
-    def __init__(self) -> None:
-        self.number = 0  # none
-
-    def __enter__(self) -> StopSignals:
-        self.previous = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.number = number
-
-
 def _explain(error: Exception) -> str:
     """The message of an error; of one that nobody foresaw, its type too, after its trace."""
     if isinstance(error, (UserError, OSError)):
@@ -119,6 +104,8 @@ def world_size() -> int:
 def start(timeout_seconds: int) -> Runtime:
     """Joins the process group, once a process: NCCL on GPUs, gloo on CPUs. Raises `UserError` on too few GPUs."""
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -143,6 +130,29 @@ def start(timeout_seconds: int) -> Runtime:
             store = dist.PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Runtime(rank, local_rank, world_size(), device, timeout)
+
+
+def store(prefix: str) -> dist.Store:
+    """The job's store, for one thread beside the main one; under `prefix` there must be nothing yet."""
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store().clone())
+
+
+def check_memory(config: Config, runtime: Runtime) -> None:
+    """Raises `UserError` if parameters, gradients and optimizer alone are more than a GPU or this machine has."""
+    needed = plan.state_bytes(config, runtime.world_size)
+    if runtime.device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(runtime.device)[0], "are free on a GPU"
+    else:
+        needed *= runtime.ranks_of_a_machine
+        free, where = plan.available_host_bytes(), f"can be had on this machine of {runtime.ranks_of_a_machine} ranks"
+    if free is None or needed <= free:
+        return
+    count = sum(plan.parameters(config.model))
+    raise UserError(
+        f"{gigabytes(needed)} are needed at least, for {count / 1e6:,.1f}M parameters, their gradients and the optimizer's "
+        f"state, and {gigabytes(free)} {where}: start more ranks that share them (parallel.shard, parallel.context, "
+        f"parallel.tensor), or a smaller model; parallel.check_memory=false tries all the same"
+    )
 
 
 def _name_of_this_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 @contextmanager
-def traced(folder: Path, step: int, device: torch.device) -> Iterator[None]:
-    """Writes `trace_step_<step>.json.gz`, and what took longest as `trace_step_<step>.txt`, of what runs within."""
+def traced(folder: Path, step: int, device: torch.device, say: Callable[[str], None]) -> Iterator[None]:
+    """Writes `trace_step_<step>.json.gz`, and what took longest as `trace_step_<step>.txt`, of what runs within.
+
+    Where they are is said with `say`.
+    """
     is_gpu = device.type == "cuda"
     activity, column = (
         (ProfilerActivity.CUDA, "self_device_time_total") if is_gpu else (ProfilerActivity.CPU, "self_cpu_time_total")
@@ -24,5 +27,6 @@ def traced(folder: Path, step: int, device: torch.device) -> Iterator[None]:
     try:
         found.export_chrome_trace(f"{file}.json.gz")
         file.with_suffix(".txt").write_text(table)
+        say(f"timeline of step {step}: {file}.json.gz (for Perfetto), what took longest: {file}.txt")
     except OSError as error:  # a run does not end for it
-        print(f"{file}: not written: {error}", flush=True)
+        say(f"{file}: not written: {error}")

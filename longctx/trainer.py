@@ -5,35 +5,31 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shlex
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 
+from longctx import resume
 from longctx import runtime as runtime_module
 from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
-from longctx.config import Config, DataSource, UserError, attention_span, check
-from longctx.data import builtin
-from longctx.data.loader import Batch, Copies, Loader, Probes, RecallStream, Source
-from longctx.data.mixture import ChainedTokens, Mixture
-from longctx.data.other_formats import open_corpus
+from longctx.command_line import resume_command
+from longctx.config import Config, OnUsr1, Schedule, UserError, attention_span, check
+from longctx.data.loader import Batch, Loader
 from longctx.data.packing import IGNORE_INDEX
-from longctx.data.tokens import DataError
+from longctx.data.tokenizer import as_trained, open_tokenizer
 from longctx.evaluate import Held, StoppedError, generate, recall, validate
-from longctx.metrics import Metrics, peak_tflops
+from longctx.metrics import Metrics, last_validation_loss, peak_tflops
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
-from longctx.optim import Optimizers, global_norm, schedule
+from longctx.optim import Optimizers, decay_start, global_norm, schedule
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.pretrained import PretrainedWeights
@@ -42,48 +38,70 @@ from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
-from longctx.runtime import Runtime, StopSignals
-from longctx.straggler import compare_ranks
+from longctx.plan import in_words
+from longctx.run_folder import RunFolder
+from longctx.runtime import Runtime, check_memory
+from longctx.sources import Validation, open_tokens, probes, training_source, validation_source
+from longctx.stopping import StopSignals, leave, say_after_launcher
+from longctx.straggler import compare_ranks, product_tflops
 from longctx.trace import traced
 from longctx.watch import Watch
 
 GIB = 2.0**30
-Validation = ChainedTokens | RecallStream
+LONG_STEP_S = 60  # of which the user is told before
 
 
-def train(config: Config, as_written: str, overrides: list[str]) -> bool:
-    """Runs `config`; returns whether it reached its last step, rather than being stopped. Raises `UserError`.
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    is_complete: bool  # it reached its last step, rather than being stopped
+    loss: float  # of its last validation, nats a token; NaN if there was none
+
+
+def train(config: Config, as_written: str, overrides: list[str]) -> Outcome:
+    """Runs `config` to its last step, or until a signal. Raises `UserError`.
 
     `as_written` is its text with nothing resolved, for the logs; `overrides` the words of the command line.
     """
     check(config, runtime_module.world_size())
-    runtime = runtime_module.start(config.parallel.timeout_seconds)
-    name = runtime.on_main(lambda: uuid.uuid4().hex)
-    watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
-    try:
-        with StopSignals() as stop:
+    with StopSignals(config.parallel.stop_seconds, config.checkpoint.on_usr1 == OnUsr1.stop) as stop:
+        runtime = runtime_module.start(config.parallel.timeout_seconds)
+        if config.parallel.check_memory:
+            runtime.together(lambda: check_memory(config, runtime))
+        name = runtime.on_main(lambda: uuid.uuid4().hex)
+        stop.share(runtime_module.store(f"longctx/signals/{name}"))
+        watch = Watch(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
+        try:
             trainer = Trainer(config, as_written, overrides, runtime, stop, watch.gets_on)
             try:
                 trainer.run()
+            except BaseException:
+                if stop.is_abandoning:  # the other ranks have left while this one was waiting for them
+                    stop.wait_for_the_end()
+                trainer.has_failed = True
+                raise
             finally:
                 trainer.close()
-    finally:
-        watch.stop()
-    return not trainer.is_stopped
+        finally:
+            watch.stop()
+    return Outcome(not trainer.is_stopped, trainer.last_loss())
 
 
-class StepCounts(NamedTuple):
-    """What ranks tell each other of a step's sequences: the first `SUMMED` are added up, of the rest the largest."""
+class Summed(NamedTuple):
+    """Of a step's sequences, added up over all ranks."""
 
     valid_targets: float
     tflops: float  # of forward and backward
     documents: float
+
+
+class Largest(NamedTuple):
+    """Of a step, the largest over all ranks."""
+
     imbalance: float  # of attention: work of the most loaded rank of a context axis over the mean
     stop_signal: float  # that some rank has received; 0: none
+    save_asked: float  # 1 if some rank was asked for a checkpoint
     save_failed: float  # 1 if some rank knows that the checkpoint being written came to nothing
-
-
-SUMMED = 3
 
 
 class Trainer:
@@ -97,10 +115,11 @@ class Trainer:
         self.config, self.as_written, self.overrides, self.runtime = config, as_written, overrides, runtime
         self.stop, self.is_stopped, self.gets_on = stop, False, gets_on
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
+        self.has_failed = False
         folder = config.run_folder
-        runtime.on_main(lambda: _make_run_folder(folder))
-        runtime.together(lambda: _check_run_folder(folder))
+        self.folder = RunFolder(folder, runtime)
         self.tokens = open_tokens(config, runtime)
+        runtime.on_main(self._keep_tokenizer)
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
@@ -112,7 +131,8 @@ class Trainer:
         self.model = parallelize(config, self.mesh, self.context, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime)
+        undecayed = decay_start(config.optim) if config.optim.schedule == Schedule.wsd else 0
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime, undecayed)
         self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
 
         self.step = 0  # steps taken, skipped ones included
@@ -142,17 +162,26 @@ class Trainer:
         )
         self._introduce()
         self.gets_on()
+        self.began, self.parts_done = 0.0, 0  # of the step in progress: when, 0: none; micro-batches
+        self.expected_s = self._expect()
+        self.stop.say, self.stop.left_s, self.stop.abandon = self.metrics.say, self.left_s, self.abandon
         if config.checkpoint.asynchronous and config.checkpoint.every_steps:
             self.checkpoints.prepare(self._state())
 
     def run(self) -> None:
         """Trains to the last step, or until a signal; saves, and shows what came of it."""
         config = self.config
+        if self.step == config.optim.steps and self._was_finished():
+            return
         started, first_step = time.perf_counter(), self.step
         while self.step < config.optim.steps:
             is_traced = self.runtime.is_main and self.step + 1 == config.logging.trace_step
-            with traced(config.run_folder, self.step + 1, self.runtime.device) if is_traced else nullcontext():
-                values, stop = self.train_step()
+            with (
+                traced(config.run_folder, self.step + 1, self.runtime.device, self.metrics.say)
+                if is_traced
+                else nullcontext()
+            ):
+                values, asked = self.train_step()
             self.gets_on()
             values["time/left_s"] = (
                 (config.optim.steps - self.step) * (time.perf_counter() - started) / (self.step - first_step)
@@ -161,13 +190,20 @@ class Trainer:
             if self.runtime.is_main:
                 values |= self.metrics.history.values(self.trained_s)
             is_last = self.step == config.optim.steps
-            if is_last or self.step % config.logging.every_steps == 0:
+            must_end = self.skipped_in_row >= config.optim.max_skipped_steps
+            if is_last or must_end or self.step % config.logging.every_steps == 0:
                 self.metrics.log(self.step, values)
                 self.metrics.show(self.step, values)
                 self.checkpoint_stall_s = 0.0
-            if stop:
+            if must_end:
+                raise UserError(
+                    f"{self.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); stopping at step "
+                    f"{self.step}. Lower optim.lr, or resume from an earlier checkpoint (checkpoint.resume=PATH)"
+                )
+            if asked.stop_signal:
                 self.is_stopped = True
-                self.metrics.say(f"stopping after step {self.step} on signal {signal.Signals(stop).name}")
+                name = signal.Signals(int(asked.stop_signal)).name
+                self.metrics.say(f"stopping after step {self.step} on signal {name}")
                 break
             every = config.logging.validate_every_steps
             if every and self.step % every == 0 and not is_last:
@@ -175,7 +211,7 @@ class Trainer:
                 if self.is_stopped:
                     break
             every = config.checkpoint.every_steps
-            if every and self.step % every == 0 and not is_last:
+            if not is_last and (asked.save_asked or (every and self.step % every == 0)):
                 self.save(in_background=config.checkpoint.asynchronous)
             if self.checkpoints.has_ended and not self.checkpoints.has_failed:
                 self._await_save()
@@ -183,56 +219,109 @@ class Trainer:
             self.save(in_background=config.checkpoint.asynchronous)
         self._await_save()
         results = {} if self.is_stopped else self.validate()
+        self.stop.gate(is_open=False)
         if results and self.saved_step == self.step:
             self._record_loss(results["loss/val"])
+        self.stop.gate(is_open=True)
         self._finish(results)
 
-    def train_step(self) -> tuple[dict[str, float], int]:
-        """One step: fetch, forward, backward, clip, update. Returns its metrics and the signal that asks to stop."""
-        started = time.perf_counter()
+    def _was_finished(self) -> bool:
+        """Says that a run which was resumed at its last step is complete; whether its report was written, too."""
+        steps = self.config.optim.steps
+        self.metrics.say(
+            f"complete: step {self.step} of {steps}; give optim.steps={2 * steps} to go on, or another name for a new run"
+        )
+        return self.runtime.on_main(lambda: (self.config.run_folder / "report.html").exists())
+
+    def train_step(self) -> tuple[dict[str, float], Largest]:
+        """One step: fetch, forward, backward, clip, update. Returns its metrics, and what was asked for meanwhile."""
+        self.began, self.parts_done = time.perf_counter(), 0
         batches = self.loader.step(self.consumed, attention_span(self.config.data, self.step))
         splits = [self._split(batch) for batch in batches]
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
         device = self.runtime.device
-        counts = torch.tensor(self._count(batches, splits), dtype=torch.float64, device=device)
-        dist.all_reduce(counts[:SUMMED])
-        dist.all_reduce(counts[SUMMED:], op=dist.ReduceOp.MAX)
+        self.stop.gate(is_open=True)  # from here to the next gate the step can be abandoned
+        counts = torch.tensor(self._count(batches), dtype=torch.float64, device=device)
+        dist.all_reduce(counts)
         valid_tokens = counts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for batch, split in zip(batches, splits, strict=True):
             part = self.model(*Held.of(batch, split, self.mesh, device), (1 / valid_tokens).float())
             part.backward()
             loss += part.detach()
+            self.parts_done += 1
+            self.metrics.show_progress(self.step + 1, self.parts_done, len(batches))
             self.gets_on()
+        self.stop.gate(is_open=False)
         dist.all_reduce(loss)
         loss /= self.mesh.size("tensor")
+        largest = torch.tensor(self._look_around(batches, splits), dtype=torch.float64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
 
         norm = global_norm(list(self.parameters.values()))
-        results = torch.cat((torch.stack((loss, norm.double())), counts))
-        loss_value, norm_value, *counted = results.tolist()  # the step's one wait for the device before the update
+        results = torch.cat((torch.stack((loss, norm.double())), counts, largest))
+        loss_value, norm_value, *found = results.tolist()  # the step's one wait for the device before the update
+        summed, asked = Summed(*found[: len(counts)]), Largest(*found[len(counts) :])
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optim.clip_norm, norm)
             self.optimizer.step(self.step)
             self.skipped_in_row = 0
         else:  # every rank has the same numbers and skips too; parameters and optimizer stay as they were
-            self._skip(loss_value, norm_value)
+            self.skipped += 1
+            self.skipped_in_row += 1
+            self.metrics.say(
+                f"step {self.step + 1} skipped on all ranks: loss {loss_value}, gradient norm {norm_value}"
+            )
         self.optimizer.zero_grad()
         lr = self.config.optim.lr * schedule(self.step, self.config.optim)
         self.step += 1
         self.consumed += self.config.data.sequences_per_step
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - self.began
         values = {"loss/train": loss_value, "optim/grad_norm": norm_value, "optim/lr": lr}
-        step_counts = StepCounts(*counted)
-        if step_counts.save_failed:
+        if asked.save_failed:
             self.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
-        values |= self._work_done(seconds, step_counts) | {"time/data_s": fetched - started}
-        return values, int(step_counts.stop_signal)
+        values |= self._work_done(seconds, summed, asked.imbalance) | {"time/data_s": fetched - self.began}
+        self.began, self.expected_s = 0.0, seconds
+        return values, asked
+
+    def left_s(self) -> float:
+        """Seconds that the step in progress may still take, by the one before and its micro-batches so far."""
+        if not self.began:
+            return 0.0
+        elapsed, expected = time.perf_counter() - self.began, self.expected_s
+        if self.parts_done:
+            expected = elapsed / self.parts_done * self.loader.accumulation
+        return max(0.0, expected - elapsed)
+
+    def abandon(self) -> None:
+        """Saves the state before the step in progress, tells how to go on, and ends this process. Called on every rank.
+
+        In a thread of its own: the main thread is somewhere in a step, or waits for ranks that are.
+        """
+        step = self.step + 1
+        why = f"step {step} would outlast parallel.stop_seconds={self.config.parallel.stop_seconds}, so it is left"
+        self.metrics.say(why if self.began else "leaving what would take longer than parallel.stop_seconds")
+        try:
+            if self.step == 0:
+                self.metrics.say("no step was taken yet, so there is nothing to save")
+            elif self.saved_step != self.step and self.config.checkpoint.at_end:
+                path = self.checkpoints.save_beside(self.step, self._state(), self._facts())
+                self.metrics.say(f"saved {path}")
+                self.saved_step = self.step
+            self.checkpoints.finish_beside()
+            if self.saved_step is not None and self.runtime.is_main:
+                self._say_how_to_go_on(is_complete=False)
+        except BaseException as error:
+            self.metrics.say(f"the state before step {step} could not be saved: {error}")
+            leave(1)
+        self.metrics.close(exit_code=0, seconds=3)
+        leave(0)
 
     def _split(self, batch: Batch) -> Split:
         """Which rank of the context axis holds which tokens: so that attention is as much work on each."""
@@ -241,14 +330,20 @@ class Trainer:
             return in_order(length, size)
         return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
 
-    def _count(self, batches: list[Batch], splits: list[Split]) -> StepCounts:
+    def _count(self, batches: list[Batch]) -> Summed:
         """Of this rank, before ranks have added them up."""
-        return StepCounts(
+        return Summed(
             valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
             tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
             documents=sum(float((b.positions == 0).sum()) for b in batches),
+        )
+
+    def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
+        """Of this rank, before the largest are taken."""
+        return Largest(
             imbalance=self._imbalance(batches, splits),
             stop_signal=self.stop.number,
+            save_asked=self.stop.take_save_asked(),
             save_failed=self.checkpoints.has_failed,
         )
 
@@ -265,17 +360,7 @@ class Trainer:
             whole += float(keys.sum())
         return mine / together / (whole / size)
 
-    def _skip(self, loss: float, norm: float) -> None:
-        self.skipped += 1
-        self.skipped_in_row += 1
-        self.metrics.say(f"step {self.step + 1} skipped on all ranks: loss {loss}, gradient norm {norm}")
-        if self.skipped_in_row >= self.config.optim.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); stopping at step "
-                f"{self.step + 1}. Lower optim.lr, or resume from an earlier checkpoint (checkpoint.resume=PATH)"
-            )
-
-    def _work_done(self, seconds: float, counts: StepCounts) -> dict[str, float]:
+    def _work_done(self, seconds: float, counts: Summed, imbalance: float) -> dict[str, float]:
         """Throughput, utilisation and memory of a step that took `seconds`."""
         config, world_size = self.config, self.runtime.world_size
         copies = world_size / self.mesh.readers  # ranks that count the same sequences
@@ -291,7 +376,7 @@ class Trainer:
             "data/tokens": self.consumed * config.data.sequence_length,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
             "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
-            "data/attention_imbalance": counts.imbalance,
+            "data/attention_imbalance": imbalance,
         }
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
@@ -335,6 +420,7 @@ class Trainer:
 
         def must_stop() -> bool:  # asked before each sequence
             self.gets_on()
+            self.stop.gate(is_open=True)
             return bool(self.stop.number)
 
         results = validate(self.model, source, source.size, *where, bytes_of, must_stop)
@@ -346,22 +432,13 @@ class Trainer:
     def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
         self.gets_on()
+        self.stop.gate(is_open=False)
+        dist.all_reduce(torch.zeros(1))  # no rank is held in a step that is being abandoned
         started = time.perf_counter()
         self._await_save()
         if self.saved_step == self.step:
             return
-        facts = {
-            "consumed": self.consumed,
-            "updates": self.optimizer.updates,
-            "skipped": self.skipped,
-            "trained_s": self.trained_s,
-            "data": self._data_order(),
-            "resumed_from": self.origin,
-            **({BEST_BY: self.validated[1]} if self.validated and self.validated[0] == self.step else {}),
-            **self._layout(),
-            "torch": torch.__version__,
-            "configuration": self.as_written,
-        }
+        facts = self._facts()
         if in_background:
             self.checkpoints.save_in_background(self.step, self._state(), facts)
         else:
@@ -369,6 +446,22 @@ class Trainer:
         self.saved_step = self.step
         self.checkpoint_stall_s += time.perf_counter() - started
         self.gets_on()
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside the tensors."""
+        return {
+            "consumed": self.consumed,
+            "updates": self.optimizer.updates,
+            "skipped": self.skipped,
+            "trained_s": self.trained_s,
+            "data": self._data_order(),
+            "end_of_document": self.tokens.end_of_document if self.tokens else None,
+            "resumed_from": self.origin,
+            **({BEST_BY: self.validated[1]} if self.validated and self.validated[0] == self.step else {}),
+            **self._layout(),
+            "torch": torch.__version__,
+            "configuration": self.as_written,
+        }
 
     def _record_loss(self, loss: float) -> None:
         """Of the last step, which is saved before it is validated."""
@@ -391,16 +484,16 @@ class Trainer:
 
         Returns whether there is one, made by the layout of this run.
         """
-        resume = self.config.checkpoint.resume
+        given = self.config.checkpoint.resume
         newest = self.checkpoints.newest()
-        if resume == "never" and newest:
+        if given == "never" and newest:
             raise UserError(
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
-        if resume not in ("auto", "never"):
-            self.origin = resume
-            if not newest or newest[1]["facts"]["resumed_from"] != resume:  # else a restart: go on where it was
-                newest = Path(resume), self.checkpoints.verify(Path(resume))
+        if given not in ("auto", "never"):
+            self.origin = given
+            if not newest or newest[1]["facts"]["resumed_from"] != given:  # else a restart: go on where it was
+                newest = Path(given), self.checkpoints.verify(Path(given))
         if not newest:
             return False
         path, manifest = newest
@@ -408,6 +501,7 @@ class Trainer:
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
         if is_own:
             self._check_data_order(path, facts["data"])
+        self._look_at_changes(path, int(manifest["step"]), facts["configuration"], is_own)
         self.checkpoints.load(path, manifest, self._state())
         self.step, self.consumed = int(manifest["step"]), int(facts["consumed"])
         self.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
@@ -452,6 +546,43 @@ class Trainer:
                 f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
             )
 
+    def _look_at_changes(self, path: Path, step: int, before: str, is_own: bool) -> None:
+        """Says what the configuration has otherwise than at `path`; refuses what would make the run another one."""
+        if is_own and step > self.config.optim.steps:
+            raise UserError(
+                f"{path}: the run is at step {step}, after its last one, optim.steps={self.config.optim.steps}; give "
+                f"optim.steps={step} or more, another name, or a checkpoint of an earlier step with checkpoint.resume"
+            )
+        changed = resume.changes(before, self.as_written)
+        if is_own and (other := resume.of_another_run(changed)):
+            raise UserError(
+                f"{path}: with {resume.in_words(other)} this would be another run than the one that is saved here; restore "
+                f"that, or start one with another name, from these weights with checkpoint.resume={path}"
+            )
+        if changed:
+            self.runtime.say(f"changed since {path}: {resume.in_words(changed)}")
+
+    def _keep_tokenizer(self) -> None:
+        """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports and samples."""
+        if self.tokens and self.tokens.tokenizer_file:
+            text = as_trained(self.tokens.tokenizer_file, self.tokens.document_begin)
+            (self.config.run_folder / "tokenizer.json").write_text(text)
+
+    def _expect(self) -> float:
+        """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many."""
+        data, device = self.config.data, self.runtime.device
+        positions = torch.arange(data.sequence_length).unsqueeze(0)
+        tflops = training_flops(self.config.model, positions) * data.sequences_per_step / 1e12
+        rate = product_tflops(device, getattr(torch, self.config.precision.compute))
+        seconds = tflops / self.runtime.world_size / rate
+        if seconds > LONG_STEP_S and self.step < self.config.optim.steps:
+            hint = "" if device.type == "cuda" else "; try recipe=gpt_tiny or data.sequence_length=2048"
+            name = _device_name(device)
+            self.runtime.say(
+                f"about {in_words(seconds)} a step on this {name} ({tflops:.3g} TFLOP, by its products){hint}"
+            )
+        return seconds
+
     def _introduce(self) -> None:
         config, mesh = self.config, self.mesh
         count = sum(p.numel() for p in self.parameters.values())
@@ -474,123 +605,79 @@ class Trainer:
 
     def _finish(self, results: dict[str, float]) -> None:
         """Samples, unless a signal has stopped the run; the report; where it is and how to go on."""
-        from longctx.report import write_report
-
         is_complete = self.step >= self.config.optim.steps
         samples = self._samples() if is_complete and not self.is_stopped else []
         if not self.runtime.is_main:
             return
         for sample in samples:
             self.metrics.say(f"--- sample ---\n{sample}")
-        report = write_report(self.config.run_folder, self.config.name, self.as_written, samples)
         bits = results.get("loss/val_bits_per_byte")
         if results:
             shown = f" ({bits:.4f} bits a byte)" if bits else ""
             self.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
-        self.metrics.say(f"report: {report}")
+        self._write_report(samples)
         if self.saved_step == self.step:
-            command = resume_command(self.config, self.overrides, self.runtime.world_size, is_complete)
-            self.metrics.say(f"resume: {command}")
+            self._say_how_to_go_on(is_complete)
+
+    def _write_report(self, samples: list[str]) -> None:
+        """On rank 0. A disk that is full is told, and ends nothing."""
+        from longctx.report import write_report
+
+        try:
+            report = write_report(self.config.run_folder, self.config.name, self.as_written, samples)
+            self.metrics.say(f"report: {report}")
+        except OSError as error:
+            self.metrics.say(f"no report: {error.filename or self.config.run_folder}: {error.strerror}")
+
+    def _say_how_to_go_on(self, is_complete: bool) -> None:
+        """The command that resumes; of a complete run what its learning rate would do, and how to avoid that."""
+        optim, size = self.config.optim, self.runtime.world_size
+        steps = str(optim.steps * (2 if is_complete else 1))
+        command = f"resume: {resume_command(self.config, self.overrides, size, optim__steps=steps)}"
+        self.metrics.say(command)
+        if self.stop.came_here and "TORCHELASTIC_RUN_ID" in os.environ:
+            say_after_launcher(command)
+        if not is_complete:
+            return
+        now = optim.lr * schedule(self.step - 1, optim)
+        then = optim.lr * schedule(self.step, replace(optim, steps=int(steps)))
+        if then <= 1.01 * now:
+            return
+        self.metrics.say(
+            f"  the learning rate will go back up, from {now:.2g} to {then:.2g} (optim.schedule={optim.schedule})"
+        )
+        if undecayed := self.checkpoints.undecayed():
+            command = resume_command(
+                self.config, self.overrides, size, name=f"{self.config.name}-longer", optim__steps=steps,
+                checkpoint__resume=str(undecayed),
+            )  # fmt: skip
+            self.metrics.say(f"  or branch off from before it fell: {command}")
 
     def _samples(self) -> list[str]:
         logging = self.config.logging
         if not self.tokens or not self.tokens.tokenizer_file or not logging.sample_tokens or not logging.sample_prompts:
             return []
-        tokenizer = Tokenizer.from_file(str(self.tokens.tokenizer_file))
-        prompts = [tokenizer.encode(p, add_special_tokens=False).ids or [0] for p in logging.sample_prompts]
+        tokenizer, begin = open_tokenizer(self.tokens.tokenizer_file), self.tokens.document_begin or []
+        prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in logging.sample_prompts]
+        prompts = [ids or [self.tokens.end_of_document] for ids in prompts]
         vocab_size = self.tokens.tokenizer_vocab
         texts = generate(self.model, prompts, logging.sample_tokens, self.mesh, self.runtime.device, vocab_size)
         return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
+    def last_loss(self) -> float:
+        """Of the last validation, on every rank; NaN if there was none."""
+        if self.validated:
+            return self.validated[1]
+        return self.runtime.on_main(lambda: last_validation_loss(self.config.run_folder / "metrics.jsonl"))
+
     def close(self) -> None:
-        """Ends logging; the run can be resumed from what it has saved."""
+        """Ends logging; the run can be resumed from what it has saved. One that has failed has its report all the same."""
         forget_transports()
         self.checkpoints.close()
-        self.metrics.close()
-
-
-# the parts that depend on the data source ----------------------------------------------------------------------------
-
-
-def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
-    """The run's token files, checked, on every rank; None for synthetic data."""
-    data = config.data
-    if data.source == DataSource.recall:
-        return None
-    weights = data.mixture or {data.folder: 1.0}
-    if data.source == DataSource.builtin:
-        folder = builtin.folder(data.cache_folder)
-        runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
-        weights = {str(folder): 1.0}
-    folders = [Path(folder).expanduser() for folder in weights]
-    vocab_size, rank, ranks = config.model.vocab_size, runtime.rank, runtime.world_size
-    tokens = runtime.together(
-        lambda: Mixture([open_corpus(f, vocab_size, data, rank, ranks) for f in folders], list(weights.values()))
-    )
-    seen_by_main = runtime.on_main(tokens.fingerprint)
-
-    def check_same() -> None:  # machines with other versions of Python or torch have other sources
-        if tokens.fingerprint() != seen_by_main:
-            raise DataError(
-                f"{tokens}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
-            )
-
-    runtime.together(check_same)
-    return tokens
-
-
-def training_source(config: Config, tokens: Mixture | None) -> Source:
-    return RecallStream(config.data, config.seed) if tokens is None else tokens.training(config.data, config.seed)
-
-
-def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> Validation | None:
-    """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
-    if not config.data.validation_sequences:
-        return None
-    if tokens is None:
-        return RecallStream(config.data, config.seed + 1)
-    source, problems = tokens.validation(config.data)
-    for problem in problems:
-        runtime.say(f"no validation: {problem}")
-    return source
-
-
-def probes(config: Config, tokens: Mixture | None) -> Probes:
-    """What asks the model over which distances it recalls: the stream it is trained on, or random copies."""
-    if tokens is None:
-        return RecallStream(config.data, config.seed + 2)
-    return Copies(config.data, tokens.tokenizer_vocab, config.seed)
-
-
-def resume_command(config: Config, overrides: list[str], world_size: int, is_complete: bool) -> str:
-    """What to type to go on with this run; for as many steps again if it is complete."""
-    tools = Path(os.path.relpath(Path(sys.executable).parent))  # .venv/bin, if that is where this runs
-    tools = Path() if ".." in tools.parts else tools
-    per_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
-    launcher = (
-        [str(tools / "python")] if world_size == 1 else [str(tools / "torchrun"), "--nproc-per-node", per_machine]
-    )
-    words = [w for w in overrides if w.split("=")[0] not in ("name", "optim.steps", "checkpoint.resume")]
-    steps = config.optim.steps * (2 if is_complete else 1)
-    return shlex.join([*launcher, "train.py", *words, f"name={config.name}", f"optim.steps={steps}"])
-
-
-def _make_run_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER") from None
-
-
-def _check_run_folder(folder: Path) -> None:
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"the run's folder {folder.resolve()} is not seen here; give folder=ONE THAT ALL MACHINES SHARE"
-        )
+        if self.has_failed and self.runtime.is_main:
+            self._write_report([])
+        self.metrics.close(exit_code=int(self.has_failed))
+        self.folder.close()
 
 
 def _device_name(device: torch.device) -> str:

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from longctx import runtime
 from longctx.config import ComputeDtype, Config, DataSource, ModelConfig, Optimizer, WandbMode
 from longctx.data.prepare import prepare
 from longctx.data.text import Document
+from longctx.stopping import StopSignals
 from longctx.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -64,14 +67,17 @@ def small_config(folder: Path, corpus: Path, **changes) -> Config:
             target = getattr(target, group)
         assert hasattr(target, key), path
         setattr(target, key, value)
+    if config.optim.steps <= 2 and "optim__warmup_steps" not in changes:
+        config.optim.warmup_steps = 0
     return config
 
 
 @contextlib.contextmanager
 def trainer_of(config: Config) -> Iterator[Trainer]:
     """A trainer in this process, closed at the end; the process group stays for the next one."""
-    with runtime.StopSignals() as stop:
-        trainer = Trainer(config, "", [], runtime.start(60), stop)
+    with StopSignals() as stop:
+        written = OmegaConf.to_yaml(OmegaConf.structured(config))
+        trainer = Trainer(config, written, [], runtime.start(60), stop)
         try:
             yield trainer
         finally:

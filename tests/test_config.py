@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
-from longctx.config import Config, ConfigError, attention_span, check, explain_unknown_key
+from longctx.config import Config, ConfigError, attention_span, check
+from longctx.suggest import explain_unknown_key
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"gpt_tiny": 2, "gpt_32k": 1, "gpt_128k": 8, "llama3_8b_128k": 8, "llama3_8b_1m": 8}

@@ -102,7 +102,9 @@ def test_a_corpus_of_an_earlier_version_is_counted_anew_and_named(tmp_path):
     assert "was prepared by an earlier version of longctx" in corpus.notes[0]
 
 
-@pytest.mark.parametrize(("is_added", "expected"), [(True, [[257, 3, 256], [257, 4, 256]]), (False, [[3, 256], [4, 256]])])
+@pytest.mark.parametrize(
+    ("is_added", "expected"), [(True, [[257, 3, 256], [257, 4, 256]]), (False, [[3, 256], [4, 256]])]
+)
 def test_documents_begin_as_the_tokenizer_has_it(tmp_path, is_added, expected):
     tokenizer = byte_tokenizer(tmp_path / "t.json", begin=True)
     ids = open_tokenizer(tokenizer).encode("ab", add_special_tokens=False).ids
@@ -157,7 +159,10 @@ def test_json_lines_are_known_by_their_content(tmp_path, name):
 def test_json_that_is_no_lines_of_records_is_text(tmp_path):
     (tmp_path / "package.json").write_text('{"name": "a"}\n')
     (tmp_path / "pretty.json").write_text('{\n  "text": "a"\n}\n')
-    assert texts_of([tmp_path / "package.json", tmp_path / "pretty.json"]) == ['{"name": "a"}\n', '{\n  "text": "a"\n}\n']
+    assert texts_of([tmp_path / "package.json", tmp_path / "pretty.json"]) == [
+        '{"name": "a"}\n',
+        '{\n  "text": "a"\n}\n',
+    ]
 
 
 def test_records_without_the_text_field_are_named(tmp_path):
@@ -201,13 +206,21 @@ def mixed(tmp_path):
 
 
 def test_what_cannot_be_read_ends_the_preparation_or_is_counted(mixed, tmp_path):
-    with pytest.raises(DataError, match=r"c.parquet: no parquet file .* leave out what cannot be read with --skip-unrea"):
+    with pytest.raises(
+        DataError, match=r"c.parquet: no parquet file .* leave out what cannot be read with --skip-unrea"
+    ):
         find_pieces([mixed])
     pieces = find_pieces([mixed], skip_unreadable=True)
     assert sorted(texts_of([mixed], skip_unreadable=True)) == ["good text\n" * 50, "one", "three", "two"]
     manifest = prepare(pieces, tmp_path / "corpus", validation_fraction=0.0)
     assert manifest.skipped == 5
-    places = ["b.jsonl:3: not JSON", "b.jsonl:4: field 'text' holds no text", "c.parquet", "d.txt.gz", "latin.txt: byte 3"]
+    places = [
+        "b.jsonl:3: not JSON",
+        "b.jsonl:4: field 'text' holds no text",
+        "c.parquet",
+        "d.txt.gz",
+        "latin.txt: byte 3",
+    ]
     for place, example in zip(places, sorted(manifest.skipped_examples), strict=True):
         assert f"{mixed}/{place}" in example
     assert files_by_kind(pieces) == {
@@ -294,4 +307,3 @@ def test_a_full_disk_is_told_with_what_is_free_and_needed(tmp_path, monkeypatch)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"train_00000.tokens: No space left on device: .* free, about 0.0 MB needed"):
         prepare(find_pieces([tmp_path / "a.txt"]), tmp_path / "corpus")
-

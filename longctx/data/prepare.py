@@ -92,8 +92,9 @@ def prepare(
     except OSError as error:
         tokens = sum(piece.size for piece in pieces) / BYTES_A_TOKEN
         needed = int(tokens * np.dtype(recipe.dtype).itemsize)
-        raise DataError(f"{disk_problem(error, work, needed)}. What is done is kept in {work}: the same command goes "
-                        "on with it") from None
+        raise DataError(
+            f"{disk_problem(error, work, needed)}. What is done is kept in {work}: the same command goes on with it"
+        ) from None
 
 
 def _prepare(
@@ -275,4 +276,3 @@ def _batched(pieces: Iterable[str], size: int = 4 * MIB) -> Iterator[list[str]]:
 
 def _fraction_of_name(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
-

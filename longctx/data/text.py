@@ -121,7 +121,9 @@ class FilePiece:
             with pq.ParquetFile(part.path) as file:
                 if self.text_field not in file.schema_arrow.names:
                     columns = ", ".join(file.schema_arrow.names)
-                    raise DataError(f"{part.path}: no column {self.text_field!r} but {columns}; name it with --text-field")
+                    raise DataError(
+                        f"{part.path}: no column {self.text_field!r} but {columns}; name it with --text-field"
+                    )
                 row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
                 groups = list(range(part.begin, part.end))
                 for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[self.text_field]):
@@ -258,9 +260,7 @@ def _kind(path: Path, text_field: str) -> str:
         return "jsonl"
     array = first.strip().startswith(b"[") and _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}")
     if array and text_field in array:
-        raise DataError(
-            f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')"
-        )
+        raise DataError(f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')")
     return "text"
 
 

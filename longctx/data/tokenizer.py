@@ -49,15 +49,17 @@ def document_frame(
     the template ends with it. Without `add_special_tokens` the template is left out. Raises `DataError`.
     """
     last = find_end_of_document(tokenizer, where, end_of_document)
-    text = tokenizer.encode("a", add_special_tokens=False).ids
-    framed = tokenizer.encode("a", add_special_tokens=add_special_tokens).ids
-    at = next((i for i in range(len(framed) - len(text) + 1) if framed[i : i + len(text)] == text), None)
-    if at is None:
-        raise DataError(
-            f"{where}: its template changes the text itself; prepare without it (--no-add-special-tokens)"
-        )
-    end = framed[at + len(text) :]
-    return DocumentFrame(tuple(framed[:at]), tuple(end if end[-1:] == [last] else [*end, last]))
+    begin, end = _template(tokenizer, where) if add_special_tokens else ((), ())
+    return DocumentFrame(begin, end if end[-1:] == (last,) else (*end, last))
+
+
+def _template(tokenizer: Tokenizer, where: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the tokenizer's own template puts before and after a text."""
+    text, framed = (tokenizer.encode("a", add_special_tokens=is_framed).ids for is_framed in (False, True))
+    for at in range(len(framed) - len(text) + 1):
+        if framed[at : at + len(text)] == text:
+            return tuple(framed[:at]), tuple(framed[at + len(text) :])
+    raise DataError(f"{where}: its template changes the text itself; prepare without it (--no-add-special-tokens)")
 
 
 def find_end_of_document(tokenizer: Tokenizer, where: Path, token: str | None = None) -> int:
@@ -97,6 +99,11 @@ def count_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+def document_begin(tokenizer: Tokenizer, where: Path) -> tuple[int, ...]:
+    """Ids that the tokenizer's template puts before a text."""
+    return _template(tokenizer, where)[0]
+
+
 def as_trained(file: Path, begin: list[int] | None) -> str:
     """`tokenizer.json` for other programs, so that a text gets the ids it was trained on.
 
@@ -105,14 +112,6 @@ def as_trained(file: Path, begin: list[int] | None) -> str:
     """
     tokenizer = open_tokenizer(file)
     fields = json.loads(tokenizer.to_str())
-    if begin is not None and list(document_begin(tokenizer)) != begin:
-        # byte-level tokenizers have a post-processor that adds nothing; one that adds tokens is left out
+    if begin is not None and list(document_begin(tokenizer, file)) != begin:
         fields["post_processor"] = None
     return json.dumps(fields, ensure_ascii=False)
-
-
-def document_begin(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that the tokenizer's template puts before a text."""
-    text = tokenizer.encode("a", add_special_tokens=False).ids
-    framed = tokenizer.encode("a").ids
-    return tuple(framed[: next((i for i in range(len(framed)) if framed[i : i + len(text)] == text), 0)])

@@ -1,0 +1,131 @@
+"""Words of the command line: strings taken as they were typed, names of a multirun's jobs, the command that resumes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from longctx.config import Config, ConfigError
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
+
+
+def as_typed(word: str, text_keys: set[str], parsed: Callable[[str], object]) -> str:
+    """An override with its value quoted for Hydra, if its key holds text that Hydra would read as something else.
+
+    `name=1.10` would be the number 1.1, `name=12e4567` infinity, `name=1_000` 1000. Every value of a sweep is treated so
+    (`name=1.1,1.10`) and every part of a list. `parsed` tells what Hydra makes of `key=value`, and raises ValueError if
+    it cannot read that. Raises `ConfigError` where a function of Hydra hides the words (`name=choice(1.1,1.10)`).
+    """
+    key, equals, value = word.partition("=")
+    if not equals or key.lstrip("+") not in text_keys:
+        return word
+    return f"{key}={','.join(_quoted(key, part, parsed) for part in split(value))}"
+
+
+def split(value: str) -> Iterator[str]:
+    """The parts of a value between its commas, those inside quotes and brackets left alone."""
+    part, depth, quote = "", 0, ""
+    for i, character in enumerate(value):
+        is_escaped = i > 0 and value[i - 1] == "\\"
+        if quote:
+            quote = "" if character == quote and not is_escaped else quote
+        elif character in QUOTES and not is_escaped:
+            quote = character
+        elif character in OPENING + CLOSING:
+            depth += 1 if character in OPENING else -1
+        if character == "," and not quote and depth == 0 and not is_escaped:
+            yield part
+            part = ""
+        else:
+            part += character
+    yield part
+
+
+def _quoted(key: str, part: str, parsed: Callable[[str], object]) -> str:
+    if part.startswith("[") and part.endswith("]") and part != "[]":
+        return f"[{','.join(_quoted(key, inner, parsed) for inner in split(part[1:-1]))}]"
+    if part[:1] in tuple(QUOTES) or not part.strip():
+        return part
+    try:
+        found = parsed(f"{key}={part}")
+    except ValueError:
+        return quoted(part)
+    if found is None or isinstance(found, str):  # null is refused, or meant
+        return part
+    if isinstance(found, bool | int | float):
+        return quoted(part)
+    if any(isinstance(value, bool | int | float) for value in getattr(found, "list", ())):
+        raise ConfigError([f"{key}={part}: {key} is text, and its numbers would be rewritten; quote each: '1.10'"])
+    return part
+
+
+def quoted(text: str) -> str:
+    """`text` as Hydra reads it back, whatever it holds."""
+    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
+    return "'" + re.sub(r"\\+$", lambda found: found[0] * 2, escaped) + "'"
+
+
+def name_of_job(name: str, overrides: list[str], typed: list[str]) -> str:
+    """The name of one job of a multirun: with the values that are swept, unless the name itself is among them.
+
+    `overrides`: the job's; `typed`: the words of the command line, in which a swept one reads otherwise.
+    """
+    swept = [word for word in overrides if word not in typed]
+    keys = {word.partition("=")[0].lstrip("+") for word in swept}
+    if "name" in keys:
+        return name
+    parts = [name]
+    for word in swept:
+        key, _, value = word.partition("=")
+        if key != "recipe":  # which a name begins with by itself
+            parts.append(f"{key.rsplit('.', 1)[-1]}_{value}")
+    return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) if len(parts) > 1 else name
+
+
+def resume_command(config: Config, overrides: list[str], world_size: int, **changes: str) -> str:
+    """What to type, in any folder, to go on with this run. `changes`: keys (`optim__steps`) with other values."""
+    tools = Path(sys.executable).parent
+    here = Path.cwd()
+    tools = tools.relative_to(here) if tools.is_relative_to(here) else tools
+    script = TRAIN.relative_to(here) if TRAIN.is_relative_to(here) else TRAIN
+    launcher = [str(tools / "python")]
+    if world_size > 1:
+        per_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
+        launcher = [str(tools / "torchrun"), "--nproc-per-node", per_machine]
+    given = {"name": config.name} | {key.replace("__", "."): value for key, value in changes.items()}
+    kept = [w for w in overrides if w.partition("=")[0].lstrip("+") not in (*given, "optim.steps", "checkpoint.resume")]
+    given.setdefault("optim.steps", str(config.optim.steps))
+    words = [f"{key}={value if _is_plain(value) else quoted(value)}" for key, value in given.items()]
+    return f"cd {shlex.quote(str(here))} && {shlex.join([*launcher, str(script), *kept, *words])}"
+
+
+def _is_plain(value: str) -> bool:
+    """Whether a value can stand in a command as it is: words as they are typed are taken so."""
+    return bool(re.fullmatch(r"[\w./+=@: -]+", value))
+
+
+def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
+    """Raises `ConfigError` if something else than torchrun has started several processes, each of which would be alone."""
+    if "RANK" in environment:
+        return
+    for launcher, names in (
+        ("srun", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+        ("mpirun", ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
+    ):
+        name = next((name for name in names if name in environment), None)
+        count = environment[name] if name else ""
+        if name and count.isdigit() and int(count) > 1:
+            raise ConfigError(
+                [
+                    f"{name}={count}: {launcher} has started {count} processes that know nothing of each other, and each "
+                    f"would train alone in the same folder; start one torchrun a machine instead: "
+                    f"torchrun --nproc-per-node {count} {' '.join(map(shlex.quote, sys.argv))} "
+                    f"(or unset {name} to train with this process alone)"
+                ]
+            )

@@ -1,0 +1,88 @@
+"""The folder of a run's files: one that all machines share, and that one run at a time writes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import IO
+
+from longctx.config import UserError
+from longctx.runtime import Runtime
+
+
+class RunFolder:
+    """`folder`, made and locked by rank 0, seen by all. To be made by all ranks; closed when the run ends."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        """Raises `UserError` on all ranks: it cannot be written, another run writes it, or a machine has another one."""
+        self.path, self.lock = folder, None
+        self.lock = runtime.on_main(lambda: self._take(folder))
+        word = runtime.on_main(lambda: _leave_word(folder))
+        try:
+            runtime.together(lambda: _find_word(folder, word, runtime))
+        finally:
+            if runtime.is_main:
+                (folder / word).unlink(missing_ok=True)
+
+    def _take(self, folder: Path) -> None:
+        try:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.file = (folder / "lock").open("a+")
+        except OSError as error:
+            raise UserError(
+                f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER"
+            ) from None
+        lock(self.file, folder)
+
+    def close(self) -> None:
+        """Another process may write the folder from now on; a killed one's lock is gone with it."""
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def lock(file: IO[str], folder: Path) -> None:
+    """Locks an open file for this process until it is closed, and writes into it who has it. Raises `UserError`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another run writes it{_owner(file)}; wait for it, end it, or give this one another name"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    file.seek(0)
+    file.truncate()
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+    file.flush()
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        return f": process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _leave_word(folder: Path) -> str:
+    """The name of a new file, for the others to find."""
+    word = f".word-{uuid.uuid4().hex}"
+    try:
+        (folder / word).touch()
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER") from None
+    return word
+
+
+def _find_word(folder: Path, word: str, runtime: Runtime) -> None:
+    os.listdir(folder) if folder.is_dir() else None  # network file systems look again at a folder that is listed
+    if not (folder / word).exists():
+        raise UserError(
+            f"the run's folder {folder.resolve()} on {socket.gethostname()} is not the one that rank 0 writes, so each "
+            f"machine would keep a part of every checkpoint; give folder=ONE THAT ALL MACHINES SHARE"
+        )

@@ -1,0 +1,67 @@
+"""What a run reads, opened and checked on every rank: the corpora of the configuration, or a synthetic stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longctx.config import Config, DataSource
+from longctx.data import builtin
+from longctx.data.loader import Copies, Probes, RecallStream, Source
+from longctx.data.mixture import ChainedTokens, Mixture
+from longctx.data.other_formats import open_corpus
+from longctx.data.tokens import DataError
+from longctx.runtime import Runtime
+
+Validation = ChainedTokens | RecallStream
+
+
+def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
+    """The run's token files, checked, on every rank; None for synthetic data."""
+    data = config.data
+    if data.source == DataSource.recall:
+        return None
+    weights = data.mixture or {data.folder: 1.0}
+    if data.source == DataSource.builtin:
+        folder = builtin.folder(data.cache_folder)
+        runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
+        weights = {str(folder): 1.0}
+    folders = [Path(folder).expanduser() for folder in weights]
+    vocab_size, rank, ranks = config.model.vocab_size, runtime.rank, runtime.world_size
+    tokens = runtime.together(
+        lambda: Mixture([open_corpus(f, vocab_size, data, rank, ranks) for f in folders], list(weights.values()))
+    )
+    seen_by_main = runtime.on_main(tokens.fingerprint)
+
+    def check_same() -> None:  # machines with other versions of Python or torch have other sources
+        if tokens.fingerprint() != seen_by_main:
+            raise DataError(
+                f"{tokens}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
+            )
+
+    runtime.together(check_same)
+    for note in tokens.notes:
+        runtime.say(note)
+    return tokens
+
+
+def training_source(config: Config, tokens: Mixture | None) -> Source:
+    return RecallStream(config.data, config.seed) if tokens is None else tokens.training(config.data, config.seed)
+
+
+def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> Validation | None:
+    """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
+    if not config.data.validation_sequences:
+        return None
+    if tokens is None:
+        return RecallStream(config.data, config.seed + 1)
+    source, problems = tokens.validation(config.data)
+    for problem in problems:
+        runtime.say(f"no validation: {problem}")
+    return source
+
+
+def probes(config: Config, tokens: Mixture | None) -> Probes:
+    """What asks the model over which distances it recalls: the stream it is trained on, or random copies."""
+    if tokens is None:
+        return RecallStream(config.data, config.seed + 2)
+    return Copies(config.data, tokens.tokenizer_vocab, config.seed)
