@@ -26,12 +26,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint import _hf_utils as hf
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from longctx import files
 from longctx.config import UserError
 from longctx.files import sha256, sync
+from longctx.local_part import local_part
 from longctx.runtime import Runtime
 
 FORMAT = "longctx-checkpoint-2"
@@ -46,7 +51,7 @@ class CheckpointError(UserError):
 class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
-    def __init__(self, folder: Path, keep: int, runtime: Runtime, undecayed_until: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int, runtime: Runtime, undecayed_until: int | None = None) -> None:
         """To be called by all ranks. Beside the newest `keep`, the last one up to step `undecayed_until` stays."""
         self.folder, self.keep, self.undecayed_until = folder, keep, undecayed_until
         self.runtime = runtime.in_background()
@@ -203,7 +208,7 @@ class Checkpoints:
                 "the configuration of the checkpoint"
             )
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), planner=PartLoader())
         except dcp.CheckpointException as error:
             raise CheckpointError(f"{path}: cannot be read: {_first_cause(error)}") from None
 
@@ -268,6 +273,8 @@ class Checkpoints:
 
     def undecayed(self) -> Path | None:
         """The last checkpoint before the learning rate began to fall, if there is one."""
+        if self.undecayed_until is None:
+            return None
         return next((p for p in reversed(list_checkpoints(self.folder)) if _step(p) <= self.undecayed_until), None)
 
     def _point_to_best(self) -> Path | None:
@@ -327,7 +334,7 @@ def verify_files(path: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
 def _check_tensors_are_whole(path: Path, manifest: dict[str, Any]) -> None:
     """Counts what the files hold of each tensor, by their headers: shards of a machine may never have got there."""
     found: dict[str, int] = {}
-    for name in manifest["files"]:
+    for name in (name for name in manifest["files"] if name.endswith(".safetensors")):
         try:
             with safe_open(path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  it is no dict
@@ -337,8 +344,8 @@ def _check_tensors_are_whole(path: Path, manifest: dict[str, Any]) -> None:
     for key, kind in manifest["tensors"].items():
         if found.get(key, 0) != math.prod(shape_of(kind)):
             raise CheckpointError(
-                f"{path}: its files hold {found.get(key, 0)} of the {math.prod(shape_of(kind))} numbers of {key}: a part "
-                "was not saved here, and no layout can load it"
+                f"{path}: its files hold {found.get(key, 0)} of the {math.prod(shape_of(kind))} numbers of {key}: a "
+                "part was not saved here, and no layout can load it"
             )
 
 
@@ -358,6 +365,54 @@ def _has_manifest(path: Path) -> bool:
         return (path / MANIFEST).is_file()
     except OSError:  # what cannot be looked at is there; reading it will say why it cannot be used
         return True
+
+
+class Part:
+    """A distributed tensor as plans of torch's checkpoints see it, by what this rank really holds of it."""
+
+    def __init__(self, tensor: DTensor) -> None:
+        self.tensor, self.local = tensor, tensor.to_local()
+        shape, offset = local_part(tensor)
+        self.chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
+
+    def size(self) -> torch.Size:
+        return self.tensor.size()
+
+    def __create_write_items__(self, name: str, _part: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        data = TensorWriteData(chunk=self.chunk, properties=properties, size=self.size())
+        return [WriteItem(MetadataIndex(name, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self.chunk]
+
+
+class PartSaver(DefaultSavePlanner):
+    """Plans what is saved by what ranks hold."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        self.state_dict = _parts(self.state_dict)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.local if isinstance(found, Part) else super().lookup_object(index)
+
+
+class PartLoader(DefaultLoadPlanner):
+    """Plans what is loaded by what ranks hold."""
+
+    def set_up_planner(self, *arguments: Any, **words: Any) -> None:
+        super().set_up_planner(*arguments, **words)
+        self.state_dict = _parts(self.state_dict)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found: Any = self.state_dict[index.fqn]
+        return found.local if isinstance(found, Part) else super().lookup_tensor(index)
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: Part(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -404,7 +459,7 @@ def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | 
     """Returns the names of the files that this rank has written."""
     writer = ShardWriter(folder)
     try:
-        dcp.save(tensors, storage_writer=writer, process_group=group)
+        dcp.save(tensors, storage_writer=writer, planner=PartSaver(), process_group=group)
     except dcp.CheckpointException as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         free = shutil.disk_usage(folder).free

@@ -7,9 +7,11 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from longctx.config import Config, ConfigError
+from longctx.schedule import schedule
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
@@ -18,9 +20,9 @@ OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 def as_typed(word: str, text_keys: set[str], parsed: Callable[[str], object]) -> str:
     """An override with its value quoted for Hydra, if its key holds text that Hydra would read as something else.
 
-    `name=1.10` would be the number 1.1, `name=12e4567` infinity, `name=1_000` 1000. Every value of a sweep is treated so
-    (`name=1.1,1.10`) and every part of a list. `parsed` tells what Hydra makes of `key=value`, and raises ValueError if
-    it cannot read that. Raises `ConfigError` where a function of Hydra hides the words (`name=choice(1.1,1.10)`).
+    `name=1.10` would be the number 1.1, `name=12e4567` infinity, `name=1_000` 1000. Every value of a sweep is treated
+    so (`name=1.1,1.10`) and every part of a list. `parsed` tells what Hydra makes of `key=value`, and raises ValueError
+    if it cannot read that. Raises `ConfigError` where a function of Hydra hides the words (`name=choice(1.1,1.10)`).
     """
     key, equals, value = word.partition("=")
     if not equals or key.lstrip("+") not in text_keys:
@@ -105,13 +107,35 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
     return f"cd {shlex.quote(str(here))} && {shlex.join([*launcher, str(script), *kept, *words])}"
 
 
+def how_to_go_on(
+    config: Config, overrides: list[str], world_size: int, step: int, undecayed: Path | None, is_complete: bool
+) -> list[str]:
+    """The command that resumes; of a complete run also what its learning rate would do, and how to avoid that.
+
+    `undecayed`: a checkpoint from before the learning rate fell.
+    """
+    optim = config.optim
+    steps = optim.steps * (2 if is_complete else 1)
+    lines = [f"resume: {resume_command(config, overrides, world_size, optim__steps=str(steps))}"]
+    now = optim.lr * schedule(step - 1, optim)
+    then = optim.lr * schedule(step, replace(optim, steps=steps))
+    if not is_complete or then <= 1.01 * now:
+        return lines
+    lines.append(f"  the learning rate will go back up, from {now:.2g} to {then:.2g} (optim.schedule={optim.schedule})")
+    if undecayed:
+        words = {"name": f"{config.name}-longer", "optim__steps": str(steps), "checkpoint__resume": str(undecayed)}
+        command = resume_command(config, overrides, world_size, **words)
+        lines.append(f"  or branch off from before it fell: {command}")
+    return lines
+
+
 def _is_plain(value: str) -> bool:
     """Whether a value can stand in a command as it is: words as they are typed are taken so."""
     return bool(re.fullmatch(r"[\w./+=@: -]+", value))
 
 
 def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
-    """Raises `ConfigError` if something else than torchrun has started several processes, each of which would be alone."""
+    """Raises `ConfigError` if something else than torchrun has started several processes: each would be alone."""
     if "RANK" in environment:
         return
     for launcher, names in (
@@ -123,8 +147,8 @@ def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
         if name and count.isdigit() and int(count) > 1:
             raise ConfigError(
                 [
-                    f"{name}={count}: {launcher} has started {count} processes that know nothing of each other, and each "
-                    f"would train alone in the same folder; start one torchrun a machine instead: "
+                    f"{name}={count}: {launcher} has started {count} processes that know nothing of each other, and "
+                    "each would train alone in the same folder; start one torchrun a machine instead: "
                     f"torchrun --nproc-per-node {count} {' '.join(map(shlex.quote, sys.argv))} "
                     f"(or unset {name} to train with this process alone)"
                 ]

@@ -216,8 +216,8 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none  # what the backward pass computes again to save memory
     compile: bool = False  # torch.compile each block
     timeout_seconds: int = 600  # a collective that takes longer ends the run
-    # a step that would take longer after a signal to stop is abandoned, and the state before it saved; torchrun kills its
-    # ranks 30 seconds after a signal of its own (--shutdown-timeout), and the save needs time too
+    # a step that would take longer after a signal to stop is abandoned, and the state before it saved; torchrun kills
+    # its ranks 30 seconds after a signal of its own (--shutdown-timeout), and the save needs time too
     stop_seconds: int = 20
     check_memory: bool = True  # refuse at start what cannot fit the memory there is
 
@@ -334,7 +334,8 @@ _AT_LEAST_ONE = (
     "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
     "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step",
     "data.sequences_per_micro_batch", "data.recall.keys", "data.recall.values", "parallel.replicate",
-    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "parallel.stop_seconds", "optim.steps", "optim.max_skipped_steps",
+    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "parallel.stop_seconds",
+    "optim.steps", "optim.max_skipped_steps",
     "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
@@ -381,11 +382,13 @@ def _check_ranges(config: Config) -> list[str]:
         problems.append(f"logging.peak_tflops={peak} must be above 0; null: known for common GPUs")
     warmup = config.optim.warmup_steps
     if warmup is not None and warmup < 0:
-        problems.append(f"optim.warmup_steps={warmup} is less than 0; give 0 or more, or null for a twentieth of the steps")
+        problems.append(
+            f"optim.warmup_steps={warmup} is less than 0; give 0 or more, or null for a twentieth of the steps"
+        )
     elif warmup is not None and warmup >= max(config.optim.steps, 1):
         problems.append(
-            f"optim.warmup_steps={warmup} is not less than optim.steps={config.optim.steps}, so the learning rate never "
-            "gets to its top; give fewer, or optim.warmup_steps=null for a twentieth of the steps"
+            f"optim.warmup_steps={warmup} is not less than optim.steps={config.optim.steps}, so the learning rate "
+            "never gets to its top; give fewer, or optim.warmup_steps=null for a twentieth of the steps"
         )
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")

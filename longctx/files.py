@@ -64,7 +64,7 @@ def write_manifest(path: Path, fields: dict[str, Any], beside: Path | None = Non
 
 
 def read_manifest(path: Path, *forms: str) -> dict[str, Any]:
-    """The fields that `write_manifest` wrote. Raises ValueError if one byte is another, or `format` is none of `forms`."""
+    """The fields that `write_manifest` wrote. Raises ValueError if a byte is another, or `format` none of `forms`."""
     content = path.read_bytes()
     try:
         fields = json.loads(content)

@@ -7,6 +7,7 @@ wandb is fed from a thread of its own: a server that does not answer can neither
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import math
 import netrc
@@ -293,7 +294,7 @@ def _run_id(folder: Path) -> str:
 
 
 def wandb_mode(logging: LoggingConfig) -> str:
-    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by whether there is a key."""
+    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by the key."""
     if logging.wandb != WandbMode.auto:
         return str(logging.wandb)
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on", "t", "y"):
@@ -322,8 +323,6 @@ def _wandb_server() -> str:
         return given
     settings = configparser.ConfigParser()
     folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    try:
+    with contextlib.suppress(configparser.Error):
         settings.read(Path(folder).expanduser() / "settings")
-    except configparser.Error:
-        pass
     return settings.get("default", "base_url", fallback="https://api.wandb.ai")

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from longctx.config import Config, UserError
+
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
 # of the model: how it is computed, or how it began
 HARMLESS = ("model.attention", "model.fused_ops", "model.init_from", "model.init_std")
+
+
+def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_own: bool) -> str | None:
+    """What to say of the configuration `now` beside that of the checkpoint at `path`; None: they are alike.
+
+    `is_own`: the run goes on, rather than branching off from another. Raises `UserError` if it cannot be the same run.
+    """
+    step = int(manifest["step"])
+    if is_own and step > config.optim.steps:
+        raise UserError(
+            f"{path}: the run is at step {step}, after its last one, optim.steps={config.optim.steps}; give "
+            f"optim.steps={step} or more, another name, or with that an earlier step's checkpoint as checkpoint.resume"
+        )
+    changed = changes(manifest["facts"]["configuration"], now)
+    if is_own and (other := of_another_run(changed)):
+        raise UserError(
+            f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
+            f"one with another name, from these weights with checkpoint.resume={path}"
+        )
+    return f"changed since {path}: {in_words(changed)}" if changed else None
 
 
 def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:

@@ -18,9 +18,9 @@ class RunFolder:
     """`folder`, made and locked by rank 0, seen by all. To be made by all ranks; closed when the run ends."""
 
     def __init__(self, folder: Path, runtime: Runtime) -> None:
-        """Raises `UserError` on all ranks: it cannot be written, another run writes it, or a machine has another one."""
-        self.path, self.lock = folder, None
-        self.lock = runtime.on_main(lambda: self._take(folder))
+        """Raises `UserError` on all ranks: it cannot be written, another run writes it, or a machine has its own."""
+        self.file: IO[str] | None = None  # the lock, on rank 0
+        runtime.on_main(lambda: self._take(folder))
         word = runtime.on_main(lambda: _leave_word(folder))
         try:
             runtime.together(lambda: _find_word(folder, word, runtime))
@@ -40,7 +40,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Another process may write the folder from now on; a killed one's lock is gone with it."""
-        if hasattr(self, "file"):
+        if self.file:
             self.file.close()
 
 

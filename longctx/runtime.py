@@ -134,7 +134,7 @@ def start(timeout_seconds: int) -> Runtime:
 
 def store(prefix: str) -> dist.Store:
     """The job's store, for one thread beside the main one; under `prefix` there must be nothing yet."""
-    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store().clone())
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store().clone())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_memory(config: Config, runtime: Runtime) -> None:
@@ -149,9 +149,9 @@ def check_memory(config: Config, runtime: Runtime) -> None:
         return
     count = sum(plan.parameters(config.model))
     raise UserError(
-        f"{gigabytes(needed)} are needed at least, for {count / 1e6:,.1f}M parameters, their gradients and the optimizer's "
-        f"state, and {gigabytes(free)} {where}: start more ranks that share them (parallel.shard, parallel.context, "
-        f"parallel.tensor), or a smaller model; parallel.check_memory=false tries all the same"
+        f"{gigabytes(needed)} are needed at least, for {count / 1e6:,.1f}M parameters, their gradients and the "
+        f"optimizer's state, and {gigabytes(free)} {where}: start more ranks that share them (parallel.shard, "
+        f"parallel.context, parallel.tensor), or a smaller model; parallel.check_memory=false tries all the same"
     )
 
 

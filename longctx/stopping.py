@@ -6,13 +6,14 @@ step it is in; another one leaves at once. A step that would outlast `stop_secon
 after it was asked to end) is abandoned: parameters and optimizer are as they were before it until its update, and that
 is what gets saved.
 
-All ranks must abandon the same step. Each passes a `gate` before certain collectives, in the same order, and none can be
-past the collective behind a gate before all have passed that gate. So a rank that closes a gate before itself holds every
-rank where it is, with its state unchanged; the others hear which gate it was through the job's store.
+All ranks must abandon the same step. Each passes a `gate` before certain collectives, in the same order, and none can
+be past the collective behind a gate before all have passed that gate. So a rank that closes a gate before itself holds
+every rank where it is, with its state unchanged; the others hear which gate it was through the job's store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -72,7 +73,7 @@ class StopSignals:
         self._mouth.close()
 
     def share(self, store: Store) -> None:
-        """From now on what one rank hears all do. `store` is used by this thread alone; its keys are new to this start."""
+        """From now on what one rank hears all do. `store` is used by this thread alone; it has no keys yet."""
         self._store = store
 
     def take_save_asked(self) -> bool:
@@ -182,10 +183,8 @@ class StopSignals:
 def leave(code: int) -> None:
     """Ends this process now, whatever its threads are doing."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
     os._exit(code)
 
 
@@ -200,7 +199,7 @@ def say_after_launcher(message: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the process that has started this one ends: a rank without torchrun is unwatched."""
+    """Asks the kernel for SIGTERM when the launcher of this process ends: a rank without torchrun is unwatched."""
     parent = os.getppid()
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

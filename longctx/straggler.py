@@ -52,6 +52,8 @@ def compare_ranks(runtime: Runtime) -> tuple[dict[str, float], str | None]:
     """
     machines = runtime.gather(this_machine())
     shares_cores = runtime.device.type == "cpu" and len(set(machines)) < len(machines)
+    values: dict[str, float] = {}
+    times, slowest, usual = [0.0], 0, 0.0
     for _ in range(TRIES):
         times = runtime.gather(own_ms(runtime.device))
         slowest, usual = max(range(len(times)), key=times.__getitem__), median_low(times)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import signal
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +19,16 @@ import torch.distributed as dist
 from longctx import resume
 from longctx import runtime as runtime_module
 from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
-from longctx.command_line import resume_command
+from longctx.command_line import how_to_go_on
 from longctx.config import Config, OnUsr1, Schedule, UserError, attention_span, check
 from longctx.data.loader import Batch, Loader
 from longctx.data.packing import IGNORE_INDEX
 from longctx.data.tokenizer import as_trained, open_tokenizer
 from longctx.evaluate import Held, StoppedError, generate, recall, validate
-from longctx.metrics import Metrics, last_validation_loss, peak_tflops
+from longctx.metrics import Metrics, last_validation_loss
 from longctx.model.implementations import attention_implementation, fused_implementation
-from longctx.model.transformer import keys_seen, palm_flops, training_flops
-from longctx.optim import Optimizers, decay_start, global_norm, schedule
+from longctx.model.transformer import keys_seen, training_flops
+from longctx.optim import Optimizers, global_norm
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.pretrained import PretrainedWeights
@@ -38,17 +37,15 @@ from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
-from longctx.plan import in_words
 from longctx.run_folder import RunFolder
 from longctx.runtime import Runtime, check_memory
+from longctx.schedule import decay_start, schedule
 from longctx.sources import Validation, open_tokens, probes, training_source, validation_source
 from longctx.stopping import StopSignals, leave, say_after_launcher
-from longctx.straggler import compare_ranks, product_tflops
+from longctx.straggler import compare_ranks
+from longctx.throughput import Summed, Throughput, device_name
 from longctx.trace import traced
 from longctx.watch import Watch
-
-GIB = 2.0**30
-LONG_STEP_S = 60  # of which the user is told before
 
 
 class Outcome(NamedTuple):
@@ -87,14 +84,6 @@ def train(config: Config, as_written: str, overrides: list[str]) -> Outcome:
     return Outcome(not trainer.is_stopped, trainer.last_loss())
 
 
-class Summed(NamedTuple):
-    """Of a step's sequences, added up over all ranks."""
-
-    valid_targets: float
-    tflops: float  # of forward and backward
-    documents: float
-
-
 class Largest(NamedTuple):
     """Of a step, the largest over all ranks."""
 
@@ -131,9 +120,9 @@ class Trainer:
         self.model = parallelize(config, self.mesh, self.context, runtime.device)
         self.optimizer = Optimizers(self.model, config.optim)
         self.parameters = dict(self.model.named_parameters())
-        undecayed = decay_start(config.optim) if config.optim.schedule == Schedule.wsd else 0
+        undecayed = decay_start(config.optim) if config.optim.schedule == Schedule.wsd else None
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, runtime, undecayed)
-        self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
+        self.throughput = Throughput(config, self.mesh, self.context, runtime)
 
         self.step = 0  # steps taken, skipped ones included
         self.consumed = 0  # sequences read, over all ranks
@@ -163,7 +152,7 @@ class Trainer:
         self._introduce()
         self.gets_on()
         self.began, self.parts_done = 0.0, 0  # of the step in progress: when, 0: none; micro-batches
-        self.expected_s = self._expect()
+        self.expected_s = self.throughput.expected_s(say_so=self.step < config.optim.steps)
         self.stop.say, self.stop.left_s, self.stop.abandon = self.metrics.say, self.left_s, self.abandon
         if config.checkpoint.asynchronous and config.checkpoint.every_steps:
             self.checkpoints.prepare(self._state())
@@ -229,9 +218,9 @@ class Trainer:
         """Says that a run which was resumed at its last step is complete; whether its report was written, too."""
         steps = self.config.optim.steps
         self.metrics.say(
-            f"complete: step {self.step} of {steps}; give optim.steps={2 * steps} to go on, or another name for a new run"
+            f"complete: step {self.step} of {steps}; give optim.steps={2 * steps} to go on, or another name"
         )
-        return self.runtime.on_main(lambda: (self.config.run_folder / "report.html").exists())
+        return self.runtime.on_main((self.config.run_folder / "report.html").exists)
 
     def train_step(self) -> tuple[dict[str, float], Largest]:
         """One step: fetch, forward, backward, clip, update. Returns its metrics, and what was asked for meanwhile."""
@@ -286,7 +275,13 @@ class Trainer:
         if asked.save_failed:
             self.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
-        values |= self._work_done(seconds, summed, asked.imbalance) | {"time/data_s": fetched - self.began}
+        values |= self.throughput.of_step(seconds, summed) | {
+            "time/data_s": fetched - self.began,
+            "time/checkpoint_stall_s": self.checkpoint_stall_s,
+            "data/tokens": self.consumed * self.config.data.sequence_length,
+            "data/attention_imbalance": asked.imbalance,
+            "optim/skipped_steps": self.skipped,
+        }
         self.began, self.expected_s = 0.0, seconds
         return values, asked
 
@@ -341,53 +336,11 @@ class Trainer:
     def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
         """Of this rank, before the largest are taken."""
         return Largest(
-            imbalance=self._imbalance(batches, splits),
+            imbalance=self.throughput.imbalance(batches, splits),
             stop_signal=self.stop.number,
             save_asked=self.stop.take_save_asked(),
             save_failed=self.checkpoints.has_failed,
         )
-
-    def _imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
-        """Attention of this rank over the mean of its context axis; ranks that trade heads share theirs."""
-        size, together = self.mesh.size("context"), self.context.ulysses
-        if size == together:
-            return 1.0
-        first = self.mesh.rank("context") // together * together
-        mine, whole = 0.0, 0.0
-        for batch, split in zip(batches, splits, strict=True):
-            keys = keys_seen(self.config.model, batch.positions)
-            mine += sum(float(split.shard(keys, rank).sum()) for rank in range(first, first + together))
-            whole += float(keys.sum())
-        return mine / together / (whole / size)
-
-    def _work_done(self, seconds: float, counts: Summed, imbalance: float) -> dict[str, float]:
-        """Throughput, utilisation and memory of a step that took `seconds`."""
-        config, world_size = self.config, self.runtime.world_size
-        copies = world_size / self.mesh.readers  # ranks that count the same sequences
-        tokens = config.data.sequences_per_step * config.data.sequence_length
-        tflops = counts.tflops / copies / seconds / world_size
-        values = {
-            "optim/skipped_steps": self.skipped,
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/tokens_per_s_per_gpu": tokens / seconds / world_size,
-            "perf/step_s": seconds,
-            "perf/tflops_per_gpu": tflops,
-            "time/checkpoint_stall_s": self.checkpoint_stall_s,
-            "data/tokens": self.consumed * config.data.sequence_length,
-            "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
-            "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
-            "data/attention_imbalance": imbalance,
-        }
-        if self.peak_tflops:
-            palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
-            values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
-        if self.runtime.device.type == "cuda":
-            beside = sum(transport.shared_bytes() for transport in transports_in_use())
-            values["mem/peak_alloc_gib"] = (torch.cuda.max_memory_allocated() + beside) / GIB
-            values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        else:  # of the whole process
-            values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        return values
 
     def validate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, logged and said."""
@@ -501,7 +454,8 @@ class Trainer:
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
         if is_own:
             self._check_data_order(path, facts["data"])
-        self._look_at_changes(path, int(manifest["step"]), facts["configuration"], is_own)
+        if message := resume.compare(path, manifest, self.config, self.as_written, is_own):
+            self.runtime.say(message)
         self.checkpoints.load(path, manifest, self._state())
         self.step, self.consumed = int(manifest["step"]), int(facts["consumed"])
         self.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
@@ -546,42 +500,11 @@ class Trainer:
                 f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
             )
 
-    def _look_at_changes(self, path: Path, step: int, before: str, is_own: bool) -> None:
-        """Says what the configuration has otherwise than at `path`; refuses what would make the run another one."""
-        if is_own and step > self.config.optim.steps:
-            raise UserError(
-                f"{path}: the run is at step {step}, after its last one, optim.steps={self.config.optim.steps}; give "
-                f"optim.steps={step} or more, another name, or a checkpoint of an earlier step with checkpoint.resume"
-            )
-        changed = resume.changes(before, self.as_written)
-        if is_own and (other := resume.of_another_run(changed)):
-            raise UserError(
-                f"{path}: with {resume.in_words(other)} this would be another run than the one that is saved here; restore "
-                f"that, or start one with another name, from these weights with checkpoint.resume={path}"
-            )
-        if changed:
-            self.runtime.say(f"changed since {path}: {resume.in_words(changed)}")
-
     def _keep_tokenizer(self) -> None:
-        """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports and samples."""
+        """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports."""
         if self.tokens and self.tokens.tokenizer_file:
             text = as_trained(self.tokens.tokenizer_file, self.tokens.document_begin)
             (self.config.run_folder / "tokenizer.json").write_text(text)
-
-    def _expect(self) -> float:
-        """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many."""
-        data, device = self.config.data, self.runtime.device
-        positions = torch.arange(data.sequence_length).unsqueeze(0)
-        tflops = training_flops(self.config.model, positions) * data.sequences_per_step / 1e12
-        rate = product_tflops(device, getattr(torch, self.config.precision.compute))
-        seconds = tflops / self.runtime.world_size / rate
-        if seconds > LONG_STEP_S and self.step < self.config.optim.steps:
-            hint = "" if device.type == "cuda" else "; try recipe=gpt_tiny or data.sequence_length=2048"
-            name = _device_name(device)
-            self.runtime.say(
-                f"about {in_words(seconds)} a step on this {name} ({tflops:.3g} TFLOP, by its products){hint}"
-            )
-        return seconds
 
     def _introduce(self) -> None:
         config, mesh = self.config, self.mesh
@@ -590,7 +513,7 @@ class Trainer:
         data = f"{self.tokens} ({self.tokens.fingerprint()})" if self.tokens else "synthetic recall"
         self.runtime.say(
             f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {self.runtime.world_size} x "
-            f"{_device_name(self.runtime.device)}, {axes}\n"
+            f"{device_name(self.runtime.device)}, {axes}\n"
             f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
             f"{self.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
             f"{self._context()}attention: {self.attention}, other fused ops: {self.fused_ops}\n"
@@ -630,28 +553,13 @@ class Trainer:
             self.metrics.say(f"no report: {error.filename or self.config.run_folder}: {error.strerror}")
 
     def _say_how_to_go_on(self, is_complete: bool) -> None:
-        """The command that resumes; of a complete run what its learning rate would do, and how to avoid that."""
-        optim, size = self.config.optim, self.runtime.world_size
-        steps = str(optim.steps * (2 if is_complete else 1))
-        command = f"resume: {resume_command(self.config, self.overrides, size, optim__steps=steps)}"
-        self.metrics.say(command)
-        if self.stop.came_here and "TORCHELASTIC_RUN_ID" in os.environ:
-            say_after_launcher(command)
-        if not is_complete:
-            return
-        now = optim.lr * schedule(self.step - 1, optim)
-        then = optim.lr * schedule(self.step, replace(optim, steps=int(steps)))
-        if then <= 1.01 * now:
-            return
-        self.metrics.say(
-            f"  the learning rate will go back up, from {now:.2g} to {then:.2g} (optim.schedule={optim.schedule})"
+        lines = how_to_go_on(
+            self.config, self.overrides, self.runtime.world_size, self.step, self.checkpoints.undecayed(), is_complete
         )
-        if undecayed := self.checkpoints.undecayed():
-            command = resume_command(
-                self.config, self.overrides, size, name=f"{self.config.name}-longer", optim__steps=steps,
-                checkpoint__resume=str(undecayed),
-            )  # fmt: skip
-            self.metrics.say(f"  or branch off from before it fell: {command}")
+        for line in lines:
+            self.metrics.say(line)
+        if self.stop.came_here and "TORCHELASTIC_RUN_ID" in os.environ:
+            say_after_launcher(lines[0])
 
     def _samples(self) -> list[str]:
         logging = self.config.logging
@@ -671,14 +579,10 @@ class Trainer:
         return self.runtime.on_main(lambda: last_validation_loss(self.config.run_folder / "metrics.jsonl"))
 
     def close(self) -> None:
-        """Ends logging; the run can be resumed from what it has saved. One that has failed has its report all the same."""
+        """Ends logging; the run can be resumed from what it has saved. One that has failed has its report too."""
         forget_transports()
         self.checkpoints.close()
         if self.has_failed and self.runtime.is_main:
             self._write_report([])
         self.metrics.close(exit_code=int(self.has_failed))
         self.folder.close()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

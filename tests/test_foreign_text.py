@@ -1,4 +1,4 @@
-"""Text, tokenizers and token files of other people: what they hold is what is trained on, and nothing is lost silently."""
+"""Text, tokenizers and token files of other people: what they hold is trained on, and nothing is lost in silence."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ from helpers import TINY
 
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, Schedule
 from longctx.kernels.attention.mask import KeyIntervals
-from longctx.optim import Optimizers, global_norm, schedule
+from longctx.optim import Optimizers, global_norm
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.strategy import choose_strategy
+from longctx.schedule import schedule
 
 
 def test_schedules():

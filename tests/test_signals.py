@@ -13,7 +13,7 @@ import pytest
 from distributed import run_on_ranks
 from helpers import ROOT, TORCHRUN, small_config, trainer_of
 
-from longctx import straggler
+from longctx import straggler, throughput
 from longctx import trainer as trainer_module
 from longctx.checkpoint import list_checkpoints, verify_files
 from longctx.config import OnUsr1, ParallelConfig
@@ -165,7 +165,7 @@ def test_what_batch_systems_send(tmp_path, corpus, number, on_usr1, expected):
 
 
 def test_a_long_step_is_told_before_it_begins(tmp_path, corpus, capsys, monkeypatch):
-    monkeypatch.setattr(trainer_module, "product_tflops", lambda *_: 1e-6)
+    monkeypatch.setattr(throughput, "product_tflops", lambda *_: 1e-6)
     with trainer_of(small_config(tmp_path, corpus)) as trainer:
         # 6 FLOPs a matrix parameter and token, 12 a head, dimension and pair of a query and a key, in 2 layers
         flops = 4 * (6 * 280_576 * 64 + 12 * 4 * 8 * 2 * (64 * 65 // 2))

@@ -59,7 +59,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Pat
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
     if not (folder / "tokenizer.json").exists():
-        print(f"without a tokenizer: the run's corpus had none; give one with --tokenizer")
+        print("without a tokenizer: the run's corpus had none; give one with --tokenizer")
 
 
 if __name__ == "__main__":

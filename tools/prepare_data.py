@@ -2,10 +2,10 @@
 
 usage: python tools/prepare_data.py INPUT [INPUT ...] --output FOLDER [--tokenizer tokenizer.json]
 
-INPUT is a file of JSON lines (one document a line), of parquet (one a row), both with the text in the field --text-field,
-a text (one document), each also compressed as .zst, .gz, .bz2 or .lz4, or a folder of all of these. Without --tokenizer,
-the 8192-token byte-level BPE of longctx, which was trained on Python sources, is used. A preparation that was stopped goes
-on where it was when the same command is given again.
+INPUT is a file of JSON lines (one document a line), of parquet (one a row), both with the text in the field
+--text-field, a text (one document), each also compressed as .zst, .gz, .bz2 or .lz4, or a folder of all of these.
+Without --tokenizer, the 8192-token byte-level BPE of longctx, which was trained on Python sources, is used. A
+preparation that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations

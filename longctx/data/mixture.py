@@ -35,8 +35,9 @@ class Mixture:
                 )
             if (other.document_begin, other.end_of_document) != (first.document_begin, first.end_of_document):
                 raise DataError(
-                    f"{other.folder}: documents begin with {other.document_begin} and end with {other.end_of_document}, "
-                    f"those of {first.folder} with {first.document_begin} and {first.end_of_document}; prepare both alike"
+                    f"{other.folder}: documents begin with {other.document_begin} and end with "
+                    f"{other.end_of_document}, those of {first.folder} with {first.document_begin} and "
+                    f"{first.end_of_document}; prepare both alike"
                 )
         self.tokenizer_file, self.tokenizer_vocab = first.tokenizer_file, first.tokenizer_vocab
         self.token_bytes: np.ndarray | None = first.token_bytes

@@ -77,7 +77,7 @@ class NanoGPTFolder:
     Ids are uint16, or what `data.token_dtype` says: a file does not tell, and a vocabulary of more than 65,536 asks.
     """
 
-    document_begin = None
+    document_begin: list[int] | None = None
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
@@ -107,8 +107,8 @@ class NanoGPTFolder:
 def _nanogpt_dtype(folder: Path, vocab_size: int, data: DataConfig) -> str:
     if data.token_dtype == TokenDtype.auto and vocab_size > 1 << 16:
         raise DataError(
-            f"{folder}: nanoGPT's files do not say how wide their ids are, and model.vocab_size={vocab_size} is more than "
-            f"uint16 can tell apart; set data.token_dtype=uint32 (or uint16, if they are of a smaller vocabulary)"
+            f"{folder}: nanoGPT's files do not say how wide their ids are, and model.vocab_size={vocab_size} is more "
+            f"than uint16 can tell apart; set data.token_dtype=uint32 (or uint16, if they are of a smaller vocabulary)"
         )
     return "<u4" if data.token_dtype == TokenDtype.uint32 else "<u2"
 
@@ -123,7 +123,7 @@ def _refuse_wider_ids(path: Path, ids: np.ndarray) -> None:
 class MegatronFolder:
     """Megatron's `*.idx` and `*.bin`; files whose name has a word beginning with `val` are the validation split."""
 
-    document_begin = None
+    document_begin: list[int] | None = None
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)

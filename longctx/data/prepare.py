@@ -70,8 +70,8 @@ def prepare(
     A document goes to the validation split if the hash of its name falls into `validation_fraction`. One longer than
     `max_document_tokens` is cut into several. The result does not depend on `workers`, the number of processes: one is
     this process, with a thread a core. `work` holds what is done until then, and is gone on with if it is there
-    already. `end_of_document` and `add_special_tokens`: as of `document_frame`. Raises `DataError` naming what cannot be
-    read, if nothing is left to train on, if the disk is full, or if `folder` exists.
+    already. `end_of_document` and `add_special_tokens`: as of `document_frame`. Raises `DataError` naming what cannot
+    be read, if nothing is left to train on, if the disk is full, or if `folder` exists.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; remove it or give another folder")

@@ -206,7 +206,7 @@ def find_pieces(paths: list[Path], text_field: str = "text", skip_unreadable: bo
 
 
 def cut_files(files: list[tuple[Path, str]], text_field: str, skip_unreadable: bool = False) -> list[FilePiece]:
-    """Files as pieces. JSON lines hold a document a line, parquet one a row, both in `text_field`; any other file is one.
+    """Files as pieces. JSON lines hold a document a line, parquet one a row, both in `text_field`; others are one each.
 
     What a file holds is told by its content: JSON lines may have any name, and be compressed (`.zst`, `.gz`, `.bz2`,
     `.lz4`). Raises `DataError`, if a file cannot be read: unless `skip_unreadable`, which leaves it out.

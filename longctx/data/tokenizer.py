@@ -19,8 +19,8 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<e
 def open_tokenizer(file: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, for documents. Raises `DataError` if the file is none.
 
-    Files that transformers has saved may cut or pad every text (`truncation`, `padding`): both are turned off. A special
-    token that a text spells (`<|endoftext|>` in an article about GPT-2) is tokenized as the text it is, not as the token.
+    Files that transformers has saved may cut or pad every text (`truncation`, `padding`): both are turned off. A
+    special token that a text spells (`<|endoftext|>` in an article about GPT-2) is tokenized as the text it is.
     """
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -45,8 +45,8 @@ def document_frame(
 ) -> DocumentFrame:
     """What the tokenizer's own template puts before and after a text (Llama 3: its begin-of-text), then the end.
 
-    `end_of_document` names the token that closes a document (None: the first of the usual ones); it is not repeated where
-    the template ends with it. Without `add_special_tokens` the template is left out. Raises `DataError`.
+    `end_of_document` names the token that closes a document (None: the first of the usual ones); it is not repeated
+    where the template ends with it. Without `add_special_tokens` the template is left out. Raises `DataError`.
     """
     last = find_end_of_document(tokenizer, where, end_of_document)
     begin, end = _template(tokenizer, where) if add_special_tokens else ((), ())
@@ -107,8 +107,8 @@ def document_begin(tokenizer: Tokenizer, where: Path) -> tuple[int, ...]:
 def as_trained(file: Path, begin: list[int] | None) -> str:
     """`tokenizer.json` for other programs, so that a text gets the ids it was trained on.
 
-    Nothing is cut or padded, and the template is gone if documents do not begin with it. `begin`: the ids that documents
-    begin with; None: not known, the template stays.
+    Nothing is cut or padded, and the template is gone if documents do not begin with it. `begin`: the ids that
+    documents begin with; None: not known, the template stays.
     """
     tokenizer = open_tokenizer(file)
     fields = json.loads(tokenizer.to_str())

@@ -24,9 +24,9 @@ from longctx.files import outside, read_manifest, sha256, sync, write_manifest
 FORMAT = "longctx-tokens-3"
 BEFORE = "longctx-tokens-2"  # still read, with a note: see `NOTE_ON_BEFORE`
 NOTE_ON_BEFORE = (
-    "was prepared by an earlier version of longctx, which left out the tokenizer's own begin-of-text, took special tokens "
-    "that a text spells for the tokens, and cut documents where tokenizer.json has a truncation; bytes of added tokens "
-    "are counted anew here. Prepare it again, unless none of this is in your text"
+    "was prepared by an earlier version of longctx, which left out the tokenizer's own begin-of-text, took special "
+    "tokens that a text spells for the tokens, and cut documents where tokenizer.json has a truncation; bytes of added "
+    "tokens are counted anew here. Prepare it again, unless none of this is in your text"
 )
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -122,14 +122,14 @@ class TokenSplit:
 
 
 def check_still_whole(values: np.ndarray) -> None:
-    """Raises `DataError` if the file that `values` are mapped from was cut short since: to read them would be SIGBUS."""
+    """Raises `DataError` if the file that `values` are mapped from was cut short since: reading on would be SIGBUS."""
     if not isinstance(values, np.memmap) or values.filename is None:
         return
     size, expected = os.stat(values.filename).st_size, values.offset + values.nbytes
     if size < expected:
         raise DataError(
-            f"{values.filename}: {size} bytes, it had {expected} when the run opened it: the file was cut short while it "
-            "is being read; restore it and start the run again, which resumes"
+            f"{values.filename}: {size} bytes, it had {expected} when the run opened it: the file was cut short while "
+            "it is being read; restore it and start the run again, which resumes"
         )
 
 

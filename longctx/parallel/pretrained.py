@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longctx.config import ModelConfig
+from longctx.local_part import local_part
 from longctx.model.hugging_face import IGNORED, PretrainedError, Stored, differences, from_config_json, stored_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -57,8 +57,8 @@ class PretrainedWeights:
         elif head and embedding and self.config["tied_embeddings"] and not self._are_equal(head, embedding):
             if fields["model_type"] == "gpt2":
                 raise PretrainedError(
-                    f"{self.folder}: {head} is not {embedding}, and GPT-2 has one matrix for both; these weights are of "
-                    "another model"
+                    f"{self.folder}: {head} is not {embedding}, and GPT-2 has one matrix for both; these weights are "
+                    "of another model"
                 )
             self.config["tied_embeddings"] = False
 
@@ -148,7 +148,7 @@ def _fill(parameter: nn.Parameter, part: Any, first_row: int, is_transposed: boo
     """Copies this rank's part out of a tensor in a file, in which the parameter begins at `first_row`."""
     shape, offset, local = tuple(parameter.shape), (0,) * parameter.ndim, parameter.data
     if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+        shape, offset = local_part(parameter)
         local = parameter.to_local()
     if not local.numel():
         return

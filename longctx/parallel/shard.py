@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from longctx.config import ComputeDtype, PrecisionConfig
+from longctx.local_part import local_part
 from longctx.model.transformer import Transformer, initial_value
 from longctx.parallel.mesh import Mesh
 
@@ -41,5 +42,6 @@ def materialize(model: Transformer, seed: int, device: torch.device) -> None:
         for name, parameter in model.named_parameters():
             whole = initial_value(name, parameter, model.config, seed, device)
             assert isinstance(parameter, DTensor)
-            mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(mine.to_local())
+            shape, offset = local_part(parameter)
+            mine = tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+            parameter.to_local().copy_(whole[mine])

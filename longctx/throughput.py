@@ -1,0 +1,96 @@
+"""What a step is: its work, how evenly ranks share it, how fast it was, and how long it will take."""
+
+from __future__ import annotations
+
+import resource
+from typing import NamedTuple
+
+import torch
+
+from longctx.config import Config
+from longctx.data.loader import Batch
+from longctx.metrics import peak_tflops
+from longctx.model.transformer import keys_seen, palm_flops, training_flops
+from longctx.parallel.mesh import Mesh
+from longctx.parallel.sequence import Split
+from longctx.parallel.strategy import Chosen
+from longctx.parallel.transport import in_use as transports_in_use
+from longctx.plan import in_words
+from longctx.runtime import Runtime
+from longctx.straggler import product_tflops
+
+GIB = 2.0**30
+LONG_STEP_S = 60  # of which the user is told before
+
+
+class Summed(NamedTuple):
+    """Of a step's sequences, added up over all ranks."""
+
+    valid_targets: float
+    tflops: float  # of forward and backward
+    documents: float
+
+
+class Throughput:
+    """Measures the steps of a run on this rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, context: Chosen, runtime: Runtime) -> None:
+        self.config, self.mesh, self.context, self.runtime = config, mesh, context, runtime
+        self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
+
+    def expected_s(self, say_so: bool) -> float:
+        """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many and `say_so`."""
+        data, device = self.config.data, self.runtime.device
+        positions = torch.arange(data.sequence_length).unsqueeze(0)
+        tflops = training_flops(self.config.model, positions) * data.sequences_per_step / 1e12
+        rate = product_tflops(device, getattr(torch, self.config.precision.compute))
+        seconds = tflops / self.runtime.world_size / rate
+        if seconds > LONG_STEP_S and say_so:
+            hint = "" if device.type == "cuda" else "; try recipe=gpt_tiny or data.sequence_length=2048"
+            name = device_name(device)
+            self.runtime.say(
+                f"about {in_words(seconds)} a step on this {name} ({tflops:.3g} TFLOP, by its products){hint}"
+            )
+        return seconds
+
+    def imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
+        """Attention of this rank over the mean of its context axis; ranks that trade heads share theirs."""
+        size, together = self.mesh.size("context"), self.context.ulysses
+        if size == together:
+            return 1.0
+        first = self.mesh.rank("context") // together * together
+        mine, whole = 0.0, 0.0
+        for batch, split in zip(batches, splits, strict=True):
+            keys = keys_seen(self.config.model, batch.positions)
+            mine += sum(float(split.shard(keys, rank).sum()) for rank in range(first, first + together))
+            whole += float(keys.sum())
+        return mine / together / (whole / size)
+
+    def of_step(self, seconds: float, counts: Summed) -> dict[str, float]:
+        """Throughput, utilisation and memory of a step that took `seconds`."""
+        config, world_size = self.config, self.runtime.world_size
+        copies = world_size / self.mesh.readers  # ranks that count the same sequences
+        tokens = config.data.sequences_per_step * config.data.sequence_length
+        tflops = counts.tflops / copies / seconds / world_size
+        values = {
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/tokens_per_s_per_gpu": tokens / seconds / world_size,
+            "perf/step_s": seconds,
+            "perf/tflops_per_gpu": tflops,
+            "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
+            "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
+        }
+        if self.peak_tflops:
+            palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
+            values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
+        if self.runtime.device.type == "cuda":
+            beside = sum(transport.shared_bytes() for transport in transports_in_use())
+            values["mem/peak_alloc_gib"] = (torch.cuda.max_memory_allocated() + beside) / GIB
+            values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+        else:  # of the whole process
+            values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return values
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
