@@ -54,6 +54,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, runtime: Runtime, undecayed_until: int | None = None) -> None:
         """To be called by all ranks. Beside the newest `keep`, the last one up to step `undecayed_until` stays."""
         self.folder, self.keep, self.undecayed_until = folder, keep, undecayed_until
+        if runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
         self.runtime = runtime.in_background()
         has_gpu = runtime.device.type == "cuda"
         self.stager = BlockingAsyncStager(cache_staged_state_dict=has_gpu)  # kept, the copy is in pinned memory
@@ -214,7 +216,7 @@ class Checkpoints:
 
     def _make_work_folder(self, target: Path) -> Path:
         work = self.folder / f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"
-        work.mkdir(parents=True)
+        work.mkdir()  # not its parents: a run whose folder is gone must not go on in another one
         return work
 
     def _hash_files(self, work: Path, written: list[str]) -> dict[str, dict[str, Any]]:
@@ -390,7 +392,9 @@ class Part:
 class PartSaver(DefaultSavePlanner):
     """Plans what is saved by what ranks hold."""
 
-    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self.state_dict = _parts(self.state_dict)
 

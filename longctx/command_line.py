@@ -80,7 +80,8 @@ def name_of_job(name: str, overrides: list[str], typed: list[str]) -> str:
     """
     swept = [word for word in overrides if word not in typed]
     keys = {word.partition("=")[0].lstrip("+") for word in swept}
-    if "name" in keys:
+    given = next((word for word in typed if word.startswith("name=")), "")
+    if "name" in keys or "${" in given:
         return name
     parts = [name]
     for word in swept:

@@ -14,15 +14,18 @@ import yaml
 from distributed import run_on_ranks
 from helpers import small_config, trainer_of
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from safetensors.torch import load_file, save_file
+from test_foreign_text import byte_tokenizer, documents_of, prepared
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longctx.config import ModelConfig, ParallelConfig, RotaryConfig, RotaryScaling, UserError
 from longctx.kernels.attention.mask import KeyIntervals
-from longctx.model.hugging_face import PretrainedError, from_config_json, stored_tensors
+from longctx.model.hugging_face import PretrainedError, from_config_json, stored_tensors, to_config_json
 from longctx.model.rotary import attention_factor, frequencies
 from longctx.model.transformer import build
 from longctx.parallel.pretrained import PretrainedWeights
+from longctx.trainer import train
 
 ROOT = Path(__file__).parents[1]
 LLAMA3 = {
@@ -259,3 +262,87 @@ def test_rotary_scalings_are_those_of_transformers(name, is_old):
     torch.testing.assert_close(frequencies(rotary, 64).float(), expected.float(), rtol=2e-6, atol=0)
     assert attention_factor(rotary) == pytest.approx(factor, rel=1e-12)
     assert (rotary.scaling == RotaryScaling.none) == (kind == "default")
+
+
+def open_in_run(folder: Path, model: ModelConfig) -> None:
+    PretrainedWeights(folder).check(model)
+
+
+def resave(folder: Path, change) -> None:
+    """Changes the tensors of a saved model."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_an_output_matrix_of_its_own_is_not_dropped(tmp_path):
+    """config.json says tied, the file has another lm_head: transformers would use that of the file's."""
+    make(tmp_path, "llama tied")
+    model = config_of(tmp_path)
+    resave(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    open_in_run(tmp_path, model)  # the same matrix, stored twice
+    resave(tmp_path, lambda t: t["lm_head.weight"][8191].add_(1))
+    with pytest.raises(
+        PretrainedError, match=r"set model.tied_embeddings=false \(lm_head.weight is not the embedding\)"
+    ):
+        open_in_run(tmp_path, model)
+    model.tied_embeddings = False
+    open_in_run(tmp_path, model)
+
+
+def test_a_config_without_the_tie_goes_by_the_file(tmp_path):
+    make(tmp_path, "llama tied")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields.pop("tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert PretrainedWeights(tmp_path).config["tied_embeddings"]
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    make(tmp_path, "llama")
+    model = config_of(tmp_path)
+    resave(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(
+        PretrainedError, match=r"model.norm.weight is F8_E4M3, which are numbers only together with scales"
+    ):
+        open_in_run(tmp_path, model)
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(PretrainedError, match=r"the weights are quantized \(fp8\); take the bfloat16 weights"):
+        open_in_run(tmp_path, model)
+
+
+def test_yarn_is_written_so_that_every_version_reads_it_alike():
+    """transformers before 4.56 takes the factor from max_position_embeddings over the original length."""
+    rotary = RotaryConfig(scaling=RotaryScaling.yarn, factor=4.0, original_length=32768)
+    fields = to_config_json(ModelConfig(rotary=rotary), sequence_length=65536)
+    assert fields["max_position_embeddings"] == 131072
+    for written in (fields["rope_scaling"], fields["rope_parameters"]):
+        assert written["attention_factor"] == pytest.approx(1.1386294361119891)
+        assert written["factor"] == 4.0
+
+
+@pytest.mark.parametrize(("name", "begins"), [("llama", True), ("qwen3", False), ("gpt2", True)])
+def test_the_tokenizer_goes_along(tmp_path, name, begins):
+    """AutoTokenizer gives the ids that were trained on, whatever the model; end of text is known; all may read it."""
+    tokenizer = byte_tokenizer(tmp_path / "t.json", begin=True)
+    texts = [f"text {i}: {'word ' * 30}" for i in range(20)]
+    trained = prepared(tmp_path / "corpus", texts, tokenizer, add_special_tokens=begins)
+    weights = tmp_path / "weights"
+    make(weights, name)
+    config = small_config(tmp_path, tmp_path / "corpus", model=config_of(weights), optim__steps=1)
+    config.data.validation_sequences = config.data.recall_sequences = 0
+    train(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [])
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), "export"]
+    checkpoint = str(config.run_folder / "checkpoints" / "latest")
+    done = subprocess.run([*command, checkpoint, "--output", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    read = AutoTokenizer.from_pretrained(out)
+    assert [read(text)["input_ids"] for text in texts] == [d[:-1] for d in documents_of(trained)]
+    assert (read.eos_token, read.eos_token_id, read.model_max_length) == ("<|endoftext|>", 256, 64)
+    fields = [json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    assert [f["eos_token_id"] for f in fields] == [256, 256]
+    assert [f.get("bos_token_id") for f in fields] == ([257, 257] if begins else [None, None])
+    (tmp_path / "usual").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}

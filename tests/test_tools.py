@@ -75,6 +75,23 @@ def test_bench_attention_names_what_there_is(tmp_path):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("bench_ops", "bench_ops: measures GPUs, and there is none here; to try the tool make the cases small"),
+        ("bench_attention", "bench_attention: measures GPUs, and there is none here"),
+        ("bench_context_parallel", "bench_context_parallel: needs GPUs that share a sequence, started by torchrun"),
+        ("tune_attention", "tune_attention: needs a GPU of compute capability 9.0, there is none here"),
+    ],
+)
+def test_tools_for_gpus_say_so(tool, message):
+    result = run_tool(f"tools/{tool}.py")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.interpreter
 def test_bench_ops(tmp_path):
     """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""
     result = run_tool(

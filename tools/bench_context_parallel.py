@@ -247,6 +247,13 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="write a timeline of each strategy")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_context_parallel"), help="folder of the files")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available() or "RANK" not in os.environ:
+        gpus = torch.cuda.device_count()
+        sys.exit(
+            f"bench_context_parallel: needs GPUs that share a sequence, started by torchrun, and here are {gpus} GPUs "
+            f"{'without it' if 'RANK' not in os.environ else ''}: "
+            "torchrun --nproc-per-node 8 tools/bench_context_parallel.py"
+        )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)

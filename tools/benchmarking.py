@@ -56,6 +56,11 @@ def run(
     names = arguments.contenders.split(",")
     if unknown := set(names) - set(contenders):
         sys.exit(f"contenders {', '.join(unknown)}: must be of {', '.join(contenders)}")
+    if device.type == "cpu" and arguments.divide == 1:
+        sys.exit(
+            f"bench_{report.name}: measures GPUs, and there is none here; to try the tool make the cases small: "
+            f"TRITON_INTERPRET=1 python tools/bench_{report.name}.py --divide 4096"
+        )
     chosen = [divided(case, arguments.divide) for case in cases if arguments.cases in case.name]
     if not chosen:
         sys.exit(f"no case has {arguments.cases!r} in its name; there are {', '.join(case.name for case in cases)}")
