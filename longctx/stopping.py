@@ -26,6 +26,8 @@ from collections.abc import Callable
 
 from torch.distributed import DistError, Store
 
+from longctx.console import say
+
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD_S = 0.25
 SAME_S = 0.5  # a launcher passes on what the terminal has sent already: within this time it is one signal
@@ -40,7 +42,7 @@ class StopSignals:
         self.stop_seconds, self.usr1_stops = stop_seconds, usr1_stops
         self.number = 0  # of the signal that asks to stop; 0: none
         self.save_asked = False
-        self.say: Callable[[str], None] = lambda message: print(message, flush=True)
+        self.say: Callable[[str], None] = say if os.environ.get("RANK", "0") == "0" else lambda _: None
         self.left_s: Callable[[], float] = lambda: 0.0  # how long the step in progress may still take
         self.abandon: Callable[[], None] | None = None  # saves what was before the step, and leaves
         self.is_abandoning = False
@@ -114,7 +116,12 @@ class StopSignals:
             except TimeoutError:
                 pass
             self._look_at_others()
-            if self.number and self.abandon and not self.is_abandoning and self._is_too_long():
+            if not self.number or self.is_abandoning:
+                continue
+            if self.abandon is None and time.monotonic() - self._asked_at > self.stop_seconds:
+                self.say("leaving while the run still starts; it has nothing to save")
+                leave(0)
+            if self.abandon and self._is_too_long():
                 self._close_gate()
 
     def _hear(self, number: int) -> None:

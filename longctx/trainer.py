@@ -243,16 +243,16 @@ class Trainer:
             self.parts_done += 1
             self.metrics.show_progress(self.step + 1, self.parts_done, len(batches))
             self.gets_on()
-        self.stop.gate(is_open=False)
         dist.all_reduce(loss)
         loss /= self.mesh.size("tensor")
-        largest = torch.tensor(self._look_around(batches, splits), dtype=torch.float64, device=device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
 
         norm = global_norm(list(self.parameters.values()))
-        results = torch.cat((torch.stack((loss, norm.double())), counts, largest))
-        loss_value, norm_value, *found = results.tolist()  # the step's one wait for the device before the update
-        summed, asked = Summed(*found[: len(counts)]), Largest(*found[len(counts) :])
+        results = torch.cat((torch.stack((loss, norm.double())), counts))
+        loss_value, norm_value, *summed = results.tolist()  # the step's one wait for the device before the update
+        self.stop.gate(is_open=False)
+        largest = torch.tensor(self._look_around(batches, splits), dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # on the CPU: here every rank knows that none abandons the step
+        asked = Largest(*largest.tolist())
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             if self.config.optim.clip_norm and norm_value > self.config.optim.clip_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optim.clip_norm, norm)
@@ -275,7 +275,7 @@ class Trainer:
         if asked.save_failed:
             self.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
-        values |= self.throughput.of_step(seconds, summed) | {
+        values |= self.throughput.of_step(seconds, Summed(*summed)) | {
             "time/data_s": fetched - self.began,
             "time/checkpoint_stall_s": self.checkpoint_stall_s,
             "data/tokens": self.consumed * self.config.data.sequence_length,
@@ -290,7 +290,7 @@ class Trainer:
         if not self.began:
             return 0.0
         elapsed, expected = time.perf_counter() - self.began, self.expected_s
-        if self.parts_done:
+        if self.parts_done and self.runtime.device.type == "cpu":  # a GPU's are counted when they are launched
             expected = elapsed / self.parts_done * self.loader.accumulation
         return max(0.0, expected - elapsed)
 

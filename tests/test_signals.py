@@ -20,9 +20,9 @@ from longctx.config import OnUsr1, ParallelConfig
 from longctx.metrics import Metrics
 from longctx.trainer import train
 
-# each forward pass from the third step on takes a minute, inside which Python is not asked
+# each forward pass from the third step on takes long, and Python is not asked meanwhile
 SLOW = """
-import runpy, sys, time
+import os, runpy, sys, time
 from longctx import trainer
 
 of, calls = trainer.Held.of, []
@@ -31,7 +31,7 @@ def slow(*words):
     calls.append(1)
     if len(calls) > 2:
         print("slow", flush=True)
-        time.sleep(60)
+        time.sleep(int(os.environ["SECONDS"]))
     return of(*words)
 
 trainer.Held.of = staticmethod(slow)
@@ -40,9 +40,9 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 class Job:
-    """A run of 100 steps whose third takes a minute, as it is started by a user."""
+    """A run of 100 steps whose third takes `seconds`, as it is started by a user."""
 
-    def __init__(self, folder: Path, corpus: Path, ranks: int, *words: str) -> None:
+    def __init__(self, folder: Path, corpus: Path, ranks: int, *words: str, seconds: int = 60) -> None:
         self.folder = folder / "a"
         (folder / "slow.py").write_text(SLOW)
         launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc-per-node", str(ranks)]
@@ -53,7 +53,7 @@ class Job:
                 "logging.every_steps=1", "model.width=32", "model.layers=1", "logging.sample_tokens=0", *words,
             ],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SECONDS": str(seconds)},
         )  # fmt: skip
         self.seen = ""
 
@@ -121,10 +121,10 @@ def test_a_second_signal_leaves_at_once(tmp_path, corpus):
 
 def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path, corpus):
     """torchrun -9: nobody watches the ranks or ends them."""
-    job = Job(tmp_path, corpus, 2, "parallel.context=2")
+    job = Job(tmp_path, corpus, 2, "parallel.context=2", seconds=8)
     job.until("step 1/")
     job.process.kill()
-    lines = job.end(90)  # the step they are in is a long one, and nobody is there to end it before
+    lines = job.end(60)  # the step they are in is a long one, and nobody is there to end it before
     assert "SIGTERM: stopping after this step" in job.seen
     assert job.saved()[-1] in (1, 2, 3)
     assert any(line.startswith("resume: ") for line in lines)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from longctx.config import UserError
 from longctx.data.lengths import draw_lengths, length_table
-from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.prepare import BUILTIN_TOKENIZER, prepare, preparing
 from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files
 from longctx.data.tokens import Manifest, TokenFolder
 
@@ -58,7 +58,9 @@ def main() -> None:
             add_special_tokens=arguments.add_special_tokens,
         )  # fmt: skip
     except UserError as error:
-        sys.exit(f"prepare_data.py: {error}")
+        work = preparing(arguments.output)
+        kept = f"\nwhat is done is kept in {work}: the same command goes on with it" if work.exists() else ""
+        sys.exit(f"prepare_data.py: {error}{kept}")
     sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]  names of files may be of any bytes
     print(input_table(pieces, found, manifest))
     for split, shards in manifest.splits.items():

@@ -109,8 +109,8 @@ def build(target: Path) -> None:
     work = target.with_name(f"{target.name}.preparing-{uuid.uuid4().hex[:8]}")
     try:
         prepare(pieces(), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source, work=work)
-    except (DataError, OSError):
+    except (DataError, OSError) as error:
         if not target.exists():  # else another machine was faster, on a disk that both see
-            raise
+            raise DataError(f"{error}; data.cache_folder=FOLDER keeps them elsewhere") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)

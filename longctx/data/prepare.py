@@ -86,15 +86,18 @@ def prepare(
         validation_fraction,
         max_document_tokens,
     )
-    work = work or folder.with_name(f"{folder.name}.preparing")
+    work = work or preparing(folder)
     try:
         return _prepare(pieces, folder, tokenizer_file, recipe, count_bytes(tokenizer), source, workers, work)
     except OSError as error:
         tokens = sum(piece.size for piece in pieces) / BYTES_A_TOKEN
         needed = int(tokens * np.dtype(recipe.dtype).itemsize)
-        raise DataError(
-            f"{disk_problem(error, work, needed)}. What is done is kept in {work}: the same command goes on with it"
-        ) from None
+        raise DataError(disk_problem(error, work, needed)) from None
+
+
+def preparing(folder: Path) -> Path:
+    """Where what is done is kept until all of it is."""
+    return folder.with_name(f"{folder.name}.preparing")
 
 
 def _prepare(
