@@ -53,7 +53,8 @@ class Job:
                 "logging.every_steps=1", "model.width=32", "model.layers=1", "logging.sample_tokens=0", *words,
             ],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SECONDS": str(seconds)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "SECONDS": str(seconds)},
         )  # fmt: skip
         self.seen = ""
 
