@@ -151,6 +151,8 @@ if __name__ == "__main__":
         fail(explain(error))
     except ConfigError as error:
         fail(str(error))
+    except OSError as error:  # of a disk, outside the run's own files
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     if failed:
         fail(f"{len(failed)} of {len(names)} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
     leave()

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from longctx.config import Config, UserError
 
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
+WHOLE = ("data.mixture", "data.curriculum")  # whose keys are the user's: compared as one value
 # of the model: how it is computed, or how it began
 HARMLESS = ("model.attention", "model.fused_ops", "model.init_from", "model.init_std")
 
@@ -55,6 +56,6 @@ def of_another_run(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, 
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
+    if not isinstance(tree, dict) or not tree or prefix.removesuffix(".") in WHOLE:
         return {prefix.removesuffix("."): tree} if prefix else {}
     return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

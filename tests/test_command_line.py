@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from test_config import composed
 
 import train
+from longctx import resume
 from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_foreign_launchers, resume_command, split
 from longctx.config import Config, ConfigError, ParallelConfig, Schedule, UserError, check, warmup_steps
 from longctx.metrics import read_metrics
@@ -228,6 +229,12 @@ def test_what_has_changed_is_said_when_a_run_goes_on(tmp_path, corpus, capsys):
     said = capsys.readouterr().out
     assert "changed since " in said
     assert "optim.steps 3 -> 4, optim.lr 0.003 -> 0.0001, optim.schedule cosine -> constant" in said
+
+
+def test_a_curriculum_is_compared_as_a_whole():
+    before, now = "data: {curriculum: {}, sequence_length: 4}", "data: {curriculum: {0: 2}, sequence_length: 4, new: 1}"
+    assert resume.changes(before, now) == {"data.curriculum": ({}, {0: 2})}
+    assert resume.changes("name: a\noptim: {lr: 1}", "name: b\noptim: {lr: 2}") == {"optim.lr": (1, 2)}
 
 
 @pytest.mark.parametrize("key", ["model__norm_eps", "model__window", "model__rotary__theta"])
