@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -54,10 +55,11 @@ def lock(file: IO[str], folder: Path) -> None:
         ) from None
     except OSError:  # a file system without locks
         return
-    file.seek(0)
-    file.truncate()
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        file.flush()
 
 
 def _owner(file: IO[str]) -> str:

@@ -504,7 +504,11 @@ class Trainer:
         """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports."""
         if self.tokens and self.tokens.tokenizer_file:
             text = as_trained(self.tokens.tokenizer_file, self.tokens.document_begin)
-            (self.config.run_folder / "tokenizer.json").write_text(text)
+            file = self.config.run_folder / "tokenizer.json"
+            try:
+                file.write_text(text)
+            except OSError as error:
+                self.runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 
     def _introduce(self) -> None:
         config, mesh = self.config, self.mesh
