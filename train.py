@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,7 +50,7 @@ def main(composed: DictConfig) -> float:
         refuse_foreign_launchers(os.environ)
         refuse_unknown_keys(composed)
         if is_multirun:
-            composed.name = name_of_job(composed.name, overrides, sys.argv[1:])
+            composed.name = name_of_job(composed.name, overrides, sys.argv[1:], swept_keys(sys.argv[1:]))
         if composed.name in names:
             raise ConfigError([f"name={composed.name} is that of an earlier job of this multirun; sweep the name too"])
         names.append(composed.name)
@@ -65,10 +66,30 @@ def main(composed: DictConfig) -> float:
         if is_main():
             print(f"train.py: {failed[-1]}", file=sys.stderr, flush=True)
         return math.inf
+    except Exception as error:
+        if not is_multirun or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise
+        traceback.print_exc()
+        failed.append(f"{composed.name}: {type(error).__name__}: {error}")
+        return math.inf
     if not outcome.is_complete:  # a signal ends the jobs of a multirun that are still to come, too
+        end_of_jobs()
         leave()
         sys.exit(0)
     return outcome.loss
+
+
+def end_of_jobs() -> None:
+    """Fails if a job of this process has failed."""
+    if failed:
+        fail(f"{len(failed)} of {len(names)} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
+
+
+def swept_keys(words: list[str]) -> set[str]:
+    """The keys of the command line that have several values there."""
+    parser = OverridesParser.create()
+    given = [parser.parse_override(word) for word in words if "=" in word and not word.startswith("-")]
+    return {one.key_or_group for one in given if one.is_sweep_override()}
 
 
 def typed(words: list[str]) -> list[str]:
@@ -153,6 +174,5 @@ if __name__ == "__main__":
         fail(str(error))
     except OSError as error:  # of a disk, outside the run's own files
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    if failed:
-        fail(f"{len(failed)} of {len(names)} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
+    end_of_jobs()
     leave()

@@ -8,10 +8,12 @@ kept: initial values, data order and samples are pure functions of the seed and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +44,7 @@ from longctx.runtime import Runtime
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
 BEST_BY = "loss/val"  # fact of a checkpoint
+SECONDS_TO_APPEAR = 5  # of another machine's files
 
 
 class CheckpointError(UserError):
@@ -226,13 +229,18 @@ class Checkpoints:
         """
 
         def see_all() -> list[str]:
-            seen = {path.name for path in work.glob("*.safetensors")}
-            if missing := sorted(set(written) - seen):
+            for _ in range(SECONDS_TO_APPEAR):
+                seen = {path.name for path in work.glob("*.safetensors")}
+                if set(written) <= seen:
+                    return sorted(seen)
+                time.sleep(1)  # network file systems show a folder some seconds late
+            missing = sorted(set(written) - {path.name for path in work.glob("*.safetensors")})
+            if missing:
                 raise CheckpointError(
                     f"{work}: {missing[0]} was written by another rank and is not seen by rank 0 ({len(missing)} are "
                     "not); the run's folder must be one that all machines share"
                 )
-            return sorted(seen)
+            return sorted(written)
 
         names = self.runtime.on_main(see_all)
 
@@ -284,7 +292,8 @@ class Checkpoints:
         if best:
             self._point("best", best)
         else:
-            (self.folder / "best").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.folder / "best").unlink()
         return best
 
     def _point(self, name: str, target: Path) -> None:
@@ -466,10 +475,9 @@ def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | 
         dcp.save(tensors, storage_writer=writer, planner=PartSaver(), process_group=group)
     except dcp.CheckpointException as error:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        free = shutil.disk_usage(folder).free
+        free = f"{files.gigabytes(shutil.disk_usage(folder).free)} free, " if folder.exists() else ""
         raise CheckpointError(
-            f"saving to {folder} failed {_first_cause(error)} ({files.gigabytes(free)} free, {files.gigabytes(needed)} "
-            "needed by all ranks)"
+            f"saving to {folder} failed {_first_cause(error)} ({free}{files.gigabytes(needed)} needed by all ranks)"
         ) from None
     return writer.names
 

@@ -73,20 +73,21 @@ def quoted(text: str) -> str:
     return "'" + re.sub(r"\\+$", lambda found: found[0] * 2, escaped) + "'"
 
 
-def name_of_job(name: str, overrides: list[str], typed: list[str]) -> str:
+def name_of_job(name: str, overrides: list[str], typed: list[str], swept: set[str]) -> str:
     """The name of one job of a multirun: with the values that are swept, unless the name itself is among them.
 
-    `overrides`: the job's; `typed`: the words of the command line, in which a swept one reads otherwise.
+    `overrides`: the job's; `typed`: the words of the command line; `swept`: the keys that have several values there.
+    What is not there at all a sweeper has added.
     """
-    swept = [word for word in overrides if word not in typed]
-    keys = {word.partition("=")[0].lstrip("+") for word in swept}
+    there = {word.partition("=")[0].lstrip("+") for word in typed}
     given = next((word for word in typed if word.startswith("name=")), "")
-    if "name" in keys or "${" in given:
+    if "name" in swept or "${" in given:
         return name
     parts = [name]
-    for word in swept:
+    for word in overrides:
         key, _, value = word.partition("=")
-        if key != "recipe":  # which a name begins with by itself
+        key = key.lstrip("+")
+        if key != "recipe" and (key in swept or key not in there):  # a name begins with the recipe by itself
             parts.append(f"{key.rsplit('.', 1)[-1]}_{value}")
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) if len(parts) > 1 else name
 
@@ -132,7 +133,7 @@ def how_to_go_on(
 
 def _is_plain(value: str) -> bool:
     """Whether a value can stand in a command as it is: words as they are typed are taken so."""
-    return bool(re.fullmatch(r"[\w./+=@: -]+", value))
+    return value != "null" and bool(re.fullmatch(r"[\w./+=@: -]+", value))
 
 
 def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
@@ -148,8 +149,8 @@ def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
         if name and count.isdigit() and int(count) > 1:
             raise ConfigError(
                 [
-                    f"{name}={count}: {launcher} has started {count} processes that know nothing of each other, and "
-                    "each would train alone in the same folder; start one torchrun a machine instead: "
+                    f"{name}={count} and no torchrun: if {launcher} has started {count} processes, they know nothing "
+                    "of each other, and each would train alone in the same folder; start a torchrun a machine instead: "
                     f"torchrun --nproc-per-node {count} {' '.join(map(shlex.quote, sys.argv))} "
                     f"(or unset {name} to train with this process alone)"
                 ]

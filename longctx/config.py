@@ -187,7 +187,8 @@ class DataConfig:
     mixture: dict[str, float] = field(default_factory=dict)  # in place of `folder`: several, and their shares
     tokenizer: str = ""  # tokenizer.json of Megatron's and nanoGPT's files: for samples and bits a byte
     token_dtype: TokenDtype = TokenDtype.auto  # of nanoGPT's files; auto: uint16, up to a vocabulary of 65,536
-    end_of_document: int = 50256  # id that closes a document in nanoGPT's files, unless `tokenizer` says
+    # id that closes a document in nanoGPT's files; null: the tokenizer's, without one GPT-2's 50256
+    end_of_document: int | None = None
     cache_folder: str = "~/.cache/longctx"  # where source=builtin keeps its tokens
     sequence_length: int = 2048  # tokens
     sequences_per_step: int = 8  # over all ranks and accumulation steps
@@ -262,9 +263,8 @@ class CheckpointConfig:
     # auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or the
     # path of a step folder, from which this run branches off (and goes on with its own newer ones when restarted)
     resume: str = "auto"
-    on_usr1: OnUsr1 = (
-        OnUsr1.save
-    )  # what SIGUSR1 asks for, which batch systems send ahead of a limit: save and go on, or stop
+    # what SIGUSR1 asks for, which batch systems send ahead of a limit: to save and go on, or to save and stop
+    on_usr1: OnUsr1 = OnUsr1.save
 
 
 @dataclass

@@ -11,11 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longctx.config import LoggingConfig, UserError
 from longctx.data.loader import Batch, Probes, Source, collate
+from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, Sequence
+from longctx.data.tokenizer import open_tokenizer
 from longctx.kernels.attention.mask import KeyIntervals, to_device
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.sequence import Split, zigzag
+from longctx.runtime import raise_together
 
 BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
 
@@ -57,12 +61,19 @@ def losses_of(
 ) -> Iterator[Losses]:  # fmt: skip
     """Of the first `sequences`, each once over all ranks; all ranks run alike, so that collectives meet."""
     for first in range(0, sequences, mesh.readers):
-        is_asked = torch.tensor(int(must_stop()), device=device)
-        dist.all_reduce(is_asked, op=dist.ReduceOp.MAX)
+        number, problem, read = first + mesh.reader, None, None
+        try:
+            read = sequence(number)
+        except UserError as error:
+            problem = error
+        asked = torch.tensor([must_stop(), problem is not None], dtype=torch.int64, device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        is_asked, is_unread = asked.tolist()
+        if is_unread or read is None:
+            raise_together(problem)
         if is_asked:
             raise StoppedError
-        number = first + mesh.reader
-        batch = collate([sequence(number)])
+        batch = collate([read])
         split = zigzag(batch.tokens.shape[1], mesh.size("context"))
         held = Held.of(batch, split, mesh, device)
         is_target = (held.targets != IGNORE_INDEX) & (number < sequences)
@@ -135,6 +146,19 @@ def recall(
         is_asked = distance > 0
         by_distance.add((found.nats < math.log(2)).double()[is_asked], distance[is_asked])
     return by_distance.means("recall/")
+
+
+def sample_texts(
+    model: nn.Module, tokens: Mixture, logging: LoggingConfig, mesh: Mesh, device: torch.device
+) -> list[str]:  # fmt: skip
+    """What the model makes of `logging.sample_prompts`, as text; nothing without a tokenizer. All ranks call it."""
+    if not tokens.tokenizer_file or not logging.sample_tokens or not logging.sample_prompts:
+        return []
+    tokenizer, begin = open_tokenizer(tokens.tokenizer_file), tokens.document_begin or []
+    prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in logging.sample_prompts]
+    prompts = [ids or [tokens.end_of_document] for ids in prompts]
+    texts = generate(model, prompts, logging.sample_tokens, mesh, device, tokens.tokenizer_vocab)
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
 
 @torch.no_grad()

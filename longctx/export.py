@@ -36,12 +36,14 @@ def model_of(manifest: dict[str, Any]) -> tuple[ModelConfig, int]:
 
 
 def export_hugging_face(
-    checkpoint: Path, folder: Path, dtype: torch.dtype, tokenizer_file: Path | None = None
-) -> list[Path]:
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tokenizer_file: Path | None = None,
+    end_of_document: str | None = None,
+) -> list[Path]:  # fmt: skip
     """Writes the weights of `checkpoint` and `config.json` so that transformers' `from_pretrained` reads `folder`.
 
     The tokenizer lies beside them, so that a text gets the ids it was trained on, and what is generated ends at its
-    end-of-document token: `tokenizer_file`, or the one that the run has kept in its folder.
+    end-of-document token: `tokenizer_file` (and its token `end_of_document`; None: a usual one), or the one that the
+    run has kept in its folder.
 
     Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
     """
@@ -52,16 +54,18 @@ def export_hugging_face(
     beside = {}
     if tokenizer_file is not None or kept.exists():
         end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
-        names, beside = _tokenizer_files(tokenizer_file or kept, end, sequence_length)
+        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, sequence_length)
         fields |= names
     beside["config.json"] = _json(fields)
     return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
 
 
-def _tokenizer_files(file: Path, end: int | None, sequence_length: int) -> tuple[dict[str, int], dict[str, str]]:
+def _tokenizer_files(
+    file: Path, end: int | None, end_token: str | None, sequence_length: int
+) -> tuple[dict[str, int], dict[str, str]]:
     """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
     tokenizer = open_tokenizer(file)
-    ids = {"eos_token_id": find_end_of_document(tokenizer, file) if end is None else end}
+    ids = {"eos_token_id": find_end_of_document(tokenizer, file, end_token) if end is None else end}
     if begin := document_begin(tokenizer, file):
         ids["bos_token_id"] = begin[0]
     config: dict[str, Any] = {
@@ -106,7 +110,7 @@ def export_weights(
     try:
         names = _write(checkpoint, work, lots, sizes, dtype)
         for name, content in (beside or {}).items():
-            (work / name).write_text(content)
+            (work / name).write_text(content, encoding="utf-8")
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

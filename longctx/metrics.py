@@ -83,8 +83,9 @@ class Metrics:
         if start == 0:
             self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
             return
-        rows = [row for row in read_metrics(self.path) if row["step"] <= start]
-        _replace(self.path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        lines = self.path.read_bytes().split(b"\n")
+        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= start]
+        _replace(self.path, b"".join(line + b"\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Writes the numbers of one step; `step` counts from 1. A disk that takes no more does not end the run.
@@ -214,6 +215,12 @@ def _row(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not _is_number(row.get("step")):
         return None
     return {key: math.nan if value is None else value for key, value in row.items()}
+
+
+def is_validated(path: Path, step: int) -> bool:
+    """Whether a `metrics.jsonl` has the validation after `step`."""
+    rows = read_metrics(path) if path.exists() else []
+    return any(row["step"] == step and "loss/val" in row for row in rows)
 
 
 def last_validation_loss(path: Path) -> float:

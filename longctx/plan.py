@@ -7,6 +7,7 @@ from pathlib import Path
 from longctx.config import Activation, Config, ModelConfig, Norm, Optimizer, Positions, resolve_shard
 
 FLOAT32 = 4  # bytes
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -50,12 +51,14 @@ def available_host_bytes() -> int | None:
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
         return None
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used in (
+        (CGROUPS, "memory.max", "memory.current"),
+        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))  # which is given up
+            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()) + cached)
         except (OSError, ValueError):  # "max": no limit
             continue
     return free

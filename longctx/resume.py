@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from longctx.config import Config, UserError
+from longctx.config import Config, UserError, warmup_steps
 
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
 WHOLE = ("data.mixture", "data.curriculum")  # whose keys are the user's: compared as one value
@@ -32,7 +32,19 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
             f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
             f"one with another name, from these weights with checkpoint.resume={path}"
         )
-    return f"changed since {path}: {in_words(changed)}" if changed else None
+    warmup = warmup_steps(config.optim)
+    again = f"; the learning rate is in its warm-up of {warmup} steps again" if 0 < step < warmup else ""
+    return f"changed since {path}: {in_words(changed)}{again}" if changed else None
+
+
+def check_order(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises `UserError` if what decides which sequence comes when is not as it was saved at `path`."""
+    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{path} was trained on another order of sequences: {'; '.join(changed)}. Some would be read twice and "
+            f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
+        )
 
 
 def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from longctx.config import UserError
+from longctx.console import say
 from longctx.runtime import Runtime
 
 
@@ -37,7 +38,8 @@ class RunFolder:
             raise UserError(
                 f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER"
             ) from None
-        lock(self.file, folder)
+        if not lock(self.file, folder):
+            say(f"{folder}: its file system has no locks, so a second run of the same name would not be noticed")
 
     def close(self) -> None:
         """Another process may write the folder from now on; a killed one's lock is gone with it."""
@@ -45,21 +47,25 @@ class RunFolder:
             self.file.close()
 
 
-def lock(file: IO[str], folder: Path) -> None:
-    """Locks an open file for this process until it is closed, and writes into it who has it. Raises `UserError`."""
+def lock(file: IO[str], folder: Path) -> bool:
+    """Locks an open file for this process until it is closed, and writes into it who has it.
+
+    Returns whether the file system can lock. Raises `UserError` if another process has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"{folder}: another run writes it{_owner(file)}; wait for it, end it, or give this one another name"
         ) from None
-    except OSError:  # a file system without locks
-        return
+    except OSError:
+        return False
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         file.seek(0)
         file.truncate()
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
         file.flush()
+    return True
 
 
 def _owner(file: IO[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import time
 import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,14 @@ class Runtime:
         return box[0]
 
 
+def raise_together(problem: UserError | None) -> NoReturn:
+    """Raises on all ranks what has stopped one of them or several. To be called by all, once all know of it."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if problem is None else str(problem))
+    rank, message = next((rank, message) for rank, message in enumerate(found) if message is not None)
+    raise UserError(message if len(found) == 1 else f"rank {rank}: {message}")
+
+
 def _explain(error: Exception) -> str:
     """The message of an error; of one that nobody foresaw, its type too, after its trace."""
     if isinstance(error, (UserError, OSError)):
@@ -134,14 +143,18 @@ def start(timeout_seconds: int) -> Runtime:
 
 def store(prefix: str) -> dist.Store:
     """The job's store, for one thread beside the main one; under `prefix` there must be nothing yet."""
-    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store().clone())  # pyright: ignore[reportAttributeAccessIssue]
+    store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(datetime.timedelta(seconds=5))  # whoever uses it must not stand still for long
+    return dist.PrefixStore(prefix, store)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_memory(config: Config, runtime: Runtime) -> None:
     """Raises `UserError` if parameters, gradients and optimizer alone are more than a GPU or this machine has."""
     needed = plan.state_bytes(config, runtime.world_size)
     if runtime.device.type == "cuda":
-        free, where = torch.cuda.mem_get_info(runtime.device)[0], "are free on a GPU"
+        gc.collect()  # of an earlier job of this process
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, where = torch.cuda.mem_get_info(runtime.device)[0] + kept, "are free on a GPU"
     else:
         needed *= runtime.ranks_of_a_machine
         free, where = plan.available_host_bytes(), f"can be had on this machine of {runtime.ranks_of_a_machine} ranks"

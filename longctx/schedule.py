@@ -22,13 +22,11 @@ def schedule(step: int, optim: OptimConfig) -> float:
     if optim.schedule == Schedule.cosine:
         progress = (step - warmup) / max(1, optim.steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    decay_steps = optim.steps - decay_start(optim)
-    progress = (step - (optim.steps - decay_steps)) / decay_steps
+    start = decay_start(optim)
+    progress = (step - start) / (optim.steps - start)
     return 1.0 - (1 - final) * min(1.0, max(0.0, progress))
 
 
 def decay_start(optim: OptimConfig) -> int:
-    """The step from which on wsd lets the rate fall; the first one, for schedules that fall all the time or never."""
-    if optim.schedule != Schedule.wsd:
-        return 0
+    """The step from which on wsd lets the rate fall."""
     return optim.steps - max(1, round(optim.decay_fraction * optim.steps))

@@ -9,6 +9,7 @@ from longctx.data import builtin
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import ChainedTokens, Mixture
 from longctx.data.other_formats import open_corpus
+from longctx.data.tokenizer import as_trained
 from longctx.data.tokens import DataError
 from longctx.runtime import Runtime
 
@@ -42,6 +43,17 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
     for note in tokens.notes:
         runtime.say(note)
     return tokens
+
+
+def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> None:
+    """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports. On rank 0."""
+    if tokens is None or tokens.tokenizer_file is None:
+        return
+    file = folder / "tokenizer.json"
+    try:
+        file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
+    except OSError as error:
+        runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 
 
 def training_source(config: Config, tokens: Mixture | None) -> Source:

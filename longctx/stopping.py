@@ -30,7 +30,7 @@ from longctx.console import say
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD_S = 0.25
-SAME_S = 0.5  # a launcher passes on what the terminal has sent already: within this time it is one signal
+SAME_S = 1.0  # a launcher passes on what the terminal has sent already: within this time it is one signal
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,6 +47,7 @@ class StopSignals:
         self.abandon: Callable[[], None] | None = None  # saves what was before the step, and leaves
         self.is_abandoning = False
         self.came_here = False  # to this process, rather than to another rank
+        self.is_orphan = False  # its launcher is gone
         self._asked_at = 0.0
         self._store: Store | None = None
         self._parent, self._has_launcher = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
@@ -55,7 +56,8 @@ class StopSignals:
         self._ended = threading.Event()
 
     def __enter__(self) -> StopSignals:
-        numbers = (*ASKING, signal.SIGUSR1)
+        # what is ignored stays so: by nohup SIGHUP, by a shell's script SIGINT of what it starts in the background
+        numbers = [n for n in (*ASKING, signal.SIGUSR1) if signal.getsignal(n) is not signal.SIG_IGN]
         self._ear, self._mouth = socket.socketpair()
         self._ear.settimeout(PERIOD_S)
         self._mouth.setblocking(False)
@@ -84,9 +86,9 @@ class StopSignals:
         return asked
 
     def gate(self, is_open: bool) -> None:
-        """Before a collective of all ranks: from here on the state does not change, if `is_open`, until the next gate.
+        """To be followed by a collective of all ranks, waited for before the state changes or a checkpoint is written.
 
-        Does not return if the step is being abandoned.
+        From there to the next gate the step may be abandoned, if `is_open`. Does not return if it is being abandoned.
         """
         with self._gate:
             if not self._is_closed:
@@ -102,9 +104,10 @@ class StopSignals:
 
     def ask(self, number: int) -> None:
         """As if the signal had come."""
-        self.number, self._asked_at = number, time.monotonic()
-        self._tell("stop", str(number))
+        self.number = number
         self.say(f"{signal.Signals(number).name}: stopping after this step; once more leaves now")
+        self._tell("stop", str(number))
+        self._asked_at = time.monotonic()  # last: what has come meanwhile is the same signal
 
     # in the thread ---------------------------------------------------------------------------------------------------
 
@@ -129,8 +132,8 @@ class StopSignals:
             self.save_asked = True
             self.say("SIGUSR1: saving after this step")
         elif number in (*ASKING, signal.SIGUSR1):
+            self.came_here = True
             if not self.number:
-                self.came_here = True
                 self.ask(number)
             elif time.monotonic() - self._asked_at > SAME_S:
                 self.say(f"{signal.Signals(number).name} again: leaving now; the last checkpoint is as it was saved")
@@ -138,7 +141,9 @@ class StopSignals:
 
     def _look_at_others(self) -> None:
         if self._has_launcher and os.getppid() != self._parent:  # gone, and with it the store
-            self._has_launcher, self._store = False, None
+            self._has_launcher, self.is_orphan = False, True
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # it was this launcher's store
+                self._store = None
             if not self.number:
                 self.ask(signal.SIGTERM)
         if self._store is None:
@@ -152,7 +157,7 @@ class StopSignals:
             self._store = None
 
     def _is_too_long(self) -> bool:
-        if self._store is None:  # the others would not hear of it; and no launcher is there to end this process
+        if self._store is None or self.is_orphan:  # the others may not hear of it, and no launcher ends this process
             return False
         since = time.monotonic() - self._asked_at
         return since > self.stop_seconds or self.left_s() > self.stop_seconds - since

@@ -29,6 +29,7 @@ class Summed(NamedTuple):
     valid_targets: float
     tflops: float  # of forward and backward
     documents: float
+    unread: float  # more than 0: some rank could not read its sequences
 
 
 class Throughput:

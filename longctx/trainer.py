@@ -23,9 +23,8 @@ from longctx.command_line import how_to_go_on
 from longctx.config import Config, OnUsr1, Schedule, UserError, attention_span, check
 from longctx.data.loader import Batch, Loader
 from longctx.data.packing import IGNORE_INDEX
-from longctx.data.tokenizer import as_trained, open_tokenizer
-from longctx.evaluate import Held, StoppedError, generate, recall, validate
-from longctx.metrics import Metrics, last_validation_loss
+from longctx.evaluate import Held, StoppedError, recall, sample_texts, validate
+from longctx.metrics import Metrics, is_validated, last_validation_loss
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.model.transformer import keys_seen, training_flops
 from longctx.optim import Optimizers, global_norm
@@ -38,9 +37,9 @@ from longctx.parallel.transport import forget as forget_transports
 from longctx.parallel.transport import in_use as transports_in_use
 from longctx.parallel.verify import verify_layout
 from longctx.run_folder import RunFolder
-from longctx.runtime import Runtime, check_memory
+from longctx.runtime import Runtime, check_memory, raise_together
 from longctx.schedule import decay_start, schedule
-from longctx.sources import Validation, open_tokens, probes, training_source, validation_source
+from longctx.sources import Validation, keep_tokenizer, open_tokens, probes, training_source, validation_source
 from longctx.stopping import StopSignals, leave, say_after_launcher
 from longctx.straggler import compare_ranks
 from longctx.throughput import Summed, Throughput, device_name
@@ -105,10 +104,17 @@ class Trainer:
         self.stop, self.is_stopped, self.gets_on = stop, False, gets_on
         torch.set_float32_matmul_precision("high" if config.precision.tf32 else "highest")
         self.has_failed = False
-        folder = config.run_folder
-        self.folder = RunFolder(folder, runtime)
+        self.folder = RunFolder(config.run_folder, runtime)
+        try:
+            self._set_up()
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _set_up(self) -> None:
+        config, runtime, folder = self.config, self.runtime, self.config.run_folder
         self.tokens = open_tokens(config, runtime)
-        runtime.on_main(self._keep_tokenizer)
+        runtime.on_main(lambda: keep_tokenizer(self.tokens, folder, runtime))
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         self.validation = validation_source(config, self.tokens, runtime)
@@ -146,7 +152,7 @@ class Trainer:
             transport.is_timed = True
         self.metrics = runtime.together(
             lambda: Metrics(
-                config.logging, folder, config.name, as_written, self.step, config.optim.steps, runtime.is_main
+                config.logging, folder, config.name, self.as_written, self.step, config.optim.steps, runtime.is_main
             )
         )
         self._introduce()
@@ -208,32 +214,40 @@ class Trainer:
             self.save(in_background=config.checkpoint.asynchronous)
         self._await_save()
         results = {} if self.is_stopped else self.validate()
-        self.stop.gate(is_open=False)
+        self._pass_gate_together(is_open=False)
         if results and self.saved_step == self.step:
             self._record_loss(results["loss/val"])
-        self.stop.gate(is_open=True)
+        self._pass_gate_together(is_open=True)
         self._finish(results)
+        self._pass_gate_together(is_open=False)
+
+    def _pass_gate_together(self, is_open: bool) -> None:
+        self.stop.gate(is_open)
+        dist.all_reduce(torch.zeros(1))  # on the CPU, and waited for
 
     def _was_finished(self) -> bool:
-        """Says that a run which was resumed at its last step is complete; whether its report was written, too."""
+        """Says that a run which was resumed at its last step is complete; returns whether it was validated there."""
         steps = self.config.optim.steps
         self.metrics.say(
             f"complete: step {self.step} of {steps}; give optim.steps={2 * steps} to go on, or another name"
         )
-        return self.runtime.on_main((self.config.run_folder / "report.html").exists)
+        file = self.config.run_folder / "metrics.jsonl"
+        return self.validation is None or self.runtime.on_main(lambda: is_validated(file, steps))
 
     def train_step(self) -> tuple[dict[str, float], Largest]:
         """One step: fetch, forward, backward, clip, update. Returns its metrics, and what was asked for meanwhile."""
         self.began, self.parts_done = time.perf_counter(), 0
-        batches = self.loader.step(self.consumed, attention_span(self.config.data, self.step))
+        batches, problem = self._fetch()
         splits = [self._split(batch) for batch in batches]
         fetched = time.perf_counter()
 
         # loss: the sum over all valid tokens of the global batch over their number, never a mean of means
         device = self.runtime.device
         self.stop.gate(is_open=True)  # from here to the next gate the step can be abandoned
-        counts = torch.tensor(self._count(batches), dtype=torch.float64, device=device)
+        counts = torch.tensor(self._count(batches, problem), dtype=torch.float64, device=device)
         dist.all_reduce(counts)
+        if counts[-1] > 0:
+            raise_together(problem)
         valid_tokens = counts[0].clamp(min=1) / self.mesh.size("tensor") / self.mesh.size("context")
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for batch, split in zip(batches, splits, strict=True):
@@ -285,6 +299,13 @@ class Trainer:
         self.began, self.expected_s = 0.0, seconds
         return values, asked
 
+    def _fetch(self) -> tuple[list[Batch], UserError | None]:
+        """The step's micro-batches, or why they cannot be read here."""
+        try:
+            return self.loader.step(self.consumed, attention_span(self.config.data, self.step)), None
+        except UserError as error:
+            return [], error
+
     def left_s(self) -> float:
         """Seconds that the step in progress may still take, by the one before and its micro-batches so far."""
         if not self.began:
@@ -303,8 +324,9 @@ class Trainer:
         why = f"step {step} would outlast parallel.stop_seconds={self.config.parallel.stop_seconds}, so it is left"
         self.metrics.say(why if self.began else "leaving what would take longer than parallel.stop_seconds")
         try:
-            if self.step == 0:
-                self.metrics.say("no step was taken yet, so there is nothing to save")
+            self._await_save()
+            if self.step == self.skipped:
+                self.metrics.say("no step has changed anything yet, so there is nothing to save")
             elif self.saved_step != self.step and self.config.checkpoint.at_end:
                 path = self.checkpoints.save_beside(self.step, self._state(), self._facts())
                 self.metrics.say(f"saved {path}")
@@ -325,12 +347,13 @@ class Trainer:
             return in_order(length, size)
         return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
 
-    def _count(self, batches: list[Batch]) -> Summed:
+    def _count(self, batches: list[Batch], problem: UserError | None) -> Summed:
         """Of this rank, before ranks have added them up."""
         return Summed(
             valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
             tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
             documents=sum(float((b.positions == 0).sum()) for b in batches),
+            unread=problem is not None,
         )
 
     def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
@@ -385,8 +408,7 @@ class Trainer:
     def save(self, in_background: bool = False) -> None:
         """Writes a checkpoint of the run as it is, unless that one exists already."""
         self.gets_on()
-        self.stop.gate(is_open=False)
-        dist.all_reduce(torch.zeros(1))  # no rank is held in a step that is being abandoned
+        self._pass_gate_together(is_open=False)
         started = time.perf_counter()
         self._await_save()
         if self.saved_step == self.step:
@@ -404,7 +426,7 @@ class Trainer:
         """What a checkpoint says beside the tensors."""
         return {
             "consumed": self.consumed,
-            "updates": self.optimizer.updates,
+            "updates": self.step - self.skipped,
             "skipped": self.skipped,
             "trained_s": self.trained_s,
             "data": self._data_order(),
@@ -453,7 +475,7 @@ class Trainer:
         facts = manifest["facts"]
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
         if is_own:
-            self._check_data_order(path, facts["data"])
+            resume.check_order(path, facts["data"], self._data_order())
         if message := resume.compare(path, manifest, self.config, self.as_written, is_own):
             self.runtime.say(message)
         self.checkpoints.load(path, manifest, self._state())
@@ -463,7 +485,10 @@ class Trainer:
         self.checkpoints.set_aside_after(self.step if is_own else -1)
         self.saved_step = self.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {self.step}, {self.consumed} sequences read")
-        return self._layout() == {key: facts.get(key) for key in self._layout()}
+        here, layout = self._layout(), facts["layout"]
+        return here == {key: facts.get(key) for key in here} | {
+            "layout": {key: layout.get(key) for key in here["layout"]}
+        }
 
     def _start_from_pretrained(self, folder: Path) -> None:
         """Fills the model with weights of Hugging Face; every rank reads its own part of the files."""
@@ -475,8 +500,11 @@ class Trainer:
 
     def _layout(self) -> dict[str, Any]:
         """What decides how a step is computed on these ranks."""
+        layout = asdict(self.config.parallel)
+        for key in ("timeout_seconds", "stop_seconds", "check_memory", "verify"):
+            layout.pop(key)
         return {
-            "layout": asdict(self.config.parallel),
+            "layout": layout,
             "world_size": self.runtime.world_size,
             "context": self._context(),
         }
@@ -490,25 +518,6 @@ class Trainer:
             "data.sequence_length": data.sequence_length,
             "data.separate_documents": data.separate_documents,
         }
-
-    def _check_data_order(self, path: Path, saved: dict[str, Any]) -> None:
-        here = self._data_order()
-        changes = [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
-        if changes:
-            raise UserError(
-                f"{path} was trained on another order of sequences: {'; '.join(changes)}. Some would be read twice and "
-                f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
-            )
-
-    def _keep_tokenizer(self) -> None:
-        """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports."""
-        if self.tokens and self.tokens.tokenizer_file:
-            text = as_trained(self.tokens.tokenizer_file, self.tokens.document_begin)
-            file = self.config.run_folder / "tokenizer.json"
-            try:
-                file.write_text(text)
-            except OSError as error:
-                self.runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 
     def _introduce(self) -> None:
         config, mesh = self.config, self.mesh
@@ -533,7 +542,9 @@ class Trainer:
     def _finish(self, results: dict[str, float]) -> None:
         """Samples, unless a signal has stopped the run; the report; where it is and how to go on."""
         is_complete = self.step >= self.config.optim.steps
-        samples = self._samples() if is_complete and not self.is_stopped else []
+        samples = []
+        if is_complete and not self.is_stopped and self.tokens:
+            samples = sample_texts(self.model, self.tokens, self.config.logging, self.mesh, self.runtime.device)
         if not self.runtime.is_main:
             return
         for sample in samples:
@@ -555,6 +566,10 @@ class Trainer:
             self.metrics.say(f"report: {report}")
         except OSError as error:
             self.metrics.say(f"no report: {error.filename or self.config.run_folder}: {error.strerror}")
+        except Exception as error:
+            if not self.has_failed:  # else the error that ended the run is the one to be seen
+                raise
+            self.metrics.say(f"no report: {error}")
 
     def _say_how_to_go_on(self, is_complete: bool) -> None:
         lines = how_to_go_on(
@@ -562,19 +577,8 @@ class Trainer:
         )
         for line in lines:
             self.metrics.say(line)
-        if self.stop.came_here and "TORCHELASTIC_RUN_ID" in os.environ:
+        if self.stop.came_here and not self.stop.is_orphan and "TORCHELASTIC_RUN_ID" in os.environ:
             say_after_launcher(lines[0])
-
-    def _samples(self) -> list[str]:
-        logging = self.config.logging
-        if not self.tokens or not self.tokens.tokenizer_file or not logging.sample_tokens or not logging.sample_prompts:
-            return []
-        tokenizer, begin = open_tokenizer(self.tokens.tokenizer_file), self.tokens.document_begin or []
-        prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in logging.sample_prompts]
-        prompts = [ids or [self.tokens.end_of_document] for ids in prompts]
-        vocab_size = self.tokens.tokenizer_vocab
-        texts = generate(self.model, prompts, logging.sample_tokens, self.mesh, self.runtime.device, vocab_size)
-        return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
     def last_loss(self) -> float:
         """Of the last validation, on every rank; NaN if there was none."""

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from longctx import runtime
 from longctx.config import ComputeDtype, Config, DataSource, ModelConfig, Optimizer, WandbMode
 from longctx.data.prepare import prepare
-from longctx.data.text import Document
+from longctx.data.text import Document, FilePiece, cut_files, find_files
 from longctx.stopping import StopSignals
 from longctx.trainer import Trainer
 
@@ -35,6 +35,11 @@ class Documents(list[Document]):
 
     def documents(self) -> Iterator[Document]:
         return iter(self)
+
+
+def find_pieces(paths: list[Path], text_field: str = "text", skip_unreadable: bool = False) -> list[FilePiece]:
+    """The files of `paths`, cut into pieces, as tools/prepare_data.py does it."""
+    return cut_files(find_files(paths).files, text_field, skip_unreadable)
 
 
 def make_corpus(folder: Path, documents: int = 40) -> Path:

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from test_config import composed
 
 import train
-from longctx import resume
+from longctx import plan, resume
 from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_foreign_launchers, resume_command, split
 from longctx.config import Config, ConfigError, ParallelConfig, Schedule, UserError, check, warmup_steps
-from longctx.metrics import read_metrics
+from longctx.metrics import Metrics, read_metrics
 from longctx.plan import in_words, parameters, state_bytes
 from longctx.suggest import explain_unknown_key, text_keys
 from longctx.trainer import train as run
@@ -96,11 +96,13 @@ def test_each_value_of_a_sweep_is_text():
         (["recipe=a", "name=a"], ["-m", "recipe=a", "name=a,b"], "a"),
         (["recipe=a", "name=${optim.optimizer}", "optim=muon"],
          ["-m", "recipe=a", "name=${optim.optimizer}", "optim=adamw,muon"], "a"),
+        (["name=my\\ run", "optim.lr=0.001", "seed=2"], ["-m", "name=my run", "optim.lr=1e-3", "seed=1,2"], "a-seed_2"),
+        (["optim.lr=0.003"], ["-m"], "a-lr_0.003"),  # added by a sweeper
         (["data.folder=/x/y z"], ["-m", "data.folder=/x/y z,/b"], "a-folder__x_y_z"),
     ],
 )  # fmt: skip
 def test_jobs_of_a_multirun_have_names_of_their_own(overrides, typed, name):
-    assert name_of_job("a", overrides, typed) == name
+    assert name_of_job("a", overrides, typed, train.swept_keys(typed)) == name
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_warm_up_that_never_ends_is_refused():
 def test_processes_that_know_nothing_of_each_other_are_refused(variables, launcher):
     count = next(iter(variables.values()))
     with pytest.raises(
-        ConfigError, match=f"{launcher} has started {count} processes .*torchrun --nproc-per-node {count}"
+        ConfigError, match=f"if {launcher} has started {count} processes.*torchrun --nproc-per-node {count}"
     ):
         refuse_foreign_launchers(variables)
     refuse_foreign_launchers(variables | {"RANK": "0"})  # torchrun inside
@@ -157,7 +159,10 @@ def test_processes_that_know_nothing_of_each_other_are_refused(variables, launch
 def test_srun_alone_does_not_train(tmp_path, corpus):
     result = started(tmp_path, corpus, "name=a", SLURM_NTASKS="2", SLURM_PROCID="1")
     assert result.returncode != 0
-    assert "SLURM_NTASKS=2: srun has started 2 processes that know nothing of each other" in result.stderr
+    assert (
+        "SLURM_NTASKS=2 and no torchrun: if srun has started 2 processes, they know nothing of each other"
+        in result.stderr
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -180,10 +185,10 @@ def test_runs_from_elsewhere_with_names_as_typed(tmp_path, corpus):
 
 
 def test_a_multirun_is_as_many_runs(tmp_path, corpus):
-    """One that diverges does not end the others; a finished one is complete; the loss is what a sweeper gets."""
+    """One that diverges does not end the others, and is told at the end; a finished one is complete."""
     words = [
         "-m",
-        "optim.lr=1e-3,1e4",
+        "optim.lr=1e-3,inf",
         "optim.steps=4",
         "optim.max_skipped_steps=1",
         "optim.clip_norm=0",
@@ -191,7 +196,7 @@ def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     ]
     words += ["optim.schedule=constant", "seed=1,2"]
     result = started(tmp_path, corpus, *words)
-    names = {f"gpt_tiny-lr_{lr}-seed_{seed}" for lr in ("0.001", "10000.0") for seed in (1, 2)}
+    names = {f"gpt_tiny-lr_{lr}-seed_{seed}" for lr in ("0.001", "inf") for seed in (1, 2)}
     assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == names
     losses = {
         name: [
@@ -202,8 +207,11 @@ def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     good = [f"gpt_tiny-lr_0.001-seed_{seed}" for seed in (1, 2)]
     assert all(len(losses[name]) == 4 for name in good)
     assert losses[good[0]] != losses[good[1]]
-    if result.returncode:  # a rate of 10,000 has made it infinite
-        assert "jobs ended with an error" in result.stderr
+    assert result.returncode == 1
+    assert (
+        "2 of 4 jobs ended with an error:\n  - gpt_tiny-lr_inf-seed_1: 1 steps in a row were not finite"
+        in result.stderr
+    )
     again = started(tmp_path, corpus, *words)
     assert again.stdout.count("complete: step 4 of 4; give optim.steps=8 to go on, or another name") >= 2
 
@@ -306,6 +314,21 @@ def test_what_cannot_fit_is_refused_before_it_is_made(tmp_path, corpus):
     assert "can be had on this machine of 2 ranks: start more ranks that share them" in result.stderr
 
 
+def test_memory_that_holds_files_can_be_had(tmp_path, monkeypatch):
+    """A container that has read a corpus is full of the cache of its file."""
+    monkeypatch.setattr(plan, "CGROUPS", tmp_path)
+    monkeypatch.setattr(plan.Path, "read_text", lambda path, read=Path.read_text: (
+        "MemAvailable: 9000000 kB" if path == Path("/proc/meminfo") else read(path)))  # fmt: skip
+    assert plan.available_host_bytes() == 9000000 * 1024
+    for name, text in (
+        ("memory.max", "4000"),
+        ("memory.current", "3900"),
+        ("memory.stat", "anon 900\nactive_file 2000\ninactive_file 1000"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert plan.available_host_bytes() == 3100
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(40, "40 s"), (720, "12 min"), (14400, "4 h"), (3 * 86400, "3 days")])
 def test_times_in_words(seconds, words):
     assert in_words(seconds) == words
@@ -319,3 +342,7 @@ def test_metrics_have_no_nan(tmp_path, corpus):
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "test" / "metrics.jsonl").open()]
     assert [line["loss/train"] for line in lines][-1] is None
     assert (tmp_path / "test" / "report.html").exists()
+    before = (tmp_path / "test" / "metrics.jsonl").read_bytes()
+    metrics = Metrics(config.logging, tmp_path / "test", "test", "", 3, 8, True)
+    metrics.close()
+    assert (tmp_path / "test" / "metrics.jsonl").read_bytes() == before  # of a run that has resumed, too

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import Documents
+from helpers import Documents, find_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -17,7 +17,7 @@ from longctx.data import builtin
 from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
-from longctx.data.text import Document, find_pieces
+from longctx.data.text import Document
 from longctx.data.tokens import DataError, TokenFolder
 
 VOCAB = 8192

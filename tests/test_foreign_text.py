@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, Documents, make_corpus, small_config, trainer_of
+from distributed import run_on_ranks
+from helpers import ROOT, Documents, find_pieces, make_corpus, small_config, trainer_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from longctx.config import DataConfig, TokenDtype
+from longctx.config import DataConfig, TokenDtype, UserError
+from longctx.data import tokenizer as tokenizer_module
 from longctx.data import tokens
 from longctx.data.other_formats import open_corpus, read_megatron
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
-from longctx.data.text import Document, Skipped, files_by_kind, find_files, find_pieces
+from longctx.data.text import Document, Skipped, files_by_kind, find_files
 from longctx.data.tokenizer import as_trained, count_bytes, document_frame, open_tokenizer
 from longctx.data.tokens import DataError, TokenFolder
 from longctx.files import write_manifest
@@ -75,6 +77,31 @@ def test_special_tokens_that_a_text_spells_are_text(tmp_path):
     assert [tokenizer.decode(d[:-1], skip_special_tokens=False) for d in documents] == texts
     assert [int(count_bytes(tokenizer)[d].sum()) for d in documents] == [52, len(texts[1])]
     assert corpus.manifest.splits["train"][0].text_bytes == 52 + len(texts[1])
+
+
+def test_special_tokens_that_the_model_knows_as_words_are_text_too(tmp_path):
+    """Unigram tokenizers (T5, XLM-R) have </s> in their model."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *[(c, -2.0) for c in "ab</s>▁"]]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert 1 in open_tokenizer(tmp_path / "t.json").encode("a</s>b", add_special_tokens=False).ids
+    [document] = documents_of(prepared(tmp_path / "corpus", ["a</s>b"], tmp_path / "t.json"))
+    assert document == [2, 4, 5, 6, 7, 3, 1]
+
+
+def test_a_template_that_cannot_be_told_ends_no_run(tmp_path, monkeypatch):
+    """It is refused where it would be used, and left out of the tokenizer that goes along where it was not."""
+
+    def cannot(*_arguments):
+        raise DataError("its template changes the text itself")
+
+    path = byte_tokenizer(tmp_path / "t.json", begin=True)
+    monkeypatch.setattr(tokenizer_module, "_template", cannot)
+    with pytest.raises(DataError, match="its template changes the text itself"):
+        prepared(tmp_path / "a", ["a"], path)
+    corpus = prepared(tmp_path / "b", ["a"], path, add_special_tokens=False)
+    assert Tokenizer.from_str(as_trained(path, corpus.document_begin)).encode("a").ids == documents_of(corpus)[0][:-1]
 
 
 def test_added_tokens_that_are_no_special_ones_count_their_bytes(tmp_path):
@@ -294,8 +321,33 @@ def test_a_file_cut_short_while_it_is_read_is_named(tmp_path):
     with trainer_of(small_config(tmp_path, folder)) as trainer:
         assert math.isfinite(trainer.train_step()[0]["loss/train"])
         os.truncate(folder / "train_00000.tokens", 100)
-        with pytest.raises(DataError, match=r"train_00000.tokens: 100 bytes, it had \d+ when the run opened it"):
+        with pytest.raises(UserError, match=r"train_00000.tokens: 100 bytes, it had \d+ when the run opened it"):
             trainer.train_step()
+
+
+def step_on_two(rank, config):
+    """Of a step, and of a validation: what each rank says when rank 1 alone cannot read."""
+    said = []
+    with trainer_of(config) as trainer:
+        trainer.train_step()
+        for act in (trainer.train_step, trainer.validate):
+            if rank == 1:
+                source = trainer.loader.source if act == trainer.train_step else trainer.validation.sources[0]
+                source.window = unreadable
+            try:
+                act()
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+def unreadable(_number):
+    raise DataError("shard: cut short")
+
+
+def test_a_file_cut_short_on_one_rank_ends_all_with_its_message(tmp_path, corpus):
+    results = run_on_ranks(2, step_on_two, small_config(tmp_path, corpus))
+    assert results == [["rank 1: shard: cut short"] * 2] * 2
 
 
 def test_a_full_disk_is_told_with_what_is_free_and_needed(tmp_path, monkeypatch):

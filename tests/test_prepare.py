@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import Documents
+from helpers import Documents, find_pieces
 
 from longctx.data import text
 from longctx.data.lengths import draw_lengths, length_histogram, length_table, share_of_long
 from longctx.data.prepare import prepare
-from longctx.data.text import Document, FilePiece, find_pieces
+from longctx.data.text import Document, FilePiece
 from longctx.data.tokens import DataError, TokenFolder, TokenSplit
 
 ROOT = Path(__file__).parents[1]

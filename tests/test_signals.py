@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from distributed import run_on_ranks
 from helpers import ROOT, TORCHRUN, small_config, trainer_of
+from omegaconf import OmegaConf
 
-from longctx import straggler, throughput
+from longctx import stopping, straggler, throughput
 from longctx import trainer as trainer_module
 from longctx.checkpoint import list_checkpoints, verify_files
 from longctx.config import OnUsr1, ParallelConfig
 from longctx.metrics import Metrics
+from longctx.stopping import StopSignals
 from longctx.trainer import train
 
 # each forward pass from the third step on takes long, and Python is not asked meanwhile
@@ -84,7 +86,7 @@ def test_a_long_step_is_left_and_the_state_before_it_saved(tmp_path, corpus):
     sent = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
     job.until("SIGTERM: stopping after this step; once more leaves now")
-    assert time.monotonic() - sent < 1.5
+    assert time.monotonic() - sent < 5
     lines = job.end(15)
     assert job.process.returncode == 0
     assert "step 3 would outlast parallel.stop_seconds=2, so it is left" in job.seen
@@ -98,7 +100,7 @@ def test_a_signal_to_torchrun_itself(tmp_path, corpus, number):
     job = Job(tmp_path, corpus, 2, "parallel.context=2", "parallel.stop_seconds=2")
     job.until("slow")
     job.process.send_signal(number)
-    lines = job.end(20)
+    lines = job.end(28)
     assert "step 3 would outlast parallel.stop_seconds=2, so it is left" in job.seen
     assert job.saved() == [2]
     assert "SignalException" in job.seen  # torchrun's trace
@@ -107,14 +109,14 @@ def test_a_signal_to_torchrun_itself(tmp_path, corpus, number):
 
 
 def test_a_second_signal_leaves_at_once(tmp_path, corpus):
-    job = Job(tmp_path, corpus, 1, "checkpoint.every_steps=1")
+    job = Job(tmp_path, corpus, 1, "checkpoint.every_steps=1", "checkpoint.asynchronous=false")
     job.until("slow")
     job.process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(2)
     job.process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     job.end(5)
-    assert time.monotonic() - sent < 2
+    assert time.monotonic() - sent < 4
     assert job.process.returncode == 128 + signal.SIGINT
     assert "SIGINT again: leaving now; the last checkpoint is as it was saved" in job.seen
     assert job.saved() == [1, 2]
@@ -185,3 +187,71 @@ def test_progress_inside_a_step_is_printed(tmp_path, corpus, capsys):
     metrics.show_progress(3, 3, 4)
     assert capsys.readouterr().out == "step 3: micro-batch 2 of 4 done\n"
     metrics.close()
+
+
+def test_what_nohup_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)  # is heard
+            wait_for(lambda: stop.save_asked)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_launcher_that_passes_a_signal_on_is_one_signal(monkeypatch):
+    """Of the terminal and of torchrun, a moment later: the second is none that leaves."""
+    left = []
+    monkeypatch.setattr(stopping, "leave", left.append)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: stop.number == signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        assert left == []
+        stop._asked_at -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: left == [128 + signal.SIGTERM])
+
+
+def stopped_in_the_last_validation(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = trainer_module.validate
+
+        def with_signal(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: current[0].stop.number)
+            return original(*arguments)
+
+        current = []
+        init = trainer_module.Trainer.__init__
+        patch.setattr(
+            trainer_module.Trainer, "__init__", lambda self, *rest: (current.append(self), init(self, *rest))[1]
+        )
+        patch.setattr(trainer_module, "validate", with_signal)
+        return go(config)
+
+
+def go(config):
+    return train(config, OmegaConf.to_yaml(OmegaConf.structured(config)), [])
+
+
+def test_a_run_stopped_in_its_last_validation_is_not_complete(tmp_path, corpus, monkeypatch, capsys):
+    """All steps are saved, and a report is there; the validation is made when it is started again."""
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    assert not stopped_in_the_last_validation(config, monkeypatch).is_complete
+    outcome = go(config)
+    assert outcome.is_complete
+    assert "validation after step 3" in capsys.readouterr().out
+    assert outcome.loss > 0
+    assert go(config) == outcome
+    assert "validation after step 3" not in capsys.readouterr().out

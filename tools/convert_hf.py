@@ -27,12 +27,15 @@ def main() -> None:
     export.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     export.add_argument("--tokenizer", type=Path, help="a tokenizer.json in place of the one in the run's folder")
+    export.add_argument("--end-of-document", metavar="TOKEN", help="of --tokenizer, if it is none of the usual ones")
     arguments = parser.parse_args()
     try:
         if arguments.command == "config":
             print_preset(arguments.folder)
         else:
-            export_checkpoint(arguments.checkpoint, arguments.output, arguments.dtype, arguments.tokenizer)
+            export_checkpoint(
+                arguments.checkpoint, arguments.output, arguments.dtype, arguments.tokenizer, arguments.end_of_document
+            )  # fmt: skip
     except UserError as error:
         sys.exit(f"convert_hf.py: {error}")
 
@@ -48,14 +51,16 @@ def print_preset(folder: Path) -> None:
     print("\n".join([*lines, *([f"rotary: {{{inner}}}"] if rotary else [])]))
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, dtype: str, tokenizer: Path | None) -> None:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, dtype: str, tokenizer: Path | None, end_of_document: str | None
+) -> None:
     import torch
 
     from longctx.export import export_hugging_face
 
     if tokenizer is not None and not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer}: no such file")
-    files = export_hugging_face(checkpoint, folder, getattr(torch, dtype), tokenizer)
+    files = export_hugging_face(checkpoint, folder, getattr(torch, dtype), tokenizer, end_of_document)
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
     if not (folder / "tokenizer.json").exists():

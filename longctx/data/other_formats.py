@@ -26,6 +26,7 @@ from longctx.data.tokens import (
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+GPT2_END = 50256  # <|endoftext|>
 SAMPLE = 1 << 20  # bytes at both ends of a file that go into its fingerprint
 
 
@@ -51,7 +52,7 @@ class _GivenTokenizer:
     """What `data.tokenizer` says of files that come without one; nothing if it is empty."""
 
     def __init__(self, data: DataConfig, vocab_size: int) -> None:
-        self.end_of_document = data.end_of_document
+        self.end_of_document = GPT2_END if data.end_of_document is None else data.end_of_document
         self.file: Path | None = None
         self.vocab, self.token_bytes = vocab_size, None
         if not data.tokenizer:
@@ -60,7 +61,8 @@ class _GivenTokenizer:
         if not self.file.is_file():
             raise DataError(f"data.tokenizer={data.tokenizer}: no such file; name a tokenizer.json")
         tokenizer = open_tokenizer(self.file)
-        self.end_of_document = find_end_of_document(tokenizer, self.file)
+        if data.end_of_document is None:
+            self.end_of_document = find_end_of_document(tokenizer, self.file, option="data.end_of_document (an id)")
         lengths = count_bytes(tokenizer)
         if len(lengths) > vocab_size:
             raise DataError(

@@ -26,7 +26,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from longctx.data.text import MIB, Piece, Skipped
-from longctx.data.tokenizer import count_bytes, document_frame, open_tokenizer, vocab_size
+from longctx.data.tokenizer import (
+    count_bytes,
+    document_frame,
+    encode_spelled,
+    open_tokenizer,
+    special_texts,
+    vocab_size,
+)
 from longctx.data.tokens import SPLITS, DataError, Manifest, Shard, ShardWriter
 from longctx.files import disk_problem, read_manifest, sha256, sync, write_manifest
 
@@ -253,13 +260,19 @@ def _tokenizer(file: str) -> Tokenizer:
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:
-    """Ids of the pieces in order, and the bytes of their text."""
+    """Ids of the pieces in order, none of them special, and the bytes of their text."""
+    specials = special_texts(tokenizer)
+    numbers = list(specials.values())
     ids: list[np.ndarray] = []
     text_bytes = 0
     for batch in _batched(pieces):
         text_bytes += sum(len(piece.encode()) for piece in batch)
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        ids += [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        for piece, encoding in zip(batch, encodings, strict=True):
+            found = np.array(encoding.ids, dtype=np.int64)
+            if np.isin(found, numbers).any():
+                found = np.array(encode_spelled(tokenizer, piece, list(specials)), dtype=np.int64)
+            ids.append(found)
     return (np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)), text_bytes
 
 

@@ -200,11 +200,6 @@ def _search(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return found, left_out
 
 
-def find_pieces(paths: list[Path], text_field: str = "text", skip_unreadable: bool = False) -> list[FilePiece]:
-    """The files of `paths`, cut into pieces; see `find_files` and `cut_files`."""
-    return cut_files(find_files(paths).files, text_field, skip_unreadable)
-
-
 def cut_files(files: list[tuple[Path, str]], text_field: str, skip_unreadable: bool = False) -> list[FilePiece]:
     """Files as pieces. JSON lines hold a document a line, parquet one a row, both in `text_field`; others are one each.
 

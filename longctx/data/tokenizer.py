@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -30,6 +31,24 @@ def open_tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def special_texts(tokenizer: Tokenizer) -> dict[str, int]:
+    """Special tokens and their ids, without the one for unknown characters, which any text may need."""
+    unknown = (getattr(tokenizer.model, "unk_token", None), "<unk>", "[UNK]")
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special and token.content not in unknown}
+
+
+def encode_spelled(tokenizer: Tokenizer, text: str, specials: list[str]) -> list[int]:
+    """Ids of a text in which special tokens are spelled, where the tokenizer's model knows them as words of its own.
+
+    `encode_special_tokens` is of no help there (Unigram, WordLevel), so the text is cut inside each of them.
+    """
+    pattern = re.compile("|".join(re.escape(special) for special in sorted(specials, key=len, reverse=True)))
+    cuts = [0, *(found.start() + 1 for found in pattern.finditer(text)), len(text)]
+    parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+    return [i for encoding in tokenizer.encode_batch(parts, add_special_tokens=False) for i in encoding.ids]
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,13 @@ def _template(tokenizer: Tokenizer, where: Path) -> tuple[tuple[int, ...], tuple
     raise DataError(f"{where}: its template changes the text itself; prepare without it (--no-add-special-tokens)")
 
 
-def find_end_of_document(tokenizer: Tokenizer, where: Path, token: str | None = None) -> int:
-    """The id that closes a document: of `token`, or of the usual names for it. Raises `DataError` if there is none."""
+def find_end_of_document(
+    tokenizer: Tokenizer, where: Path, token: str | None = None, option: str = "--end-of-document"
+) -> int:
+    """The id that closes a document: of `token`, or of the usual names for it.
+
+    Raises `DataError` if there is none; `option` is where its user can name one.
+    """
     for name in (token,) if token else END_OF_DOCUMENT:
         token_id = tokenizer.token_to_id(name)
         if token_id is not None:
@@ -71,8 +95,8 @@ def find_end_of_document(tokenizer: Tokenizer, where: Path, token: str | None = 
     if token:
         raise DataError(f"{where}: has no token {token!r}; name one of its own as the end of a document")
     raise DataError(
-        f"{where}: has no end-of-document token of the usual names ({', '.join(END_OF_DOCUMENT)}); name its own with "
-        "--end-of-document"
+        f"{where}: has no end-of-document token of the usual names ({', '.join(END_OF_DOCUMENT)}); give its own with "
+        f"{option}"
     )
 
 
@@ -99,9 +123,12 @@ def count_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
-def document_begin(tokenizer: Tokenizer, where: Path) -> tuple[int, ...]:
-    """Ids that the tokenizer's template puts before a text."""
-    return _template(tokenizer, where)[0]
+def document_begin(tokenizer: Tokenizer, where: Path) -> tuple[int, ...] | None:
+    """Ids that the tokenizer's template puts before a text; None: it does something else."""
+    try:
+        return _template(tokenizer, where)[0]
+    except DataError:
+        return None
 
 
 def as_trained(file: Path, begin: list[int] | None) -> str:
@@ -112,6 +139,6 @@ def as_trained(file: Path, begin: list[int] | None) -> str:
     """
     tokenizer = open_tokenizer(file)
     fields = json.loads(tokenizer.to_str())
-    if begin is not None and list(document_begin(tokenizer, file)) != begin:
+    if begin is not None and document_begin(tokenizer, file) != tuple(begin):
         fields["post_processor"] = None
     return json.dumps(fields, ensure_ascii=False)
