@@ -262,7 +262,7 @@ class Trainer:
 
         norm = global_norm(list(self.parameters.values()))
         results = torch.cat((torch.stack((loss, norm.double())), counts))
-        loss_value, norm_value, *summed = results.tolist()  # the step's one wait for the device before the update
+        loss_value, norm_value, *summed = results.tolist()  # waits for the device
         self.stop.gate(is_open=False)
         largest = torch.tensor(self._look_around(batches, splits), dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)  # on the CPU: here every rank knows that none abandons the step
