@@ -122,7 +122,7 @@ def test_a_corpus_of_an_earlier_version_is_counted_anew_and_named(tmp_path):
     for key in ("sha256", "document_begin", "document_end", "skipped", "skipped_examples"):
         fields.pop(key)
     write_manifest(folder / "manifest.json", fields | {"format": tokens.BEFORE, "end_of_document": 256})
-    corpus = TokenFolder(folder, 1 << 20)
+    corpus = open_corpus(folder, 1 << 20, DataConfig())
     assert corpus.end_of_document == 256
     assert np.array_equal(corpus.token_bytes, counted)
     assert len(corpus.notes) == 1

@@ -15,6 +15,7 @@ import numpy as np
 from longctx.config import DataConfig, TokenDtype
 from longctx.data.tokenizer import count_bytes, find_end_of_document, open_tokenizer
 from longctx.data.tokens import (
+    BEFORE,
     MANIFEST,
     Corpus,
     DataError,
@@ -37,7 +38,10 @@ def open_corpus(folder: Path, vocab_size: int, data: DataConfig, rank: int = 0, 
     Raises `DataError` naming the file, what is wrong with it and what to do.
     """
     if (folder / MANIFEST).exists() or not folder.is_dir():
-        return TokenFolder(folder, vocab_size, data.check_hashes, rank, ranks)
+        corpus = TokenFolder(folder, vocab_size, data.check_hashes, rank, ranks)
+        if corpus.manifest.format == BEFORE:  # whose file has nothing for added tokens
+            corpus.token_bytes = count_bytes(open_tokenizer(folder / "tokenizer.json"))
+        return corpus
     if any(folder.glob("*.idx")):
         return MegatronFolder(folder, vocab_size, data, rank, ranks)
     if (folder / "train.bin").exists():

@@ -177,9 +177,6 @@ class TokenFolder:
         self.document_begin: list[int] | None = self.manifest.document_begin
         self.end_of_document, self.notes = self.manifest.end_of_document, []
         if self.manifest.format == BEFORE:
-            from longctx.data.tokenizer import count_bytes, open_tokenizer
-
-            self.token_bytes = count_bytes(open_tokenizer(self.folder / "tokenizer.json"))
             self.notes.append(f"{self.folder} {NOTE_ON_BEFORE}")
         self.splits = {
             split: TokenSplit(
