@@ -24,7 +24,7 @@ from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Document, Skipped, files_by_kind, find_files
 from longctx.data.tokenizer import as_trained, count_bytes, document_frame, open_tokenizer
 from longctx.data.tokens import DataError, TokenFolder
-from longctx.files import write_manifest
+from longctx.files import sha256, write_manifest
 
 END = 0  # of a document, in the shipped tokenizer
 
@@ -121,7 +121,16 @@ def test_a_corpus_of_an_earlier_version_is_counted_anew_and_named(tmp_path):
     fields = json.loads((folder / "manifest.json").read_text())
     for key in ("sha256", "document_begin", "document_end", "skipped", "skipped_examples"):
         fields.pop(key)
-    write_manifest(folder / "manifest.json", fields | {"format": tokens.BEFORE, "end_of_document": 256})
+    assert counted is not None
+    before = counted.copy()
+    before[258:] = 0
+    before.tofile(folder / "token_bytes.bin")
+    fields |= {
+        "format": tokens.BEFORE,
+        "end_of_document": 256,
+        "token_bytes_sha256": sha256(folder / "token_bytes.bin"),
+    }
+    write_manifest(folder / "manifest.json", fields)
     corpus = open_corpus(folder, 1 << 20, DataConfig())
     assert corpus.end_of_document == 256
     assert np.array_equal(corpus.token_bytes, counted)
