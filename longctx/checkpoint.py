@@ -229,18 +229,16 @@ class Checkpoints:
         """
 
         def see_all() -> list[str]:
+            missing = list(written)
             for _ in range(SECONDS_TO_APPEAR):
-                seen = {path.name for path in work.glob("*.safetensors")}
-                if set(written) <= seen:
-                    return sorted(seen)
+                missing = sorted(set(written) - {path.name for path in work.glob("*.safetensors")})
+                if not missing:
+                    return sorted(written)
                 time.sleep(1)  # network file systems show a folder some seconds late
-            missing = sorted(set(written) - {path.name for path in work.glob("*.safetensors")})
-            if missing:
-                raise CheckpointError(
-                    f"{work}: {missing[0]} was written by another rank and is not seen by rank 0 ({len(missing)} are "
-                    "not); the run's folder must be one that all machines share"
-                )
-            return sorted(written)
+            raise CheckpointError(
+                f"{work}: {missing[0]} was written by another rank and is not seen by rank 0 ({len(missing)} are "
+                "not); the run's folder must be one that all machines share"
+            )
 
         names = self.runtime.on_main(see_all)
 
@@ -361,7 +359,7 @@ def _check_tensors_are_whole(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def shape_of(kind: str) -> list[int]:
-    """The shape in the description of a tensor, `torch.float32[2, 3]`."""
+    """The shape in the description of a tensor, as `_kind` gives it."""
     return [int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n.strip()]
 
 

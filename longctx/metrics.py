@@ -68,13 +68,13 @@ class Metrics:
         """The last step that an earlier start of the run has logged; lines that cannot be read are set aside."""
         if not self.path.exists():
             return None
-        lines = self.path.read_bytes().split(b"\n")
-        if unread := [line for line in lines if line and _row(line) is None]:
+        rows = [(line, _row(line)) for line in self.path.read_bytes().split(b"\n") if line]
+        if unread := [line for line, row in rows if row is None]:
             beside = _aside(self.path)
             beside.write_bytes(b"\n".join(unread) + b"\n")
-            _replace(self.path, b"".join(line + b"\n" for line in lines if _row(line) is not None))
+            _replace(self.path, b"".join(line + b"\n" for line, row in rows if row is not None))
             say(f"{self.path}: {len(unread)} lines cannot be read; they are in {beside} now")
-        return max((int(row["step"]) for row in read_metrics(self.path)), default=None)
+        return max((int(row["step"]) for _, row in rows if row is not None), default=None)
 
     def _forget_steps_after(self, start: int) -> None:
         """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""

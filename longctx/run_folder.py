@@ -22,24 +22,28 @@ class RunFolder:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         """Raises `UserError` on all ranks: it cannot be written, another run writes it, or a machine has its own."""
         self.file: IO[str] | None = None  # the lock, on rank 0
-        runtime.on_main(lambda: self._take(folder))
-        word = runtime.on_main(lambda: _leave_word(folder))
+        word = runtime.on_main(lambda: self._take(folder))
         try:
             runtime.together(lambda: _find_word(folder, word, runtime))
         finally:
             if runtime.is_main:
                 (folder / word).unlink(missing_ok=True)
 
-    def _take(self, folder: Path) -> None:
+    def _take(self, folder: Path) -> str:
+        """Makes and locks the folder; returns the name of a new file in it, for the others to find."""
+        word = f".word-{uuid.uuid4().hex}"
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.file = (folder / "lock").open("a+")
+            is_locked = lock(self.file, folder)
+            (folder / word).touch()
         except OSError as error:
             raise UserError(
                 f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER"
             ) from None
-        if not lock(self.file, folder):
+        if not is_locked:
             say(f"{folder}: its file system has no locks, so a second run of the same name would not be noticed")
+        return word
 
     def close(self) -> None:
         """Another process may write the folder from now on; a killed one's lock is gone with it."""
@@ -75,16 +79,6 @@ def _owner(file: IO[str]) -> str:
         return f": process {owner['pid']} on {owner['host']}"
     except (ValueError, KeyError, TypeError):
         return ""
-
-
-def _leave_word(folder: Path) -> str:
-    """The name of a new file, for the others to find."""
-    word = f".word-{uuid.uuid4().hex}"
-    try:
-        (folder / word).touch()
-    except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror}; give folder=ANOTHER") from None
-    return word
 
 
 def _find_word(folder: Path, word: str, runtime: Runtime) -> None:

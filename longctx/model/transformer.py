@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx import plan
 from longctx.config import Activation, ModelConfig, Positions
 from longctx.kernels import reference
 from longctx.kernels.attention.mask import KeyIntervals, windowed
@@ -152,9 +153,7 @@ def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") ->
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that take part in matrix products a token: all but embeddings, norms and biases."""
-    attention = config.width * config.head_dim * 2 * (config.heads + config.kv_heads)
-    mlp = (3 if config.activation == Activation.swiglu else 2) * config.width * config.mlp_width
-    return config.layers * (attention + mlp) + config.width * config.vocab_size
+    return plan.parameters(config)[0] + config.width * config.vocab_size
 
 
 def training_flops(config: ModelConfig, positions: Tensor) -> float:
