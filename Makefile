@@ -1,13 +1,16 @@
-# make train   creates .venv from pinned versions and trains recipe=gpt_tiny on real text
-# make test    the same environment, then the test suite
-# make lint    ruff and pyright
+# Each target sets up what it needs in .venv, from pinned versions. `make help` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NAME ?= gpt_tiny-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint
+.PHONY: help train test test-all lint
+
+help: ## lists the targets
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
 # on the largest power of two of the GPUs, which divides the sequence; else on two CPU processes
-train: .venv/.installed
+train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run)
 	@gpus=$$($(BIN)/python -c 'import torch; n = torch.cuda.device_count(); print(n and 1 << n.bit_length() - 1)'); \
 	if [ "$$gpus" -gt 0 ]; then \
 		$(BIN)/torchrun --nproc-per-node "$$gpus" train.py recipe=gpt_tiny precision=bf16 name=$(NAME); \
@@ -15,20 +18,28 @@ train: .venv/.installed
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
 	fi
 
-test: .venv/.installed
-	$(BIN)/python -m pytest
+test: .venv/.dev ## the test suite, in 10 minutes on two CPU cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
-lint: .venv/.installed
+test-all: .venv/.dev ## that and the long tests, before a release
+	LONGCTX_KILLS=200 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: .venv/.dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.run: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"longctx needs Python 3.11 or newer, this is {v.major}.{v.minor}; make PYTHON=python3.11 ...")'
 	@echo 'creating .venv from requirements.txt'
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@echo 'and beside it the Triton of torch 2.11, for which the tests compile kernels too'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/.dev: .venv/.run requirements-dev.txt
+	@echo 'adding what tests and linters need, from requirements-dev.txt'
+	@$(PIP) --no-deps -r requirements-dev.txt
+	@echo 'and the Triton of torch 2.11, for which the tests compile kernels too'
+	@test -d .venv/triton-3.6.0 || $(PIP) --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	@touch $@

@@ -1,7 +1,7 @@
 """Trains a model: `torchrun --nproc-per-node N train.py recipe=gpt_32k optim.lr=1e-3`.
 
 `python train.py` alone lists the recipes, `python train.py recipe=gpt_32k --help` the groups. Hydra composes the
-configuration, `longctx.trainer` does the rest. Nothing heavy is imported before a run starts, so completion and
+configuration, `longctx.run` does the rest. Nothing heavy is imported before a run starts, so completion and
 `--cfg job` stay instant.
 """
 
@@ -27,7 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longctx.command_line import as_typed, name_of_job, refuse_foreign_launchers
-from longctx.config import Config, ConfigError, UserError
+from longctx.config import Config
+from longctx.errors import ConfigError, UserError
 from longctx.suggest import all_keys, explain_unknown_key, text_keys
 
 schema = OmegaConf.structured(Config)
@@ -56,9 +57,10 @@ def main(composed: DictConfig) -> float:
         names.append(composed.name)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
-        from longctx.trainer import train
+        from longctx.run import train
+        from longctx.run_info import RunInfo
 
-        outcome = train(config, as_written=OmegaConf.to_yaml(composed, resolve=False), overrides=overrides)
+        outcome = train(RunInfo(config, OmegaConf.to_yaml(composed, resolve=False), overrides))
     except UserError as error:
         if not is_multirun:
             fail(str(error))

@@ -18,12 +18,29 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from longctx.kernels import launch, reference
+from longctx.kernels import addressing, hardware, precision
+from longctx.kernels.addressing import RowBlocks
+from longctx.kernels.hardware import multiprocessors
+from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import tanh, wide
 
 
+def _gelu_blocks(x: Tensor) -> tuple[RowBlocks, int]:
+    """For x (rows, columns), and how many programs share the rows of a tile's columns."""
+    blocks = RowBlocks(2, 1024, 4)
+    across = -(-x.shape[1] // blocks.columns)
+    tiles_of_rows = max(1, -(-x.shape[0] // blocks.rows))
+    return blocks, min(tiles_of_rows, max(1, 32 * multiprocessors(x.device) // across))
+
+
+def gelu_backward_reference(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tanh's GELU of x (..., width): the gradient of x, the GELU, the gradient's sum over rows in fp32 or fp64."""
+    dx = torch.ops.aten.gelu_backward(dout, x, approximate="tanh")
+    return dx, F.gelu(x, approximate="tanh"), dx.flatten(0, -2).sum(0, dtype=accumulation_dtype(x.dtype))
+
+
 @triton.jit
-def _gelu_backward_kernel(
+def gelu_backward_triton(
     dout, x, dx, out, shares, n_rows, n_columns, dout_row, x_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """A program walks tiles of R rows of its C columns; its sum of dx over rows is one of the bias's shares."""
@@ -49,12 +66,12 @@ def _gelu_backward(dout: Tensor, x: Tensor, dx: Tensor | None = None) -> tuple[T
     """The gradient of x in `dx`, which may be dout; the GELU again; the gradient's sum over rows."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, dout_rows = (launch.rows(t) for t in (x, dout))
-    blocks, programs = launch.gelu_backward(rows)
+    rows, dout_rows = (addressing.rows(t) for t in (x, dout))
+    blocks, programs = _gelu_blocks(rows)
     shares = torch.zeros((programs, x.shape[-1]), dtype=torch.float32, device=x.device)
     if x.numel():
-        with launch.on_device(x):
-            _gelu_backward_kernel[(triton.cdiv(x.shape[-1], blocks.columns), programs)](
+        with hardware.on_device(x):
+            gelu_backward_triton[(triton.cdiv(x.shape[-1], blocks.columns), programs)](
                 dout_rows, rows, dx, out, shares, *rows.shape, dout_rows.stride(0), rows.stride(0),
                 ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
             )  # fmt: skip
@@ -119,7 +136,7 @@ def _input_gradient(dy: Tensor, weight: Tensor, dresidual: Tensor | None, shape:
 
 
 def _sum_of_rows(dy: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else dy.sum(0, dtype=reference.accumulation_dtype(dy.dtype)).to(bias.dtype)
+    return None if bias is None else dy.sum(0, dtype=precision.accumulation_dtype(dy.dtype)).to(bias.dtype)
 
 
 class _Dense(torch.autograd.Function):
@@ -167,7 +184,7 @@ class _MLP(torch.autograd.Function):
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
         if ctx.implementation == "reference":
-            inner, after, dbias1 = reference.gelu_backward(inner, before)
+            inner, after, dbias1 = gelu_backward_reference(inner, before)
         elif type(inner) is Tensor:
             after, dbias1 = gelu_backward_(inner, before)
         else:  # sharded, and with it what a rank holds of it
@@ -201,7 +218,7 @@ def fused_dense(
     x (..., in_features), weight (out_features, in_features), bias (out_features,), residual (..., out_features), all of
     one dtype; the bias's gradient is summed in float32. Raises ValueError for what does not fit.
     """
-    x, weight, bias, residual = launch.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
+    x, weight, bias, residual = precision.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
     problems = _check_weight("weight", weight, bias, x.shape[-1], x)
     if not problems and residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
         problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
@@ -226,14 +243,16 @@ def fused_mlp(
     x (..., in_features), weight1 (hidden_features, in_features), weight2 (out_features, hidden_features), all of one
     dtype. Kept for the backward pass: x and the GELU's input, or with `recompute` x alone, for one more matrix product.
     """
-    x, weight1, weight2, bias1, bias2 = launch.autocast(  # pyright: ignore[reportAssignmentType]
+    x, weight1, weight2, bias1, bias2 = precision.autocast(  # pyright: ignore[reportAssignmentType]
         x, weight1, weight2, bias1, bias2
     )
     problems = _check_weight("weight1", weight1, bias1, x.shape[-1], x)
     problems += _check_weight("weight2", weight2, bias2, len(weight1), x)
     if problems:
         raise ValueError("; ".join(problems))
-    return _MLP.apply(x, weight1, bias1, weight2, bias2, return_residual, recompute, launch.choose(implementation, x))
+    return _MLP.apply(
+        x, weight1, bias1, weight2, bias2, return_residual, recompute, hardware.triton_or_reference(implementation, x)
+    )
 
 
 class FusedDense(nn.Linear):

@@ -14,14 +14,48 @@ Dims from rotary_dim on stay as they are.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from longctx.kernels import launch, reference
+from longctx.kernels import addressing, hardware
+from longctx.kernels.addressing import power_of_two
+from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import wide
+
+
+class RotaryBlocks(NamedTuple):
+    """Tokens and heads of a tile, warps of a program."""
+
+    tokens: int
+    heads: int
+    warps: int
+
+
+def _blocks(heads: int, pairs: int) -> RotaryBlocks:
+    """Tiles of some 4096 pairs: 16 a thread."""
+    block_heads = min(power_of_two(heads), max(1, 4096 // power_of_two(pairs)))
+    tokens = max(1, 4096 // (block_heads * power_of_two(pairs)))
+    return RotaryBlocks(tokens, block_heads, 8)
+
+
+def rotary_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """Turns pairs of dims of x (batch, sequence, heads, head_dim); shapes and pairs as in `longctx.kernels.rotary`."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :rotary_dim].to(accumulation_dtype(x.dtype)), x[..., rotary_dim:]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
 @triton.jit
@@ -58,7 +92,7 @@ def _rotate(
 
 
 @triton.jit
-def _rotary_kernel(
+def rotary_triton(
     q, k, q_out, k_out, cos, sin, positions,
     q_batch, q_token, q_head, k_batch, k_token, k_head, q_out_batch, q_out_token, q_out_head,
     k_out_batch, k_out_token, k_out_head, angle_batch, angle_token, position_batch,
@@ -104,17 +138,18 @@ def _launch(
         return
     cos, sin, positions = cos.contiguous(), sin.contiguous(), None if positions is None else positions.contiguous()
     pairs = cos.shape[-1]
-    blocks = launch.rotary(max(heads, 0 if k is None else k.shape[2]), pairs)
+    blocks = _blocks(max(heads, 0 if k is None else k.shape[2]), pairs)
     grid = (
         batch * triton.cdiv(n_tokens, blocks.tokens),
         triton.cdiv(max(heads, 0 if k is None else k.shape[2]), blocks.heads),
     )
-    with launch.on_device(q):
-        _rotary_kernel[grid](
-            q, k, q_out, k_out, cos, sin, positions, *q.stride()[:3], *launch.strides(k, 4)[:3], *q_out.stride()[:3],
-            *launch.strides(k_out, 4)[:3], 0 if positions is not None else launch.shared_stride(cos), pairs,
-            launch.shared_stride(positions), n_tokens, cos.shape[-2], heads, 0 if k is None else k.shape[2],
-            HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_PAIRS=launch.power_of_two(pairs), TOKENS=blocks.tokens,
+    with hardware.on_device(q):
+        rotary_triton[grid](
+            q, k, q_out, k_out, cos, sin, positions, *q.stride()[:3], *addressing.strides(k, 4)[:3],
+            *q_out.stride()[:3],
+            *addressing.strides(k_out, 4)[:3], 0 if positions is not None else addressing.shared_stride(cos), pairs,
+            addressing.shared_stride(positions), n_tokens, cos.shape[-2], heads, 0 if k is None else k.shape[2],
+            HEAD_DIM=head_dim, PAIRS=pairs, BLOCK_PAIRS=addressing.power_of_two(pairs), TOKENS=blocks.tokens,
             HEADS=blocks.heads, INTERLEAVED=interleaved, INVERSE=inverse, IN_PLACE=q_out is q, num_warps=blocks.warps,
         )  # fmt: skip
 
@@ -125,7 +160,7 @@ _ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool 
 
 
 def _out_of_place(q, k, *call):
-    q, k = launch.readable(q), None if k is None else launch.readable(k)
+    q, k = addressing.readable(q), None if k is None else addressing.readable(k)
     q_out, k_out = (None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     _launch(q, k, q_out, k_out, *call)
     return q_out, q.new_empty(0) if k_out is None else k_out
@@ -223,9 +258,9 @@ def apply_rotary_to_both(
 
 def _apply(q, k, cos, sin, positions, interleaved, inplace, implementation) -> tuple[Tensor, Tensor | None]:
     _check(q, k, cos, sin, positions, inplace)
-    if launch.choose(implementation, q) == "reference":
-        turned_q = reference.apply_rotary(q, cos, sin, positions, interleaved)
-        turned_k = None if k is None else reference.apply_rotary(k, cos, sin, positions, interleaved)
+    if hardware.triton_or_reference(implementation, q) == "reference":
+        turned_q = rotary_reference(q, cos, sin, positions, interleaved)
+        turned_k = None if k is None else rotary_reference(k, cos, sin, positions, interleaved)
         if inplace:
             return q.copy_(turned_q), None if k is None or turned_k is None else k.copy_(turned_k)
         return turned_q, turned_k

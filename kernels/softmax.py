@@ -14,8 +14,32 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from longctx.kernels import launch, reference
+from longctx.kernels import addressing, hardware
+from longctx.kernels.addressing import RowBlocks, padded
+from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import LOG2_E, finite, wide
+
+
+def _blocks(columns: int) -> RowBlocks:
+    """For rows of scores: 16 elements a thread."""
+    columns = min(padded(columns), 16384)
+    rows = max(1, 4096 // columns)
+    return RowBlocks(rows, columns, max(4, rows * columns // 512))
+
+
+def softmax_reference(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """softmax_reference(scale * x + mask) over the last dim of x (..., rows, columns); 0 where nothing takes part.
+
+    mask: boolean, True where a column takes part, or floating. (see `longctx.kernels.softmax`)
+    """
+    score = x.to(accumulation_dtype(x.dtype)) * scale
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    if causal:
+        visible = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril(x.shape[-1] - x.shape[-2])
+        score = score.masked_fill(~visible, -torch.inf)
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(score.masked_fill(empty, 0), -1).masked_fill(empty, 0).to(x.dtype)
 
 
 @triton.jit
@@ -41,7 +65,7 @@ def _load_scores(
 
 
 @triton.jit
-def _forward_kernel(
+def softmax_forward_triton(
     x, mask, out, heads, n_rows, n_columns, x_batch, x_head, x_row, mask_batch, mask_head, mask_row, mask_column, scale,
     IS_BOOLEAN: tl.constexpr, KEPT: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     IS_WIDE: tl.constexpr,
@@ -98,7 +122,7 @@ def _load_gradient(dout, out, row, column, n_rows, n_columns, dout_row):
 
 
 @triton.jit
-def _backward_kernel(
+def softmax_backward_triton(
     dout, out, dx, n_rows, n_columns, dout_row, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IS_WIDE: tl.constexpr
 ):  # fmt: skip
     row = (wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -125,13 +149,13 @@ def _forward(x, mask, causal, mask_keeps, scale):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return out
-    x4 = launch.readable(x[(None,) * (4 - x.ndim)])
+    x4 = addressing.readable(x[(None,) * (4 - x.ndim)])
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)].expand(x4.shape)
-    blocks = launch.softmax(x.shape[-1])
-    with launch.on_device(x):
-        _forward_kernel[(triton.cdiv(x4.shape[2], blocks.rows) * x4.shape[1] * x4.shape[0],)](
-            x4, mask, out, *x4.shape[1:], *x4.stride()[:3], *launch.strides(mask, 4), scale,
+    blocks = _blocks(x.shape[-1])
+    with hardware.on_device(x):
+        softmax_forward_triton[(triton.cdiv(x4.shape[2], blocks.rows) * x4.shape[1] * x4.shape[0],)](
+            x4, mask, out, *x4.shape[1:], *x4.stride()[:3], *addressing.strides(mask, 4), scale,
             IS_BOOLEAN=mask is not None and mask.dtype == torch.bool, KEPT=int(mask_keeps), CAUSAL=bool(causal),
             ROWS=blocks.rows, COLUMNS=blocks.columns, IS_WIDE=x.shape[-1] > blocks.columns, num_warps=blocks.warps,
         )  # fmt: skip
@@ -142,10 +166,10 @@ def _backward(dout, out, scale):
     dx = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     if not out.numel():
         return dx
-    dout = launch.rows(dout)
-    blocks = launch.softmax(out.shape[-1])
-    with launch.on_device(out):
-        _backward_kernel[(triton.cdiv(len(dout), blocks.rows),)](
+    dout = addressing.rows(dout)
+    blocks = _blocks(out.shape[-1])
+    with hardware.on_device(out):
+        softmax_backward_triton[(triton.cdiv(len(dout), blocks.rows),)](
             dout, out.contiguous(), dx, *dout.shape, dout.stride(0), scale, ROWS=blocks.rows, COLUMNS=blocks.columns,
             IS_WIDE=out.shape[-1] > blocks.columns, num_warps=blocks.warps,
         )  # fmt: skip
@@ -205,20 +229,10 @@ def softmax(
     row i sees columns up to i + columns - rows. A row of which nothing takes part is 0. Raises ValueError for what does
     not fit.
     """
-    return _apply(x, mask, scale, causal, True, implementation)
+    return masked_softmax(x, mask, scale, causal, True, implementation)
 
 
-def scaled_masked_softmax(x: Tensor, mask: Tensor | None, scale: float, implementation: str = "auto") -> Tensor:
-    """`softmax` with Megatron's mask: True where a column is left out."""
-    return _apply(x, mask, scale, False, False, implementation)
-
-
-def scaled_upper_triang_masked_softmax(x: Tensor, scale: float, implementation: str = "auto") -> Tensor:
-    """`softmax` of x (batch * heads, rows, rows) with what lies above the diagonal left out."""
-    return _apply(x, None, scale, True, True, implementation)
-
-
-def _apply(x, mask, scale, causal, mask_keeps, implementation) -> Tensor:
+def masked_softmax(x, mask, scale, causal, mask_keeps, implementation) -> Tensor:
     problems = []
     if not x.is_floating_point() or not 2 <= x.ndim <= 4:
         problems.append(f"x {tuple(x.shape)} {x.dtype}: must be (..., rows, columns) of 2 to 4 dims, floating")
@@ -232,8 +246,8 @@ def _apply(x, mask, scale, causal, mask_keeps, implementation) -> Tensor:
             problems.append(f"mask {tuple(mask.shape)}: must broadcast to x, {tuple(x.shape)}")
     if problems:
         raise ValueError("; ".join(problems))
-    if launch.choose(implementation, x) == "triton":
+    if hardware.triton_or_reference(implementation, x) == "triton":
         return _softmax(x, mask, int(causal), mask_keeps, scale)
     if mask is not None and mask.dtype == torch.bool and not mask_keeps:
         mask = ~mask
-    return reference.softmax(x, mask, scale, causal)
+    return softmax_reference(x, mask, scale, causal)

@@ -9,13 +9,26 @@ The backward pass makes silu again from the gate instead of keeping it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from longctx.kernels import launch, reference
+from longctx.kernels import addressing, hardware
+from longctx.kernels.addressing import RowBlocks, padded
 from longctx.kernels.triton_math import LOG2_E, wide
+
+
+def _blocks(columns: int) -> RowBlocks:
+    """For matrices whose elements are independent: 16 elements a thread."""
+    columns = min(padded(columns), 4096)
+    return RowBlocks(4096 // columns, columns, 8)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. (Shazeer 2020, GLU Variants Improve Transformer)"""
+    return F.silu(gate) * up
 
 
 @triton.jit
@@ -32,7 +45,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _forward_kernel(
+def swiglu_forward_triton(
     gate, up, out, n_rows, n_columns, gate_row, up_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row, column, inside = _tile(n_rows, n_columns, ROWS, COLUMNS)
@@ -42,7 +55,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def swiglu_backward_triton(
     dout, gate, up, dgate, dup, n_rows, n_columns, dout_row, gate_row, up_row, gradient_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -60,12 +73,12 @@ def _backward_kernel(
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = launch.rows(gate), launch.rows(up)
+    gate, up = addressing.rows(gate), addressing.rows(up)
     if out.numel():
-        blocks = launch.pointwise(gate.shape[1])
+        blocks = _blocks(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
-        with launch.on_device(gate):
-            _forward_kernel[grid](
+        with hardware.on_device(gate):
+            swiglu_forward_triton[grid](
                 gate, up, out, *gate.shape, gate.stride(0), up.stride(0),
                 ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
             )  # fmt: skip
@@ -74,12 +87,12 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
 
 def _backward_into(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     """dgate and dup (rows, columns) have one stride."""
-    dout, gate, up = launch.rows(dout), launch.rows(gate), launch.rows(up)
+    dout, gate, up = addressing.rows(dout), addressing.rows(gate), addressing.rows(up)
     if dout.numel():
-        blocks = launch.pointwise(gate.shape[1])
+        blocks = _blocks(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
-        with launch.on_device(gate):
-            _backward_kernel[grid](
+        with hardware.on_device(gate):
+            swiglu_backward_triton[grid](
                 dout, gate, up, dgate, dup, *gate.shape, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
                 ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
             )  # fmt: skip
@@ -164,6 +177,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "aut
         raise ValueError(f"gate {tuple(gate.shape)}: packed with up, its last dim must be even")
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype or not gate.ndim):
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: must be alike")
-    if launch.choose(implementation, gate) == "reference":
-        return reference.swiglu(*(_halves(gate) if up is None else (gate, up)))
+    if hardware.triton_or_reference(implementation, gate) == "reference":
+        return swiglu_reference(*(_halves(gate) if up is None else (gate, up)))
     return _swiglu_packed(gate) if up is None else _swiglu(gate, up)

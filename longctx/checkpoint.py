@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from longctx import files
-from longctx.config import UserError
+from longctx.errors import UserError
 from longctx.files import sha256, sync
 from longctx.local_part import local_part
 from longctx.runtime import Runtime
@@ -75,7 +75,7 @@ class Checkpoints:
         """
 
         def make_room() -> None:
-            self.runtime.together(lambda: self.stager.stage(tensors))
+            self.runtime.run_on_all_ranks(lambda: self.stager.stage(tensors))
 
         if self.stager.cache_staged_state_dict:
             self.pending = self.thread.submit(make_room)
@@ -86,7 +86,7 @@ class Checkpoints:
         All ranks call it. `wait` tells what came of it.
         """
         self.wait()
-        copy: Any = self.runtime.together(lambda: self.stager.stage(tensors))
+        copy: Any = self.runtime.run_on_all_ranks(lambda: self.stager.stage(tensors))
         self.pending = self.thread.submit(self.save, step, copy, facts)
 
     def save_beside(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
@@ -136,13 +136,13 @@ class Checkpoints:
         On any failure every rank raises `UserError`, and earlier checkpoints are as they were.
         """
         target = self.folder / f"step_{step}"
-        work = Path(self.runtime.on_main(lambda: str(self._make_work_folder(target))))
+        work = Path(self.runtime.run_on_rank_0(lambda: str(self._make_work_folder(target))))
         try:
-            written = self.runtime.together(lambda: _write(tensors, work, self.runtime.group))
+            written = self.runtime.run_on_all_ranks(lambda: _write(tensors, work, self.runtime.group))
             hashes = self._hash_files(work, [name for names in self.runtime.gather(written) for name in names])
             kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
             manifest = {"format": FORMAT, "step": step, "facts": facts, "tensors": kinds, "files": hashes}
-            self.runtime.on_main(lambda: self._commit(work, target, manifest))
+            self.runtime.run_on_rank_0(lambda: self._commit(work, target, manifest))
         finally:
             if self.runtime.is_main and work.exists():
                 shutil.rmtree(work, ignore_errors=True)
@@ -157,7 +157,7 @@ class Checkpoints:
             files.write_manifest(path / MANIFEST, manifest, self.folder / f"{path.name}.tmp-manifest")
             self._point_to_best()
 
-        self.runtime.on_main(write)
+        self.runtime.run_on_rank_0(write)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The last committed checkpoint that passes `verify`, with its manifest; a damaged one is named, and passed.
@@ -180,7 +180,8 @@ class Checkpoints:
     def committed(self) -> list[Path]:
         """Folders with a manifest, by step; the same list on every rank."""
         return [
-            Path(path) for path in self.runtime.on_main(lambda: [str(path) for path in list_checkpoints(self.folder)])
+            Path(path)
+            for path in self.runtime.run_on_rank_0(lambda: [str(path) for path in list_checkpoints(self.folder)])
         ]
 
     def set_aside_after(self, step: int) -> None:
@@ -192,11 +193,11 @@ class Checkpoints:
                     _set_aside(path)
             self._point_to_best()
 
-        self.runtime.on_main(rename)
+        self.runtime.run_on_rank_0(rename)
 
     def verify(self, path: Path) -> dict[str, Any]:
         """The manifest of a checkpoint, after comparing size and sha256 of every file. Raises `UserError`."""
-        return self.runtime.together(lambda: verify_files(path, self.runtime.rank, self.runtime.world_size))
+        return self.runtime.run_on_all_ranks(lambda: verify_files(path, self.runtime.rank, self.runtime.world_size))
 
     def load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Fills `tensors` in place from a checkpoint and its verified manifest, whatever layout wrote it."""
@@ -240,13 +241,13 @@ class Checkpoints:
                 "not); the run's folder must be one that all machines share"
             )
 
-        names = self.runtime.on_main(see_all)
+        names = self.runtime.run_on_rank_0(see_all)
 
         def hash_mine() -> dict[str, dict[str, Any]]:
             mine = names[self.runtime.rank :: self.runtime.world_size]
             return {n: {"bytes": sync(work / n).stat().st_size, "sha256": sha256(work / n)} for n in mine}
 
-        parts = self.runtime.gather(self.runtime.together(hash_mine))
+        parts = self.runtime.gather(self.runtime.run_on_all_ranks(hash_mine))
         return {name: facts for part in parts for name, facts in part.items()}
 
     def _commit(self, work: Path, target: Path, manifest: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from longctx.config import Config, ConfigError
+from longctx.config import Config
+from longctx.errors import ConfigError
 from longctx.schedule import schedule
 
 TRAIN = Path(__file__).parents[1] / "train.py"

@@ -1,50 +1,94 @@
-"""Every knob of a run: what it means, its unit, and what it may be.
+"""Every key of a run: its type, its default, what it means, its unit, and its limits.
 
-Standard library only. Hydra fills these dataclasses (see `train.py`); `check` then looks at the whole and reports
-everything that is wrong at once. Each part of the program is handed its own piece.
+Standard library only. Hydra fills these dataclasses (see `train.py`); `config_checks.check` then looks at the whole and
+reports everything that is wrong at once. Each part of the program is handed its own piece.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-class UserError(Exception):
-    """Something the user can mend: shown as its message alone, without a trace."""
+class Limits(NamedTuple):
+    """What a number may be; None: no limit there."""
+
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+    above: float | None = None
+
+    @property
+    def is_least_alone(self) -> bool:
+        return self == Limits(least=self.least) and self.least is not None
+
+    def problem(self, value: float) -> str | None:
+        """The rule that a value breaks and the fix, or None if it breaks none."""
+        rules = (
+            (self.least, operator.ge), (self.most, operator.le), (self.below, operator.lt), (self.above, operator.gt)
+        )  # fmt: skip
+        return None if all(limit is None or holds(value, limit) for limit, holds in rules) else self.rule
+
+    @property
+    def rule(self) -> str:
+        """In words."""
+        if self.is_least_alone:
+            return f"is less than {self.least}; give {self.least} or more"
+        if self.most is not None:
+            return f"is outside {self.least} to {self.most}; give a fraction"
+        if self.below is not None:
+            return f"must be at least {self.least} and below {self.below}"
+        return f"must be above {self.above}"
+
+    def __str__(self) -> str:
+        """As an interval, for help."""
+        low = f"[{self.least}" if self.least is not None else f"({self.above}" if self.above is not None else "("
+        high = f"{self.most}]" if self.most is not None else f"{self.below})" if self.below is not None else ")"
+        return "" if self == Limits() else f"{low}, {high}"
 
 
-class ConfigError(UserError):
-    """A configuration that cannot run: every problem, each with the value, the rule and the fix."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count} in this run's configuration:", *(f"  - {p}" for p in problems)]))
+def knob(
+    default: Any = None, help: str = "", *, factory: Callable[[], Any] | None = None, least: float | None = None,
+    most: float | None = None, below: float | None = None, above: float | None = None,
+) -> Any:  # fmt: skip
+    """A field of the configuration, with what people are told of it."""
+    metadata = {"help": help, "limits": Limits(least, most, below, above)}
+    if factory is None:
+        return field(default=default, metadata=metadata)
+    return field(default_factory=factory, metadata=metadata)
 
 
 # the choices: OmegaConf reads an enum by its member's name, so names and values are the same word ---------------------
 
 
 class Norm(StrEnum):
+    """Normalisation: over the root mean square, or over mean and variance."""
+
     rms_norm = "rms_norm"
     layer_norm = "layer_norm"
 
 
 class Activation(StrEnum):
+    """Of the MLP: gated by SiLU, or GELU (tanh form)."""
+
     swiglu = "swiglu"
     gelu = "gelu"
 
 
 class Positions(StrEnum):
+    """Rotary embedding of queries and keys, or a learned table."""
+
     rotary = "rotary"
     learned = "learned"
 
 
 class RotaryScaling(StrEnum):
+    """How rotary frequencies are changed for contexts longer than trained (names as of transformers)."""
+
     none = "none"
     linear = "linear"
     ntk = "ntk"
@@ -54,6 +98,8 @@ class RotaryScaling(StrEnum):
 
 
 class AttentionImplementation(StrEnum):
+    """The attention backend: Gluon on Hopper, Triton, torch's own kernels or plain torch; auto: the fastest."""
+
     auto = "auto"
     hopper = "hopper"
     triton = "triton"
@@ -62,24 +108,32 @@ class AttentionImplementation(StrEnum):
 
 
 class FusedImplementation(StrEnum):
+    """The backend of the other fused ops: Triton, or plain torch; auto: the fastest that can."""
+
     auto = "auto"
     triton = "triton"
     reference = "reference"
 
 
 class DataSource(StrEnum):
+    """Built-in Python text, a prepared corpus, or a synthetic stream that asks for recall."""
+
     builtin = "builtin"
     prepared = "prepared"
     recall = "recall"
 
 
 class TokenDtype(StrEnum):
+    """Bytes of a token in files that do not say it."""
+
     auto = "auto"
     uint16 = "uint16"
     uint32 = "uint32"
 
 
 class Strategy(StrEnum):
+    """How attention crosses the context axis: keys go round, are gathered, heads are traded, or both."""
+
     auto = "auto"
     ring = "ring"
     gather = "gather"
@@ -88,33 +142,45 @@ class Strategy(StrEnum):
 
 
 class Recompute(StrEnum):
+    """Activation checkpointing: nothing is computed again, all but attention, or everything."""
+
     none = "none"
     attention_saved = "attention_saved"
     full = "full"
 
 
 class Optimizer(StrEnum):
+    """AdamW for all parameters, or Muon for the weight matrices of the blocks and AdamW for the rest."""
+
     adamw = "adamw"
     muon = "muon"
 
 
 class Schedule(StrEnum):
+    """Of the learning rate: cosine, warm-up-stable-decay, or constant after warm-up."""
+
     cosine = "cosine"
     wsd = "wsd"
     constant = "constant"
 
 
 class OnUsr1(StrEnum):
+    """What SIGUSR1 asks for: to save and go on, or to save and stop."""
+
     save = "save"
     stop = "stop"
 
 
 class ComputeDtype(StrEnum):
+    """The dtype that blocks compute in."""
+
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
 class WandbMode(StrEnum):
+    """Where Weights & Biases gets its numbers."""
+
     auto = "auto"
     online = "online"
     offline = "offline"
@@ -128,78 +194,95 @@ class WandbMode(StrEnum):
 class RotaryConfig:
     """Rotary position embedding and its scalings to longer contexts."""
 
-    theta: float = 10000.0  # base of the frequencies
-    scaling: RotaryScaling = RotaryScaling.none
-    factor: float = 1.0  # by how much slow dimensions are stretched
-    original_length: int = 8192  # context the frequencies were first trained at, tokens (dynamic, yarn, llama3)
-    longest: int = 0  # dynamic: the longest sequence the model is used with, tokens
-    low_frequency_factor: float = 1.0  # llama3: wavelengths over original_length / this are divided by `factor`
-    high_frequency_factor: float = 4.0  # llama3: wavelengths under original_length / this are kept
-    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this within original_length are kept
-    beta_slow: float = 1.0  # yarn: those that turn less often are divided by `factor`
-    attention_factor: float | None = None  # yarn: what cosines and sines are multiplied by; null: by the paper's rule
+    theta: float = knob(10000.0, "base of the frequencies", above=0)
+    scaling: RotaryScaling = knob(RotaryScaling.none, "how frequencies are changed for contexts longer than trained")
+    factor: float = knob(1.0, "by how much slow dimensions are stretched", above=0)
+    original_length: int = knob(
+        8192, "tokens of the context the frequencies were first trained at (dynamic, yarn, llama3)", least=1
+    )
+    longest: int = knob(0, "dynamic: tokens of the longest sequence the model is used with", least=0)
+    low_frequency_factor: float = knob(1.0, "llama3: wavelengths over original_length / this are divided by `factor`")
+    high_frequency_factor: float = knob(4.0, "llama3: wavelengths under original_length / this are kept")
+    beta_fast: float = knob(32.0, "yarn: dimensions that turn more often than this within original_length are kept")
+    beta_slow: float = knob(1.0, "yarn: those that turn less often are divided by `factor`")
+    attention_factor: float | None = knob(
+        None, "yarn: what cosines and sines are multiplied by; null: by the paper's rule"
+    )
 
 
 @dataclass
 class ModelConfig:
-    """The shape of the transformer. A preset of `configs/model` fills it."""
+    """The shape of the transformer, which a preset of `configs/model` fills, and the kernels it runs on."""
 
-    vocab_size: int = 8192
-    layers: int = 4
-    width: int = 128  # of the residual stream
-    heads: int = 4
-    kv_heads: int = 4  # fewer than `heads`: grouped-query attention
-    head_dim: int = 32
-    mlp_width: int = 512
-    norm: Norm = Norm.rms_norm
-    norm_eps: float = 1e-5
-    activation: Activation = Activation.swiglu
-    positions: Positions = Positions.rotary
-    max_positions: int = 0  # learned positions only: rows of the table, tokens
+    vocab_size: int = knob(8192, "rows of the token embedding; at least the tokenizer's vocabulary", least=1)
+    layers: int = knob(4, "transformer blocks", least=1)
+    width: int = knob(128, "hidden size: width of the residual stream", least=1)
+    heads: int = knob(4, "query heads", least=1)
+    kv_heads: int = knob(4, "key/value heads; fewer than `heads`: grouped-query attention", least=1)
+    head_dim: int = knob(32, "width of a head; heads * head_dim may differ from `width`", least=1)
+    mlp_width: int = knob(512, "intermediate size of the MLP", least=1)
+    norm: Norm = knob(Norm.rms_norm, "normalisation before attention, before the MLP, and at the end")
+    norm_eps: float = knob(1e-5, "added to the mean square, or to the variance", above=0)
+    activation: Activation = knob(Activation.swiglu, "of the MLP")
+    positions: Positions = knob(Positions.rotary, "how a token knows its place in its document")
+    max_positions: int = knob(0, "learned positions only: rows of the table, tokens", least=0)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
-    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys
-    qkv_bias: bool = False
-    projection_bias: bool = False  # of the attention's output projection and of the MLP
-    tied_embeddings: bool = True  # the output projection is the token embedding
-    window: int = 0  # keys a sliding-window layer sees; 0: every layer sees all
-    full_attention_every: int = 0  # with `window`: of so many layers the last sees all keys; 0: none does
-    logit_softcap: float | None = None  # logits are squashed to +- this by tanh
-    init_std: float = 0.02  # of every weight matrix; output projections: divided by sqrt(2 * layers)
-    attention: AttentionImplementation = AttentionImplementation.auto
-    fused_ops: FusedImplementation = FusedImplementation.auto  # norms, rotary positions, SwiGLU, cross entropy
-    init_from: str = ""  # folder with weights of Hugging Face (config.json, *.safetensors) that a new run starts with
+    qk_norm: bool = knob(False, "RMSNorm over head_dim of queries and keys")
+    qkv_bias: bool = knob(False, "bias of the query, key and value projections")
+    projection_bias: bool = knob(False, "bias of the attention's output projection and of the MLP")
+    tied_embeddings: bool = knob(True, "the output projection is the token embedding")
+    window: int = knob(0, "keys a sliding-window layer sees; 0: every layer sees all", least=0)
+    full_attention_every: int = knob(
+        0, "with `window`: of so many layers the last sees all keys; 0: none does", least=0
+    )
+    logit_softcap: float | None = knob(None, "logits are squashed to +- this by tanh; null: not", above=0)
+    init_std: float = knob(
+        0.02, "standard deviation of initial weights; output projections: divided by sqrt(2 * layers)", above=0
+    )
+    attention: AttentionImplementation = knob(AttentionImplementation.auto, "attention backend; auto: the fastest")
+    fused_ops: FusedImplementation = knob(
+        FusedImplementation.auto, "backend of norms, rotary positions, SwiGLU and cross entropy; auto: the fastest"
+    )
+    init_from: str = knob(
+        "", "folder with weights of Hugging Face (config.json, *.safetensors) that a new run starts with; empty: none"
+    )
 
 
 @dataclass
 class RecallConfig:
     """The synthetic stream `data=recall`: pairs of a key and its value, each key's value drawn anew a sequence."""
 
-    keys: int = 64  # distinct keys
-    values: int = 64  # distinct values
+    keys: int = knob(64, "distinct keys", least=1)
+    values: int = knob(64, "distinct values", least=1)
 
 
 @dataclass
 class DataConfig:
-    """What the model reads."""
+    """What the model is trained on."""
 
-    source: DataSource = DataSource.builtin
-    folder: str = ""  # source=prepared: of tools/prepare_data.py, of Megatron's *.bin and *.idx, or of nanoGPT's *.bin
-    mixture: dict[str, float] = field(default_factory=dict)  # in place of `folder`: several, and their shares
-    tokenizer: str = ""  # tokenizer.json of Megatron's and nanoGPT's files: for samples and bits a byte
-    token_dtype: TokenDtype = TokenDtype.auto  # of nanoGPT's files; auto: uint16, up to a vocabulary of 65,536
-    # id that closes a document in nanoGPT's files; null: the tokenizer's, without one GPT-2's 50256
-    end_of_document: int | None = None
-    cache_folder: str = "~/.cache/longctx"  # where source=builtin keeps its tokens
-    sequence_length: int = 2048  # tokens
-    sequences_per_step: int = 8  # over all ranks and accumulation steps
-    sequences_per_micro_batch: int = 1  # on one data rank at a time
-    separate_documents: bool = True  # attention stays inside a document and positions restart with each
-    # {step: tokens}: from that step on attention is cut every so many tokens; empty: never. Each step reads the same
-    # tokens with or without, so that a short start costs neither order nor batch size
-    curriculum: dict[int, int] = field(default_factory=dict)
-    validation_sequences: int = 16
-    recall_sequences: int = 4  # of validation: synthetic ones that ask over which distances the model recalls
-    check_hashes: bool = False  # read every shard in full at start and compare its sha256 with the manifest
+    source: DataSource = knob(DataSource.builtin, "where tokens come from")
+    folder: str = knob(
+        "", "source=prepared: of tools/prepare_data.py, of Megatron's *.bin and *.idx, or of nanoGPT's *.bin"
+    )
+    mixture: dict[str, float] = knob(help="in place of `folder`: several, and their shares", factory=dict)
+    tokenizer: str = knob("", "tokenizer.json of Megatron's and nanoGPT's files: for samples and bits a byte")
+    token_dtype: TokenDtype = knob(TokenDtype.auto, "of nanoGPT's files; auto: uint16, up to a vocabulary of 65,536")
+    end_of_document: int | None = knob(
+        None, "id that closes a document in nanoGPT's files; null: the tokenizer's, without one GPT-2's 50256"
+    )
+    cache_folder: str = knob("~/.cache/longctx", "where source=builtin keeps its tokens")
+    sequence_length: int = knob(2048, "tokens of a training sequence: the context length", least=1)
+    sequences_per_step: int = knob(8, "global batch size: over all ranks and accumulated micro-batches", least=1)
+    sequences_per_micro_batch: int = knob(
+        1, "micro-batch size on one data-parallel rank; gradients of several are accumulated", least=1
+    )
+    separate_documents: bool = knob(True, "attention stays inside a document and positions restart with each")
+    curriculum: dict[int, int] = knob(
+        help="{step: tokens}: from that step on attention is cut every so many tokens; empty: never. Each step reads "
+        "the same tokens with or without, so that a short start costs neither order nor batch size",
+        factory=dict,
+    )
+    check_hashes: bool = knob(False, "read every shard in full at start and compare its sha256 with the manifest")
     recall: RecallConfig = field(default_factory=RecallConfig)
 
 
@@ -207,93 +290,118 @@ class DataConfig:
 class ParallelConfig:
     """How many ranks share what. The product of the four sizes is the number of ranks."""
 
-    replicate: int = 1  # copies of the sharded model (HSDP)
-    shard: int = -1  # ranks that share parameters and read different data (FSDP2); -1: all that are left
-    context: int = 1  # ranks that share a sequence; they share parameters too
-    tensor: int = 1  # ranks that share every matrix product
-    strategy: Strategy = Strategy.auto  # how attention crosses the context axis; auto: by its size, heads and machines
-    ulysses: int = 0  # strategy=ulysses_ring: ranks that trade heads, a divisor of context; 0: most that a machine has
-    verify: bool = True  # before the first step of a layout, compare it with attention on whole sequences
-    recompute: Recompute = Recompute.none  # what the backward pass computes again to save memory
-    compile: bool = False  # torch.compile each block
-    timeout_seconds: int = 600  # a collective that takes longer ends the run
-    # a step that would take longer after a signal to stop is abandoned, and the state before it saved; torchrun kills
-    # its ranks 30 seconds after a signal of its own (--shutdown-timeout), and the save needs time too
-    stop_seconds: int = 20
-    check_memory: bool = True  # refuse at start what cannot fit the memory there is
+    replicate: int = knob(1, "data-parallel replicas of the sharded model (the outer axis of HSDP)", least=1)
+    shard: int = knob(
+        -1, "data-parallel ranks that shard parameters, gradients and optimizer state (FSDP2); -1: all that are left"
+    )
+    context: int = knob(1, "context-parallel degree: ranks that share a sequence; they shard parameters too", least=1)
+    tensor: int = knob(1, "tensor-parallel degree: ranks that share every matrix product", least=1)
+    strategy: Strategy = knob(
+        Strategy.auto, "how attention crosses the context axis; auto: by its size, heads and machines"
+    )
+    ulysses: int = knob(
+        0, "strategy=ulysses_ring: the Ulysses degree, a divisor of context; 0: the largest that a machine has", least=0
+    )
+    verify: bool = knob(True, "before the first step of a layout, compare it with attention on whole sequences")
+    recompute: Recompute = knob(Recompute.none, "activation checkpointing: what the backward pass computes again")
+    compile: bool = knob(False, "torch.compile each block")
+    timeout_seconds: int = knob(600, "a collective that takes longer ends the run", least=1)
+    stop_seconds: int = knob(
+        20,
+        "a step that would take longer after a signal to stop is abandoned, and the state before it saved; torchrun "
+        "kills its ranks 30 seconds after a signal of its own (--shutdown-timeout), and the save needs time too",
+        least=1,
+    )
+    check_memory: bool = knob(True, "refuse at start what cannot fit the memory there is")
 
 
 @dataclass
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    optimizer: Optimizer = Optimizer.adamw
-    steps: int = 100
-    lr: float = 3e-4  # AdamW, at the top of the schedule
-    muon_lr: float = 0.02  # Muon (weight matrices of the blocks; the rest takes AdamW), scaled by matrix shape
-    muon_momentum: float = 0.95
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices; vectors have none
-    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
-    schedule: Schedule = Schedule.cosine
-    warmup_steps: int | None = None  # null: a twentieth of the steps, at most 100
-    decay_fraction: float = 0.2  # wsd: the share of the steps in which the rate falls
-    final_lr_fraction: float = 0.1  # of lr, at the last step
-    max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
+    optimizer: Optimizer = knob(Optimizer.adamw, "adamw, or muon for the weight matrices of the blocks")
+    steps: int = knob(100, "optimizer steps of the whole run", least=1)
+    lr: float = knob(3e-4, "learning rate of AdamW at the top of the schedule", least=0)
+    muon_lr: float = knob(0.02, "learning rate of Muon, scaled by matrix shape", least=0)
+    muon_momentum: float = knob(0.95, "momentum of Muon", least=0, below=1)
+    beta1: float = knob(0.9, "AdamW's decay of the gradient's mean", least=0, below=1)
+    beta2: float = knob(0.95, "AdamW's decay of the squared gradient's mean", least=0, below=1)
+    eps: float = knob(1e-8, "AdamW's addition to the denominator", above=0)
+    weight_decay: float = knob(0.1, "of matrices; vectors have none", least=0)
+    clip_norm: float = knob(1.0, "gradient clipping by the global norm (max_grad_norm); 0: none", least=0)
+    schedule: Schedule = knob(Schedule.cosine, "of the learning rate after warm-up")
+    warmup_steps: int | None = knob(None, "null: a twentieth of the steps, at most 100", least=0)
+    decay_fraction: float = knob(0.2, "wsd: the share of the steps in which the rate falls", least=0, most=1)
+    final_lr_fraction: float = knob(0.1, "of lr, at the last step", least=0, most=1)
+    max_skipped_steps: int = knob(10, "so many non-finite steps in a row end the run", least=1)
 
 
 @dataclass
 class PrecisionConfig:
-    """Number formats. Master weights, their gradients and the optimizer's state are float32."""
+    """Number formats (mixed precision). Master weights, their gradients and the optimizer's state are float32."""
 
-    compute: ComputeDtype = ComputeDtype.bfloat16
-    tf32: bool = True  # float32 matrix products may run in TF32 on NVIDIA GPUs
+    compute: ComputeDtype = knob(ComputeDtype.bfloat16, "dtype of activations and of gathered parameters")
+    tf32: bool = knob(True, "float32 matrix products may run in TF32 on NVIDIA GPUs")
+
+
+@dataclass
+class ValidationConfig:
+    """How the model is looked at, now and then and at the end."""
+
+    every_steps: int = knob(100, "steps between validations; 0: only at the end", least=0)
+    sequences: int = knob(16, "held-out sequences of each validation; 0: none", least=0)
+    recall_sequences: int = knob(
+        4, "synthetic sequences that ask over which distances the model recalls; 0: none", least=0
+    )
+    sample_prompts: list[str] = knob(
+        help="texts that the model continues at the end",
+        factory=lambda: ["import", "class Tensor", "def __init__(self"],
+    )
+    sample_tokens: int = knob(64, "tokens generated after each prompt; 0: none", least=0)
 
 
 @dataclass
 class CheckpointConfig:
     """When the run is saved, and from what it starts."""
 
-    every_steps: int = 500  # 0: not in between
-    asynchronous: bool = True  # written by a thread while training goes on, from a copy in host memory
-    at_end: bool = True  # after the last step, and when a signal stops the run
-    keep: int = 2  # newest committed checkpoints that stay
-    # auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or the
-    # path of a step folder, from which this run branches off (and goes on with its own newer ones when restarted)
-    resume: str = "auto"
-    # what SIGUSR1 asks for, which batch systems send ahead of a limit: to save and go on, or to save and stop
-    on_usr1: OnUsr1 = OnUsr1.save
+    every_steps: int = knob(500, "steps between checkpoints; 0: none in between", least=0)
+    asynchronous: bool = knob(True, "written by a thread while training goes on, from a copy in host memory")
+    at_end: bool = knob(True, "after the last step, and when a signal stops the run")
+    keep: int = knob(2, "newest committed checkpoints that stay", least=1)
+    resume: str = knob(
+        "auto",
+        "auto: the newest committed one of this run, if any; never: none, and a folder that has some is refused; or "
+        "the path of a step folder, from which this run branches off (and goes on with its own newer ones when "
+        "restarted)",
+    )
+    on_usr1: OnUsr1 = knob(OnUsr1.save, "what SIGUSR1 asks for, which batch systems send ahead of a limit")
 
 
 @dataclass
 class LoggingConfig:
     """What is shown, how often."""
 
-    every_steps: int = 1  # metrics and console line
-    validate_every_steps: int = 100  # 0: only at the end
-    wandb: WandbMode = WandbMode.auto  # auto: as WANDB_MODE says; without it online with an API key, else offline
-    wandb_project: str = ""  # empty: as WANDB_PROJECT says; without it longctx
-    wandb_timeout_seconds: int = 20  # a server that has not answered by then is left alone
-    peak_tflops: float | None = None  # of one device, for MFU; null: known for common GPUs
-    trace_step: int = 0  # number of a step whose timeline rank 0 writes into the run's folder; 0: none
-    sample_prompts: list[str] = field(default_factory=lambda: ["import", "class Tensor", "def __init__(self"])
-    sample_tokens: int = 64  # generated after each prompt at the end; 0: none
+    every_steps: int = knob(1, "steps between lines of metrics", least=1)
+    wandb: WandbMode = knob(WandbMode.auto, "auto: as WANDB_MODE says; without it online with an API key, else offline")
+    wandb_project: str = knob("", "empty: as WANDB_PROJECT says; without it longctx")
+    wandb_timeout_seconds: int = knob(20, "a server that has not answered by then is left alone", least=1)
+    peak_tflops: float | None = knob(None, "of one device, for MFU; null: known for common GPUs", above=0)
+    trace_step: int = knob(0, "number of a step whose timeline rank 0 writes into the run's folder; 0: none", least=0)
 
 
 @dataclass
 class Config:
     """One run."""
 
-    name: str = "run"
-    folder: str = "runs"  # the run's files are in folder/name
-    seed: int = 0
+    name: str = knob("run", "of the run; its files are in folder/name")
+    folder: str = knob("runs", "where runs have their folders")
+    seed: int = knob(0, "of initial weights and of the order of data", least=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -302,7 +410,26 @@ class Config:
         return Path(self.folder) / self.name
 
 
-# checks --------------------------------------------------------------------------------------------------------------
+class Key(NamedTuple):
+    """One key of a configuration."""
+
+    path: str  # dotted, as on the command line
+    value: Any
+    help: str
+    limits: Limits
+
+
+def keys(config: Any, prefix: str = "") -> Iterator[Key]:
+    """Every key of a configuration or of a group of it, with what stands at its field."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{one.name}.")
+        else:
+            yield Key(f"{prefix}{one.name}", value, one.metadata["help"], one.metadata["limits"])
+
+
+# what follows from it ------------------------------------------------------------------------------------------------
 
 
 def resolve_shard(parallel: ParallelConfig, world_size: int) -> int:
@@ -318,234 +445,12 @@ def warmup_steps(optim: OptimConfig) -> int:
     return min(100, optim.steps // 20) if optim.warmup_steps is None else optim.warmup_steps
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
-    too_small, model = _check_sizes(config), _check_model(config.model)
-    layout = _check_layout(config.parallel, world_size)
-    problems = [*too_small, *_check_ranges(config), *model, *layout]
-    if not too_small and not layout:  # the rest divides by these
-        problems += _check_batch(config, world_size)
-        problems += _check_sharing(config) if not model else []
-    if problems:
-        raise ConfigError(problems)
-
-
-_AT_LEAST_ONE = (
-    "model.vocab_size", "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim",
-    "model.mlp_width", "model.rotary.original_length", "data.sequence_length", "data.sequences_per_step",
-    "data.sequences_per_micro_batch", "data.recall.keys", "data.recall.values", "parallel.replicate",
-    "parallel.context", "parallel.tensor", "parallel.timeout_seconds", "parallel.stop_seconds",
-    "optim.steps", "optim.max_skipped_steps",
-    "checkpoint.keep", "logging.every_steps", "logging.wandb_timeout_seconds",
-)  # fmt: skip
-_AT_LEAST_ZERO = (
-    "parallel.ulysses", "model.window", "model.full_attention_every", "model.max_positions", "model.rotary.longest",
-    "data.validation_sequences", "data.recall_sequences", "optim.lr", "optim.muon_lr", "optim.weight_decay",
-    "optim.clip_norm", "checkpoint.every_steps", "logging.validate_every_steps",
-    "logging.sample_tokens", "logging.trace_step", "seed",
-)  # fmt: skip
-_FRACTIONS = ("optim.decay_fraction", "optim.final_lr_fraction")
-_BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.muon_momentum")
-_POSITIVE = ("optim.eps", "model.norm_eps", "model.init_std", "model.rotary.theta", "model.rotary.factor")
-
-
-def _value(config: Config, path: str) -> float:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _check_sizes(config: Config) -> list[str]:
-    return [
-        f"{path}={_value(config, path)} is less than {least}; give {least} or more"
-        for least, paths in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO))
-        for path in paths
-        if _value(config, path) < least
-    ]
-
-
-def _check_ranges(config: Config) -> list[str]:
-    problems = [
-        f"{path}={_value(config, path)} is outside 0 to 1; give a fraction"
-        for path in _FRACTIONS
-        if not 0 <= _value(config, path) <= 1
-    ]
-    problems += [
-        f"{path}={_value(config, path)} must be at least 0 and below 1"
-        for path in _BELOW_ONE
-        if not 0 <= _value(config, path) < 1
-    ]
-    problems += [f"{path}={_value(config, path)} must be above 0" for path in _POSITIVE if not _value(config, path) > 0]
-    peak = config.logging.peak_tflops
-    if peak is not None and peak <= 0:
-        problems.append(f"logging.peak_tflops={peak} must be above 0; null: known for common GPUs")
-    warmup = config.optim.warmup_steps
-    if warmup is not None and warmup < 0:
-        problems.append(
-            f"optim.warmup_steps={warmup} is less than 0; give 0 or more, or null for a twentieth of the steps"
-        )
-    elif warmup is not None and warmup >= max(config.optim.steps, 1):
-        problems.append(
-            f"optim.warmup_steps={warmup} is not less than optim.steps={config.optim.steps}, so the learning rate "
-            "never gets to its top; give fewer, or optim.warmup_steps=null for a twentieth of the steps"
-        )
-    if config.parallel.shard != -1 and config.parallel.shard < 1:
-        problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
-    if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
-        problems.append(f"name={config.name!r} is no folder name; give one without slashes")
-    elif config.name != config.name.strip() or not config.name.isprintable():
-        problems.append(f"name={config.name!r} has spaces at an end, or signs that cannot be seen; give one without")
-    return problems + _check_data(config.data)
-
-
-def _check_data(data: DataConfig) -> list[str]:
-    problems = []
-    if data.source == DataSource.prepared and not data.folder and not data.mixture:
-        problems.append("data.source=prepared needs data.folder=FOLDER, as tools/prepare_data.py writes it")
-    if data.source != DataSource.prepared and (data.folder or data.mixture):
-        problems.append(
-            f"data.folder and data.mixture are of data=prepared, data.source is {data.source}; add data=prepared"
-        )
-    if data.folder and data.mixture:
-        problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
-    problems += [
-        f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
-        for folder, weight in data.mixture.items()
-        if not 0 < weight < math.inf
-    ]
-    problems += [
-        f"data.curriculum: {step}: {span}; give steps from 0 on, and 1 to data.sequence_length={data.sequence_length} "
-        "tokens"
-        for step, span in data.curriculum.items()
-        if step < 0 or not 1 <= span <= data.sequence_length
-    ]
-    return problems
-
-
 def attention_span(data: DataConfig, step: int) -> int | None:
     """Every so many tokens attention is cut in `step` (from 0 on), by the curriculum; None: nowhere."""
     begun = [first for first in data.curriculum if first <= step]
     return data.curriculum[max(begun)] if begun else None
 
 
-def _check_model(model: ModelConfig) -> list[str]:
-    problems = []
-    if model.kv_heads > 0 and model.heads % model.kv_heads:
-        problems.append(
-            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; use {_divisors(model.heads)}"
-        )
-    if model.positions == Positions.rotary and model.head_dim % 2:
-        problems.append(f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs, so give an even one")
-    if model.logit_softcap is not None and model.logit_softcap <= 0:
-        problems.append(f"model.logit_softcap={model.logit_softcap} must be above 0; null is none")
-    return problems
-
-
-def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
-    sizes = {"replicate": parallel.replicate, "context": parallel.context, "tensor": parallel.tensor}
-    if parallel.shard >= 1:
-        sizes["shard"] = parallel.shard
-    problems = [
-        f"parallel.{axis}={size} does not divide the {world_size} ranks of this run; use {_divisors(world_size)}"
-        for axis, size in sizes.items()
-        if size > 0 and world_size % size
-    ]
-    if problems or min(sizes.values()) < 1:
-        return problems
-    product = math.prod(sizes.values())
-    named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    if parallel.shard == -1 and world_size % product:
-        return [f"parallel: {named} = {product} does not divide the {world_size} ranks of this run; change one of them"]
-    if parallel.shard != -1 and product < world_size:
-        return [
-            f"parallel: {named} = {product}, but the run has {world_size} ranks; "
-            f"start {product} (torchrun --nproc-per-node) or set parallel.shard=-1"
-        ]
-    if parallel.shard != -1 and product > world_size:
-        return [f"parallel: {named} = {product}, but the run has {world_size} ranks; start {product} or lower a size"]
-    return []
-
-
-def _check_batch(config: Config, world_size: int) -> list[str]:
-    data, parallel, model = config.data, config.parallel, config.model
-    problems = []
-    if parallel.context > 1:
-        pieces = 2 * parallel.context * parallel.tensor
-        why = f"2 chunks a rank, which balance causal work, x context {parallel.context} x tensor {parallel.tensor}"
-    else:
-        pieces, why = parallel.tensor, f"tensor {parallel.tensor}"
-    if data.sequence_length % pieces:
-        near = max(pieces, round(data.sequence_length / pieces) * pieces)
-        problems.append(f"data.sequence_length={data.sequence_length} is no multiple of {pieces} ({why}); use {near}")
-    readers = parallel.replicate * resolve_shard(parallel, world_size) * data.sequences_per_micro_batch
-    if data.sequences_per_step % readers:
-        near = max(1, round(data.sequences_per_step / readers)) * readers
-        problems.append(
-            f"data.sequences_per_step={data.sequences_per_step} is no multiple of {readers} (data ranks "
-            f"{readers // data.sequences_per_micro_batch} x sequences_per_micro_batch "
-            f"{data.sequences_per_micro_batch}); use {near}"
-        )
-    rotary = model.rotary
-    if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:
-        problems.append(
-            f"model.rotary.longest={rotary.longest} is less than data.sequence_length={data.sequence_length}, and "
-            f"scaling=dynamic goes by it; set model.rotary.longest={data.sequence_length} or more"
-        )
-    if model.positions == Positions.learned and model.max_positions < data.sequence_length:
-        problems.append(
-            f"model.max_positions={model.max_positions} is less than data.sequence_length={data.sequence_length}; "
-            f"set model.max_positions={data.sequence_length} or shorten the sequence"
-        )
-    if data.source == DataSource.recall:
-        needed = data.recall.keys + data.recall.values
-        if model.vocab_size < needed:
-            problems.append(
-                f"model.vocab_size={model.vocab_size} is less than the {needed} ids of the recall stream "
-                f"(keys {data.recall.keys} + values {data.recall.values}); set model.vocab_size={needed}"
-            )
-    return problems
-
-
-def _check_sharing(config: Config) -> list[str]:
-    model, parallel = config.model, config.parallel
-    problems = [
-        f"parallel.tensor={parallel.tensor} does not divide model.{name}={count}; use {_divisors(count)}"
-        for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
-        if count % parallel.tensor
-    ]
-    if problems or parallel.context == 1:
-        return problems
-    heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
-    if parallel.strategy == Strategy.ulysses:
-        axis, size = "context", parallel.context
-    elif parallel.strategy == Strategy.ulysses_ring and parallel.ulysses:
-        axis, size = "ulysses", parallel.ulysses
-    else:
-        return problems
-    if parallel.context % size:
-        problems.append(
-            f"parallel.ulysses={size} does not divide parallel.context={parallel.context}; "
-            f"use {_divisors(parallel.context)}"
-        )
-    if heads % size:
-        problems.append(
-            f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads a "
-            f"tensor rank has; use {_divisors(heads)}, or strategy=ring or gather"
-        )
-    elif not shares_heads(heads, kv_heads, size):
-        problems.append(
-            f"parallel.{axis}={size} with strategy={parallel.strategy} neither divides nor is a multiple of the "
-            f"{kv_heads} key/value heads a tensor rank has; use strategy=ring or gather"
-        )
-    return problems
-
-
 def shares_heads(heads: int, kv_heads: int, size: int) -> bool:
     """Whether `size` ranks can trade tokens for heads."""
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
-
-def _divisors(n: int) -> str:
-    numbers = [str(d) for d in range(1, n + 1) if n % d == 0]
-    return numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"

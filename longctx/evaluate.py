@@ -11,55 +11,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longctx.config import LoggingConfig, UserError
-from longctx.data.loader import Batch, Probes, Source, collate
+from longctx.config import ValidationConfig
+from longctx.data.loader import Probes, Source, collate
 from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.data.tokenizer import open_tokenizer
-from longctx.kernels.attention.mask import KeyIntervals, to_device
+from longctx.errors import UserError
+from longctx.parallel.load_balance import Split, zigzag
+from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.sequence import Split, zigzag
 from longctx.runtime import raise_together
 
 BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
-
-
-class Held(NamedTuple):
-    """What this rank holds of a batch, on its device: (batch, sequence / context) each, and the mask of the whole."""
-
-    tokens: Tensor
-    positions: Tensor
-    mask: KeyIntervals
-    targets: Tensor
-
-    @staticmethod
-    def of(batch: Batch, split: Split, mesh: Mesh, device: torch.device) -> Held:
-        tokens, positions, targets = (
-            to_device(split.shard(x, mesh.rank("context")), device)
-            for x in (batch.tokens, batch.positions, batch.targets)
-        )
-        return Held(tokens, positions, split.mask(batch.document_start, device), targets)
 
 
 class StoppedError(Exception):
     """Some rank was asked to stop while the model was looked at; raised on all ranks alike."""
 
 
-class Losses(NamedTuple):
+class SequenceLosses(NamedTuple):
     """Of the targets that this rank holds of one sequence: number `number`, and what else is known of them."""
 
     number: int
-    held: Held
+    held: LocalBatch
     split: Split
     is_target: Tensor  # (1, held tokens)
     nats: Tensor  # (targets,) float64
 
 
-def losses_of(
+def losses_by_sequence(
     model: nn.Module, sequence: Callable[[int], Sequence], sequences: int, mesh: Mesh, device: torch.device,
     must_stop: Callable[[], bool],
-) -> Iterator[Losses]:  # fmt: skip
-    """Of the first `sequences`, each once over all ranks; all ranks run alike, so that collectives meet."""
+) -> Iterator[SequenceLosses]:  # fmt: skip
+    """Yields the losses of each target of sequences 0 to `sequences` - 1, each on one data-parallel rank.
+
+    Every rank runs the same number of forward passes, or collectives would hang.
+    """
     for first in range(0, sequences, mesh.readers):
         number, problem, read = first + mesh.reader, None, None
         try:
@@ -75,9 +62,9 @@ def losses_of(
             raise StoppedError
         batch = collate([read])
         split = zigzag(batch.tokens.shape[1], mesh.size("context"))
-        held = Held.of(batch, split, mesh, device)
+        held = LocalBatch.of(batch, split, mesh, device)
         is_target = (held.targets != IGNORE_INDEX) & (number < sequences)
-        yield Losses(number, held, split, is_target, model(*held)[is_target].double())
+        yield SequenceLosses(number, held, split, is_target, model(*held)[is_target].double())
 
 
 class ByOctave:
@@ -113,7 +100,7 @@ def validate(
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     by_position = ByOctave(device)
-    for found in losses_of(model, source.sequence, sequences, mesh, device, must_stop):
+    for found in losses_by_sequence(model, source.sequence, sequences, mesh, device, must_stop):
         sums[0] += found.nats.sum()
         sums[1] += len(found.nats)
         sums[2] += 0 if bytes_of is None else bytes_of[found.held.targets[found.is_target]].sum()
@@ -140,7 +127,9 @@ def recall(
     numbers, whatever the layout. `must_stop` as in `validate`.
     """
     by_distance = ByOctave(device)
-    for found in losses_of(model, lambda number: probes.probe(number).sequence, sequences, mesh, device, must_stop):
+    for found in losses_by_sequence(
+        model, lambda number: probes.probe(number).sequence, sequences, mesh, device, must_stop
+    ):
         distances = torch.from_numpy(probes.probe(found.number).distance).unsqueeze(0)
         distance = found.split.shard(distances, mesh.rank("context")).to(device)[found.is_target]
         is_asked = distance > 0
@@ -149,15 +138,15 @@ def recall(
 
 
 def sample_texts(
-    model: nn.Module, tokens: Mixture, logging: LoggingConfig, mesh: Mesh, device: torch.device
+    model: nn.Module, tokens: Mixture, settings: ValidationConfig, mesh: Mesh, device: torch.device
 ) -> list[str]:  # fmt: skip
-    """What the model makes of `logging.sample_prompts`, as text; nothing without a tokenizer. All ranks call it."""
-    if not tokens.tokenizer_file or not logging.sample_tokens or not logging.sample_prompts:
+    """What the model makes of `validation.sample_prompts`, as text; nothing without a tokenizer. All ranks call it."""
+    if not tokens.tokenizer_file or not settings.sample_tokens or not settings.sample_prompts:
         return []
     tokenizer, begin = open_tokenizer(tokens.tokenizer_file), tokens.document_begin or []
-    prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in logging.sample_prompts]
+    prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in settings.sample_prompts]
     prompts = [ids or [tokens.end_of_document] for ids in prompts]
-    texts = generate(model, prompts, logging.sample_tokens, mesh, device, tokens.tokenizer_vocab)
+    texts = generate(model, prompts, settings.sample_tokens, mesh, device, tokens.tokenizer_vocab)
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
 

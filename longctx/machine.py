@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def this_machine() -> str:
-    """Equal in two processes only if they run on one machine and see each other's numbers: without spaces.
+    """Identifier of this host, its boot and PID namespace, without spaces.
 
-    Names alone do not tell: containers of different machines may have the same.
+    Two processes with the same one can address each other by PID and share GPU memory. Host names alone do not tell:
+    containers of different machines may have the same.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""

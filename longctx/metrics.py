@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from longctx.config import LoggingConfig, WandbMode
 from longctx.console import say
+from longctx.run_info import RunInfo
 
 SILENCE_S = 60  # inside a step, after which its progress is printed
 
@@ -46,21 +47,21 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
 class Metrics:
     """Collects the numbers of each step on rank 0; on the other ranks it does nothing."""
 
-    def __init__(
-        self, logging: LoggingConfig, folder: Path, name: str, as_written: str, start: int, steps: int, is_main: bool
-    ) -> None:
+    def __init__(self, run: RunInfo, start: int, is_main: bool) -> None:
+        """`start`: the step from which the run goes on."""
+        logging, steps = run.config.logging, run.config.optim.steps
         self.is_main, self.steps = is_main, steps
         if not is_main:
             return
-        self.path = folder / "metrics.jsonl"
-        self.history = History(folder / "history.json", self._last_step(), start)
+        self.path = run.metrics_file
+        self.history = History(run.folder / "history.json", self._last_step(), start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
         self.wandb = None
         mode = wandb_mode(logging)
         if mode != "disabled":
-            self.wandb = WandbThread(logging, mode, folder, name, as_written)
+            self.wandb = WandbThread(logging, mode, run.folder, run.config.name, run.config_yaml)
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
 
@@ -245,7 +246,7 @@ def console_line(step: int, steps: int, values: dict[str, float]) -> str:
 class WandbThread:
     """Starts wandb and hands it the metrics, all in a background thread."""
 
-    def __init__(self, logging: LoggingConfig, mode: str, folder: Path, name: str, as_written: str) -> None:
+    def __init__(self, logging: LoggingConfig, mode: str, folder: Path, name: str, config_yaml: str) -> None:
         self.timeout_seconds, self.folder, self.exit_code = logging.wandb_timeout_seconds, folder, 0
         self.mode: Any = mode
         self.queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
@@ -253,11 +254,11 @@ class WandbThread:
         project = logging.wandb_project or os.environ.get("WANDB_PROJECT") or "longctx"
         # wandb keeps an offline run a folder; of two with one id the server keeps the steps of the last, so it has all
         earlier = read_metrics(folder / "metrics.jsonl") if mode == "offline" else []
-        arguments = (project, folder, name, as_written, earlier)
+        arguments = (project, folder, name, config_yaml, earlier)
         self.thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self.thread.start()
 
-    def _run(self, project: str, folder: Path, name: str, as_written: str, earlier: list[dict[str, Any]]) -> None:
+    def _run(self, project: str, folder: Path, name: str, config_yaml: str, earlier: list[dict[str, Any]]) -> None:
         try:
             import wandb
 
@@ -268,7 +269,7 @@ class WandbThread:
                 project=project, name=name, id=_run_id(folder), resume="allow", dir=str(folder), mode=self.mode,
                 settings=settings,
             )  # fmt: skip
-            run.config.update({"configuration": as_written}, allow_val_change=True)
+            run.config.update({"configuration": config_yaml}, allow_val_change=True)
             for row in earlier:
                 run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
             while (item := self.queue.get()) is not None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from longctx.config import Config, UserError, warmup_steps
+from longctx.config import Config, warmup_steps
+from longctx.errors import UserError
 
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
 WHOLE = ("data.mixture", "data.curriculum")  # whose keys are the user's: compared as one value

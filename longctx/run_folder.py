@@ -11,8 +11,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from longctx.config import UserError
 from longctx.console import say
+from longctx.errors import UserError
 from longctx.runtime import Runtime
 
 
@@ -22,9 +22,9 @@ class RunFolder:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         """Raises `UserError` on all ranks: it cannot be written, another run writes it, or a machine has its own."""
         self.file: IO[str] | None = None  # the lock, on rank 0
-        word = runtime.on_main(lambda: self._take(folder))
+        word = runtime.run_on_rank_0(lambda: self._take(folder))
         try:
-            runtime.together(lambda: _find_word(folder, word, runtime))
+            runtime.run_on_all_ranks(lambda: _find_word(folder, word, runtime))
         finally:
             if runtime.is_main:
                 (folder / word).unlink(missing_ok=True)

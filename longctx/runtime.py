@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from longctx import plan
-from longctx.config import Config, UserError
+from longctx.config import Config
 from longctx.console import say
+from longctx.errors import UserError
 from longctx.files import gigabytes
 from longctx.stopping import end_with_parent
 
@@ -33,7 +34,7 @@ class Runtime:
     world_size: int
     device: torch.device
     timeout: datetime.timedelta  # of a collective
-    group: dist.ProcessGroup | None = None  # of all ranks, for `together` and `on_main`; None: the default one
+    group: dist.ProcessGroup | None = None  # of all ranks, for the methods below; None: the default one
 
     def in_background(self) -> Runtime:
         """The same with a gloo group of its own, for a thread beside the training step. To be called by all ranks."""
@@ -52,7 +53,7 @@ class Runtime:
         if self.is_main:
             say(message)
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs `action` on every rank; if it fails on one, all raise `UserError` with that rank's message.
 
         So a full disk or a damaged file on one machine ends the run cleanly everywhere instead of hanging the others.
@@ -75,7 +76,7 @@ class Runtime:
         dist.all_gather_object(found, mine, group=self.group)
         return found
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def run_on_rank_0(self, action: Callable[[], T]) -> T:
         """Runs `action` on rank 0 and hands its result to all; if it fails, all raise `UserError`."""
         box: list = [None, None]  # result, problem
         if self.is_main:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from longctx.config import Config, DataSource
 from longctx.data import builtin
+from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import ChainedTokens, Mixture
-from longctx.data.other_formats import open_corpus
 from longctx.data.tokenizer import as_trained
-from longctx.data.tokens import DataError
+from longctx.errors import DataError
 from longctx.runtime import Runtime
 
 Validation = ChainedTokens | RecallStream
@@ -24,14 +24,14 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
     weights = data.mixture or {data.folder: 1.0}
     if data.source == DataSource.builtin:
         folder = builtin.folder(data.cache_folder)
-        runtime.together(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
+        runtime.run_on_all_ranks(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
         weights = {str(folder): 1.0}
     folders = [Path(folder).expanduser() for folder in weights]
     vocab_size, rank, ranks = config.model.vocab_size, runtime.rank, runtime.world_size
-    tokens = runtime.together(
+    tokens = runtime.run_on_all_ranks(
         lambda: Mixture([open_corpus(f, vocab_size, data, rank, ranks) for f in folders], list(weights.values()))
     )
-    seen_by_main = runtime.on_main(tokens.fingerprint)
+    seen_by_main = runtime.run_on_rank_0(tokens.fingerprint)
 
     def check_same() -> None:  # machines with other versions of Python or torch have other sources
         if tokens.fingerprint() != seen_by_main:
@@ -39,7 +39,7 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
                 f"{tokens}: tokens {tokens.fingerprint()}, rank 0 has {seen_by_main}; copy one to all machines"
             )
 
-    runtime.together(check_same)
+    runtime.run_on_all_ranks(check_same)
     for note in tokens.notes:
         runtime.say(note)
     return tokens
@@ -61,12 +61,13 @@ def training_source(config: Config, tokens: Mixture | None) -> Source:
 
 
 def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> Validation | None:
-    """Held-out sequences; None if `data.validation_sequences` is 0, or, said aloud, if there is too little text."""
-    if not config.data.validation_sequences:
+    """Held-out sequences; None if `validation.sequences` is 0, or, said aloud, if there is too little text."""
+    sequences = config.validation.sequences
+    if not sequences:
         return None
     if tokens is None:
-        return RecallStream(config.data, config.seed + 1)
-    source, problems = tokens.validation(config.data)
+        return RecallStream(config.data, config.seed + 1, sequences)
+    source, problems = tokens.validation(config.data, sequences)
     for problem in problems:
         runtime.say(f"no validation: {problem}")
     return source

@@ -52,7 +52,7 @@ class StopSignals:
         self._store: Store | None = None
         self._parent, self._has_launcher = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
         self._gate = threading.Lock()
-        self._passed, self._is_open, self._is_closed = 0, False, False
+        self.gates_passed, self._is_open, self._is_closed = 0, False, False
         self._ended = threading.Event()
 
     def __enter__(self) -> StopSignals:
@@ -92,7 +92,7 @@ class StopSignals:
         """
         with self._gate:
             if not self._is_closed:
-                self._passed, self._is_open = self._passed + 1, is_open
+                self.gates_passed, self._is_open = self.gates_passed + 1, is_open
                 return
         self.wait_for_the_end()
 
@@ -167,13 +167,13 @@ class StopSignals:
             if not self._is_open:
                 return
             self._is_closed = True
-        self._tell("abandon", str(self._passed))
+        self._tell("abandon", str(self.gates_passed))
         self._abandon()
 
     def _follow(self, gate: int) -> None:
         """Another rank has closed the gate behind number `gate`, which this rank will pass if it has not."""
         with self._gate:
-            if self._passed < gate:
+            if self.gates_passed < gate:
                 return  # to be looked at again
             self._is_closed = True
         self._abandon()

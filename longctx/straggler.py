@@ -17,7 +17,10 @@ PRODUCTS = 100
 
 
 def own_ms(device: torch.device) -> float:
-    """The least of five times for the same few matrix products, which no other rank takes part in."""
+    """Milliseconds of a fixed local benchmark, 100 matrix products: how fast this rank's device is by itself.
+
+    The best of five, without communication.
+    """
     size, dtype = SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = a @ b

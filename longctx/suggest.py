@@ -58,7 +58,11 @@ ALIASES = {
     "precision.compute": ("dtype", "bf16", "fp16", "mixed_precision", "amp"),
     "checkpoint.every_steps": ("save_steps", "save_interval", "checkpoint_interval"),
     "logging.every_steps": ("log_interval", "logging_steps", "log_every"),
-    "logging.validate_every_steps": ("eval_interval", "eval_steps", "val_interval"),
+    "validation.every_steps": ("eval_interval", "eval_steps", "val_interval", "validate_every_steps"),
+    "validation.sequences": ("validation_sequences", "eval_iters", "val_batches"),
+    "validation.recall_sequences": ("recall_sequences",),
+    "validation.sample_prompts": ("sample_prompts",),
+    "validation.sample_tokens": ("sample_tokens", "max_new_tokens"),
     "logging.wandb": ("use_wandb", "report_to"),
 }  # fmt: skip
 

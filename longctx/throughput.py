@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import resource
-from typing import NamedTuple
 
 import torch
 
+from longctx.batch import Batch
 from longctx.config import Config
-from longctx.data.loader import Batch
 from longctx.metrics import peak_tflops
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
+from longctx.parallel.context_parallel import ContextParallel
+from longctx.parallel.load_balance import Split
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.sequence import Split
-from longctx.parallel.strategy import Chosen
-from longctx.parallel.transport import in_use as transports_in_use
 from longctx.plan import in_words
 from longctx.runtime import Runtime
+from longctx.step_counters import Summed
 from longctx.straggler import product_tflops
 
 GIB = 2.0**30
 LONG_STEP_S = 60  # of which the user is told before
 
 
-class Summed(NamedTuple):
-    """Of a step's sequences, added up over all ranks."""
-
-    valid_targets: float
-    tflops: float  # of forward and backward
-    documents: float
-    unread: float  # more than 0: some rank could not read its sequences
-
-
 class Throughput:
     """Measures the steps of a run on this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, context: Chosen, runtime: Runtime) -> None:
-        self.config, self.mesh, self.context, self.runtime = config, mesh, context, runtime
+    def __init__(self, config: Config, mesh: Mesh, context_parallel: ContextParallel, runtime: Runtime) -> None:
+        self.config, self.mesh, self.context_parallel, self.runtime = config, mesh, context_parallel, runtime
         self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
 
     def expected_s(self, say_so: bool) -> float:
@@ -55,8 +45,11 @@ class Throughput:
         return seconds
 
     def imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
-        """Attention of this rank over the mean of its context axis; ranks that trade heads share theirs."""
-        size, together = self.mesh.size("context"), self.context.ulysses
+        """Load imbalance: the attention work of this rank (visible keys, summed over its queries) over the mean.
+
+        The mean is that over its context axis; ranks that trade heads attend from the same tokens and share theirs.
+        """
+        size, together = self.mesh.size("context"), self.context_parallel.choice.ulysses_size
         if size == together:
             return 1.0
         first = self.mesh.rank("context") // together * together
@@ -70,7 +63,7 @@ class Throughput:
     def of_step(self, seconds: float, counts: Summed) -> dict[str, float]:
         """Throughput, utilisation and memory of a step that took `seconds`."""
         config, world_size = self.config, self.runtime.world_size
-        copies = world_size / self.mesh.readers  # ranks that count the same sequences
+        copies = self.mesh.ranks_of_a_reader
         tokens = config.data.sequences_per_step * config.data.sequence_length
         tflops = counts.tflops / copies / seconds / world_size
         values = {
@@ -79,13 +72,13 @@ class Throughput:
             "perf/step_s": seconds,
             "perf/tflops_per_gpu": tflops,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
-            "time/context_exposed_s": sum(transport.take_waited_s() for transport in transports_in_use()),
+            "time/context_exposed_s": self.context_parallel.take_waited_seconds(),
         }
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
             values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
         if self.runtime.device.type == "cuda":
-            beside = sum(transport.shared_bytes() for transport in transports_in_use())
+            beside = self.context_parallel.shared_bytes()
             values["mem/peak_alloc_gib"] = (torch.cuda.max_memory_allocated() + beside) / GIB
             values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         else:  # of the whole process

@@ -13,8 +13,11 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers and ranks share the cores: threads of theirs would wait in turns
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
-from helpers import make_corpus
+from corpora import make_corpus
 
 
 @pytest.fixture
@@ -31,7 +34,14 @@ def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
+SEVERAL_PROCESSES = ("run_on_ranks", "run_on_new_ranks", "started_ranks", "TORCHRUN")
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:  # where several workers run, one of them has the tests of many ranks
+        if any(hasattr(item.module, name) for name in SEVERAL_PROCESSES):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
     def gpus_needed(item) -> int:
         marker = item.get_closest_marker("gpu")
         return 0 if marker is None else marker.args[0]

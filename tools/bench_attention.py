@@ -21,10 +21,12 @@ from benchmarking import Row, UnservedError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longctx.kernels.attention import interface
+from longctx.kernels.attention import passes
+from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.interface import attention
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
+from longctx.kernels.attention.tiles import TILE, merge_flags
 
 
 @dataclass(frozen=True)
@@ -176,24 +178,30 @@ def flash_attention_4(case: Case, device: torch.device) -> Call:
 
 
 class _Into(torch.autograd.Function):
-    """The forms of a ring's step: merging into (out, lse), adding to float32 dq, dk, dv, which are zeroed each time."""
+    """The forms of a ring's step: the last of several blocks of keys, merged with what was before; dq, dk and dv are
+    added to float32 tensors that are zeroed each time."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, implementation: str) -> Tensor:
         options = Options(q.shape[-1] ** -0.5)
-        out = torch.zeros(q.shape, device=q.device)
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, device=q.device)
-        interface.forward(q, k, v, mask, options, implementation, into=(out, lse))
+        implementation = choose_implementation(implementation, q, mask, options)
+        mask = mask.with_bounds(q.device)
+        _, last = merge_flags([mask, mask], TILE)
+        forward = passes.PartialForward(q, options, implementation)
+        forward.sums.zero_()
+        forward.lse.fill_(-torch.inf)
+        forward.add(k, v, mask, last)
+        out, lse = forward.results()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = mask, options, implementation
-        return out.to(q.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = into = tuple(torch.zeros(x.shape, device=x.device) for x in (q, k, v))
-        interface.backward(gradients[0], None, q, k, v, out.to(q.dtype), lse, *ctx.call, into=(dq, dk, dv))
-        return *(x.to(q.dtype) for x in into), None, None
+        saved = Saved(*ctx.saved_tensors)
+        dq, dk, dv = into = tuple(torch.zeros(x.shape, device=x.device) for x in saved[:3])
+        passes.attention_backward(gradients[0], None, saved, *ctx.call, into=(dq, dk, dv))
+        return *(x.to(saved.q.dtype) for x in into), None, None
 
 
 def into(implementation: str) -> Callable[[Case, torch.device], Call]:

@@ -32,12 +32,13 @@ from context_parallel_peers import PEERS, peer
 from torch import Tensor
 
 from longctx.config import Config, ParallelConfig, Strategy
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.model.attention import Attend
 from longctx.parallel import transport
+from longctx.parallel.context_parallel import ContextAttend, ContextParallel
+from longctx.parallel.load_balance import Split, SplitMask, balanced, imbalance, in_order, zigzag
 from longctx.parallel.mesh import make_mesh
-from longctx.parallel.sequence import Split, balanced, imbalance, in_order, zigzag
-from longctx.parallel.strategy import choose_strategy, wrapper
+from longctx.parallel.strategy import choose_strategy
 
 HEAD_DIM = 128
 GIB = 2.0**30
@@ -89,8 +90,9 @@ CASES = [
 ]
 PARITY = [Case(1 << 14), Case(1 << 14, median=1024)]
 
-Attention = Callable[[Tensor, Tensor, Tensor, KeyIntervals], Tensor]
-Call = tuple[Attention, list[Tensor], KeyIntervals]  # and q, k, v and dout of one rank
+Mask = KeyIntervals | SplitMask
+Attention = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+Call = tuple[Attention, list[Tensor], Mask]  # and q, k, v and dout of one rank
 STRATEGIES = "ring", "gather", "ulysses", "ulysses_ring"
 ALONE = ["alone", "alone-fa4"]
 CONTENDERS = ["alone", *STRATEGIES, *(f"{name}-messages" for name in STRATEGIES), *PEERS]
@@ -103,22 +105,24 @@ def contender(name: str, case: Case) -> Iterator[Attention]:
         raise UnservedError("no documents")
     torch.cuda.synchronize()
     dist.barrier()
-    transport.forget()
-    with peer(name) if name in PEERS else nullcontext(Attend("auto") if name == "alone" else ours(name)) as attend:
+    made = peer(name) if name in PEERS else nullcontext(Attend("auto")) if name == "alone" else ours(name)
+    with made as attend:
         yield attend
 
 
-def ours(name: str) -> Attention:
+@contextmanager
+def ours(name: str) -> Iterator[Attention]:
     """Of the product, two GPUs trade heads."""
     strategy, _, form = name.partition("-")
     size = dist.get_world_size()
     parallel = ParallelConfig(context=size, strategy=Strategy(strategy), ulysses=2)
     mesh = make_mesh(parallel, size, "cuda")
-    wrap = wrapper(choose_strategy(Config(parallel=parallel), size), mesh, timeout_seconds=60)
+    made = ContextParallel.over(choose_strategy(Config(parallel=parallel), size), mesh, timeout_seconds=60)
     if form:
-        for made in transport.in_use():
-            transport.use(transport.Messages(made.group))
-    return wrap(Attend("auto"))
+        made.close()
+        made = ContextParallel(made.choice, [transport.Messages(group) for group in made.groups])
+    yield made.replace(Attend("auto"))
+    made.close()
 
 
 def inputs(case: Case, size: int, seed: int) -> list[Tensor]:
@@ -129,7 +133,7 @@ def inputs(case: Case, size: int, seed: int) -> list[Tensor]:
     return [x.requires_grad_(i < 3) for i, x in enumerate(made)]
 
 
-def results(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> list[Tensor]:
+def results(attend: Attention, tensors: list[Tensor], mask: Mask) -> list[Tensor]:
     q, k, v, dout = tensors
     out = attend(q, k, v, mask)
     return [out, *torch.autograd.grad(out, (q, k, v), dout)]
@@ -190,7 +194,7 @@ def _row_ms(call: Callable[[], object], calls: int) -> float:
     return float(longest)
 
 
-def passes(attend: Attention, tensors: list[Tensor], mask: KeyIntervals) -> list[Callable[[], object]]:
+def passes(attend: Attention, tensors: list[Tensor], mask: Mask) -> list[Callable[[], object]]:
     """The forward pass and the backward pass, to be called many times."""
     q, k, v, dout = tensors
     out = attend(q, k, v, mask)
@@ -214,7 +218,8 @@ def measure(name: str, case: Case, rank: int, size: int, seconds: float) -> Row:
 def timings(case: Case, size: int, mine: Call, free: Call, seconds: float) -> Row:
     gib = benchmarking.peak_gib(lambda: results(*mine), torch.device("cuda"))
     assert gib is not None
-    gib += sum(made.shared_bytes() for made in transport.in_use()) / GIB
+    if isinstance(mine[0], ContextAttend):
+        gib += mine[0].context_parallel.shared_bytes() / GIB
     tflop = 4 * HEAD_DIM * case.heads * float(case.work().double().sum()) / size / 1e12
     row: Row = {"GiB": gib, "imbalance": imbalance(case.work(), case.split(size))}
     both = zip(("forward", "backward"), passes(*mine), passes(*free), (1.0, 2.5), strict=True)

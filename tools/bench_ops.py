@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from benchmarking import Row, UnservedError
 from torch import Tensor
 
-from longctx.kernels.cross_entropy import cross_entropy
+from longctx.kernels.compat.norms import dropout_add_layer_norm
 from longctx.kernels.dense import fused_mlp
-from longctx.kernels.layer_norm import dropout_add_layer_norm, layer_norm
-from longctx.kernels.linear_cross_entropy import linear_cross_entropy
-from longctx.kernels.rms_norm import add_rms_norm, rms_norm
+from longctx.kernels.loss.cross_entropy import cross_entropy
+from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
+from longctx.kernels.norm.layer_norm import layer_norm
+from longctx.kernels.norm.rms_norm import add_rms_norm, rms_norm
 from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.softmax import softmax
 from longctx.kernels.swiglu import swiglu

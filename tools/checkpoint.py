@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from longctx.checkpoint import BEST_BY, CheckpointError, list_checkpoints, read_manifest, verify_files
-from longctx.config import UserError
+from longctx.errors import UserError
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def show(paths: list[Path], is_verified: bool) -> bool:
 def export_checkpoint(checkpoint: Path, folder: Path, dtype: str) -> None:
     import torch
 
-    from longctx.export import export_weights
+    from longctx.hugging_face.export import export_weights
 
     written = export_weights(checkpoint, folder, getattr(torch, dtype))
     print(f"{folder}: {len(written)} files, {sum(path.stat().st_size for path in written) / 2**30:.3g} GiB")

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from longctx.config import UserError
+from longctx.errors import UserError
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
 
 
 def print_preset(folder: Path) -> None:
-    from longctx.model.hugging_face import as_yaml
-    from longctx.parallel.pretrained import PretrainedWeights
+    from longctx.hugging_face.convert import as_yaml
+    from longctx.hugging_face.load import PretrainedWeights
 
     weights = PretrainedWeights(folder)
     rotary = weights.config.pop("rotary", {})
@@ -56,7 +56,7 @@ def export_checkpoint(
 ) -> None:
     import torch
 
-    from longctx.export import export_hugging_face
+    from longctx.hugging_face.export import export_hugging_face
 
     if tokenizer is not None and not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer}: no such file")

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import pytest
 
-from longctx.kernels.attention import flash_attention
+from longctx.kernels.compat import flash_attn
 
 FUNCTIONS = (
     "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
@@ -53,7 +53,7 @@ def as_flash_attn(checkout: Path) -> None:
         for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.layers", "flash_attn.layers.rotary")
     )
     for name in FUNCTIONS:
-        setattr(package, name, _with_scaled_probabilities(getattr(flash_attention, name)))
+        setattr(package, name, _with_scaled_probabilities(getattr(flash_attn, name)))
     vars(package)["flash_attn_with_kvcache"] = _for_inference
     vars(rotary)["apply_rotary_emb"] = _for_inference  # only the tests of the cache call it
     vars(interface)["_get_block_size_n"] = lambda *_: 2**31 - 1  # the softmax is scaled by its row's maximum

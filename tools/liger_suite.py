@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.kernels.cross_entropy import cross_entropy
-from longctx.kernels.layer_norm import layer_norm
-from longctx.kernels.linear_cross_entropy import linear_cross_entropy
-from longctx.kernels.rms_norm import rms_norm
+from longctx.kernels.loss.cross_entropy import cross_entropy
+from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
+from longctx.kernels.norm.layer_norm import layer_norm
+from longctx.kernels.norm.rms_norm import rms_norm
 from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.swiglu import swiglu
 

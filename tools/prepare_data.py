@@ -15,11 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from longctx.config import UserError
 from longctx.data.lengths import draw_lengths, length_table
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare, preparing
 from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files
 from longctx.data.tokens import Manifest, TokenFolder
+from longctx.errors import UserError
 
 
 def main() -> None:

@@ -19,13 +19,12 @@ import benchmarking
 import torch
 from torch import Tensor
 
-from longctx.kernels import launch
-from longctx.kernels.attention import hopper_backward, hopper_forward
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
+from longctx.kernels.attention import hopper_backward, hopper_forward, hopper_tiles
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
 
 SHAPES = {64: (32768, 32, 32), 128: (32768, 32, 8), 256: (16384, 16, 16)}  # tokens, query heads, key heads
-Tile = TypeVar("Tile", launch.HopperForward, launch.HopperBackward)
+Tile = TypeVar("Tile", hopper_tiles.HopperForward, hopper_tiles.HopperBackward)
 
 
 class Inputs(NamedTuple):
@@ -35,11 +34,11 @@ class Inputs(NamedTuple):
     dout: Tensor
 
 
-def forward_tiles(head_dim: int) -> list[launch.HopperForward]:
+def forward_tiles(head_dim: int) -> list[hopper_tiles.HopperForward]:
     """What fits and hardly spills."""
     keys, stages = {64: (128, (3, 4)), 128: (128, (2,)), 256: (64, (2,))}[head_dim]
     return [
-        launch.HopperForward(keys, n, own_out, ping_pong, *registers)
+        hopper_tiles.HopperForward(keys, n, own_out, ping_pong, *registers)
         for n in stages
         for own_out in ((True, False) if head_dim <= 128 else (False,))
         for ping_pong in (True, False)
@@ -47,8 +46,8 @@ def forward_tiles(head_dim: int) -> list[launch.HopperForward]:
     ]
 
 
-def backward_tiles(head_dim: int) -> list[launch.HopperBackward]:
-    return [launch.HopperBackward({64: 128, 128: 64}[head_dim], 2, registers) for registers in (240, 232)]
+def backward_tiles(head_dim: int) -> list[hopper_tiles.HopperBackward]:
+    return [hopper_tiles.HopperBackward({64: 128, 128: 64}[head_dim], 2, registers) for registers in (240, 232)]
 
 
 def first_of(now: Tile, tiles: list[Tile]) -> list[Tile]:
@@ -68,12 +67,12 @@ def random_inputs(head_dim: int, device: torch.device) -> Inputs:
 def fastest(
     what: str, tiles: Sequence[Tile], run: Callable[[], tuple[Tensor, ...]], flops: float, device: torch.device
 ) -> Tile:
-    """Of `tiles`, with which `launch.<what>` is replaced while `run` is timed."""
+    """Of `tiles`, with which `hopper_tiles.<what>` is replaced while `run` is timed."""
     rounds: list[dict[Tile, float]] = [{}, {}]
     expected: tuple[Tensor, ...] | None = None
     for milliseconds in rounds:
         for tile in tiles:
-            with mock.patch.object(launch, what, return_value=tile):
+            with mock.patch.object(hopper_tiles, what, return_value=tile):
                 try:
                     results = run()
                 except Exception as error:  # too much shared memory, or registers
@@ -95,26 +94,26 @@ def fastest(
     return best
 
 
-def tune(head_dim: int, device: torch.device) -> tuple[launch.HopperForward, launch.HopperBackward | None]:
+def tune(head_dim: int, device: torch.device) -> tuple[hopper_tiles.HopperForward, hopper_tiles.HopperBackward | None]:
     q, k, v, dout = random_inputs(head_dim, device)
     mask, options = KeyIntervals.causal(q.shape[1]), Options(head_dim**-0.5)
     flops = 2.0 * head_dim * q.shape[2] * q.shape[1] ** 2
 
     def forward() -> tuple[Tensor, ...]:
-        return hopper_forward.forward(q, k, v, mask, options)
+        return hopper_forward.forward_on_hopper(q, k, v, mask, options)
 
     of_forward = fastest(
-        "hopper_forward", first_of(launch.hopper_forward(q), forward_tiles(head_dim)), forward, flops, device
+        "forward_tiles", first_of(hopper_tiles.forward_tiles(q), forward_tiles(head_dim)), forward, flops, device
     )
     if head_dim > 128:
         return of_forward, None
     out, lse = forward()
 
     def backward() -> tuple[Tensor, ...]:
-        return hopper_backward.backward(dout, None, q, k, v, out, lse, mask, options)
+        return hopper_backward.backward_on_hopper(dout, None, Saved(q, k, v, out, lse), mask, options)
 
-    tiles = first_of(launch.hopper_backward(q), backward_tiles(head_dim))
-    return of_forward, fastest("hopper_backward", tiles, backward, 2.5 * flops, device)
+    tiles = first_of(hopper_tiles.backward_tiles(q), backward_tiles(head_dim))
+    return of_forward, fastest("backward_tiles", tiles, backward, 2.5 * flops, device)
 
 
 def main() -> None:
@@ -133,7 +132,7 @@ def main() -> None:
     text = json.dumps(table, indent=2) + "\n"
     print(text)
     if arguments.write:
-        launch.HOPPER_TILES.write_text(text)
+        hopper_tiles.HOPPER_TILES.write_text(text)
 
 
 if __name__ == "__main__":

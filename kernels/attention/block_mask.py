@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention.mask import KeyIntervals, remember
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.mask_cache import cached_per_mask
 from longctx.kernels.attention.tiles import key_tiles
 
 
@@ -41,6 +42,11 @@ class BlockMask:
         """As of `KeyIntervals`."""
         return self.intervals.positions(device)
 
+    def identity(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """The tensors and sizes that the mask consists of, see `mask_cache`."""
+        tensors, sizes = self.intervals.identity()
+        return (self.kept, *tensors), (self.block_q, self.block_k, *sizes)
+
 
 class TileLists(NamedTuple):
     """The tiles that a kernel visits for each block of rows (or of keys): those with an edge first, then the full ones.
@@ -53,31 +59,23 @@ class TileLists(NamedTuple):
     order: Tensor
 
 
+@cached_per_mask
 def tile_lists(mask: BlockMask, tile_q: int, tile_k: int, of_keys: bool) -> TileLists:
-    """The lists of each block of `tile_q` rows, or, `of_keys`, of each block of `tile_k` keys; computed once a mask."""
-
-    def compute() -> TileLists:
-        touched, full = _classify(mask, tile_q, tile_k)
-        if of_keys:
-            touched, full = touched.transpose(1, 2), full.transpose(1, 2)
-        rank = torch.where(full, 1, torch.where(touched, 0, 2))
-        order = torch.sort(rank, dim=-1, stable=True).indices
-        counts = torch.stack(((touched & ~full).sum(-1), touched.sum(-1)), dim=-1)
-        return TileLists(*(x.to(torch.int32).contiguous() for x in (counts, order)))
-
-    others = (mask.intervals.start, mask.intervals.end)
-    return remember(mask.kept, others, ("tile_lists", mask.block_q, mask.block_k, tile_q, tile_k, of_keys), compute)
+    """The lists of each block of `tile_q` rows, or, `of_keys`, of each block of `tile_k` keys."""
+    touched, full = _classify(mask, tile_q, tile_k)
+    if of_keys:
+        touched, full = touched.transpose(1, 2), full.transpose(1, 2)
+    rank = torch.where(full, 1, torch.where(touched, 0, 2))
+    order = torch.sort(rank, dim=-1, stable=True).indices
+    counts = torch.stack(((touched & ~full).sum(-1), touched.sum(-1)), dim=-1)
+    return TileLists(*(x.to(torch.int32).contiguous() for x in (counts, order)))
 
 
+@cached_per_mask
 def addition_turns(mask: BlockMask, tile_q: int, tile_k: int) -> Tensor:
     """(1 or heads, row blocks, key blocks) int32: how many key blocks after this one add to the same rows of dQ."""
-
-    def compute() -> Tensor:
-        touched = _classify(mask, tile_q, tile_k)[0].to(torch.int32)
-        return (touched.flip(-1).cumsum(-1).flip(-1) - touched).to(torch.int32).contiguous()
-
-    others = (mask.intervals.start, mask.intervals.end)
-    return remember(mask.kept, others, ("turns", mask.block_q, mask.block_k, tile_q, tile_k), compute)
+    touched = _classify(mask, tile_q, tile_k)[0].to(torch.int32)
+    return (touched.flip(-1).cumsum(-1).flip(-1) - touched).to(torch.int32).contiguous()
 
 
 def _classify(mask: BlockMask, tile_q: int, tile_k: int) -> tuple[Tensor, Tensor]:

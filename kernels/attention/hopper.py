@@ -8,22 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longctx.kernels import launch
-from longctx.kernels.attention import sdpa, triton_backward
+from longctx.kernels import hardware
+from longctx.kernels.attention import torch_sdpa, triton_backward
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.hopper_backward import BackwardInBlocks
-from longctx.kernels.attention.hopper_backward import backward as _gluon_backward
-from longctx.kernels.attention.hopper_forward import ITEM_ROWS, Part, forward
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
-from longctx.kernels.reference import added, repeat_heads, sum_repeated_heads
-
-__all__ = ["ITEM_ROWS", "BackwardInBlocks", "Part", "backward", "forward", "has_own_backward", "unsupported"]
+from longctx.kernels.attention.hopper_backward import backward_on_hopper
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
+from longctx.kernels.attention.reference import added, repeat_heads, sum_repeated_heads
 
 
 def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str | None:
     """Why a call like this cannot be served here, or None if it can."""
-    if not _is_on_gpu(q) or launch.architecture(q.device) != "sm_90":
+    if not _is_on_gpu(q) or hardware.architecture(q.device) != "sm_90":
         return "the Hopper kernels need a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the Hopper kernels take float16 and bfloat16, not {q.dtype}"
@@ -52,29 +48,26 @@ def has_own_backward(q: Tensor) -> bool:
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: Saved,
     mask: KeyIntervals,
     options: Options,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `interface.backward`. Head dims above 128 have torch's kernels where these serve, else the portable one."""
+    """See `passes`. Head dims above 128 have torch's kernels where these serve, else the portable one."""
+    q, k, v, out, lse = saved
     if has_own_backward(q):
-        return _gluon_backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if sdpa.unsupported(q, options) is None:
-        gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
+        return backward_on_hopper(dout, dlse, saved, mask, options, into)
+    if torch_sdpa.unsupported(q, options) is None:
+        gradients = torch_sdpa.backward_by_torch(dout, dlse, saved, mask, options.scale)
     elif _cudnn_serves(k, dlse, mask, options):
         repeated = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
-        dq, dk, dv = sdpa.cudnn_backward(dout, q, *repeated, out, lse, mask, options.scale)
+        dq, dk, dv = torch_sdpa.cudnn_backward(dout, Saved(q, *repeated, out, lse), mask, options.scale)
         gradients = dq, sum_repeated_heads(dk, k.shape[2]), sum_repeated_heads(dv, k.shape[2])
     else:
-        return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
+        return triton_backward.backward_in_triton(dout, dlse, saved, mask, options, into)
     return added(gradients, into)
 
 
 def _cudnn_serves(k: Tensor, dlse: Tensor | None, mask: KeyIntervals, options: Options) -> bool:
     """At a head dim of 256, which torch's other kernels do not take with a gradient of lse."""
-    return dlse is None and not options.deterministic and sdpa.knows_mask(mask) and k.shape[1] > 1
+    return dlse is None and not options.deterministic and torch_sdpa.knows_mask(mask) and k.shape[1] > 1

@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels import launch
-from longctx.kernels.attention import triton_backward
+from longctx.kernels import addressing, hardware
+from longctx.kernels.attention import hopper_tiles, triton_backward
 from longctx.kernels.attention.hopper_gluon import named_barrier, reduce_add_to_global, threads_meet, wait_for_writes
-from longctx.kernels.attention.hopper_work import (
+from longctx.kernels.attention.hopper_scheduler import (
     addressable,
     await_item,
     barriers,
@@ -45,8 +45,8 @@ from longctx.kernels.attention.hopper_work import (
     read_item,
     vector_descriptor,
 )
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E, wide
@@ -64,16 +64,16 @@ def _of_consumer(block, NUMBER: gl.constexpr, index):
 
 
 @gluon.jit
-def _weights(score, rows, stage, key, is_edge, factor, column: gl.constexpr):
+def _probabilities(score, rows, stage, key, is_edge, factor, column: gl.constexpr):
     """exp2(score * factor - exponent), (K, Q), 0 where a row does not see a key."""
     exponents, starts, ends = rows[0], rows[2], rows[3]
     exponent = exponents.index(stage).load(column)
-    weight = gl.exp2(score * factor - exponent[None, :])
+    p = gl.exp2(score * factor - exponent[None, :])
     if is_edge:
         row_start, row_end = starts.index(stage).load(column), ends.index(stage).load(column)
         seen = (key[:, None] >= row_start[None, :]) & (key[:, None] < row_end[None, :])
-        weight = gl.where(seen, weight, 0.0)
-    return weight
+        p = gl.where(seen, p, 0.0)
+    return p
 
 
 @gluon.jit
@@ -85,7 +85,7 @@ def _by_thread(dq):
 
 
 @gluon.constexpr_function
-def _sectors(BLOCK_D):
+def _sector_layout(BLOCK_D):
     """A consumer's sums (64, D), a pair of columns of each thread traded for another's: four threads hold 64 bytes."""
     columns = [[0, 16], [0, 32], [0, 64]][: 1 + BLOCK_D // 64]
     lanes, warps = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
@@ -95,7 +95,7 @@ def _sectors(BLOCK_D):
 @gluon.jit
 def _send(home, strides, batch, head, NUMBER: gl.constexpr, head_dim, x, BLOCK_D: gl.constexpr):
     """Writes a consumer's part of a tile to its home: 16 bytes a thread, as links between GPUs want it."""
-    layout: gl.constexpr = _sectors(BLOCK_D)
+    layout: gl.constexpr = _sector_layout(BLOCK_D)
     pointers, inside = pointers_to(
         home, strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, layout
     )  # fmt: skip
@@ -142,11 +142,11 @@ def _consumer(
         mbarrier.wait(query_full.index(stage), parity, pred=n_all > 0)
         score = warpgroup_mma(k, queries.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
         mbarrier.wait(dout_full.index(stage), parity, pred=n_all > 0)
-        dweight = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
         is_edge = (near > 0) | (far == 0)
-        weight = _weights(score, rows, stage, key, is_edge, factor, column)
-        dweight = warpgroup_mma_wait(0, deps=(dweight,))
+        p = _probabilities(score, rows, stage, key, is_edge, factor, column)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
         place = gl.to_tensor(0)  # of the tile among those of its head
         for i in range(0, n_all):
             # addresses that seem to change are computed, not kept in registers, of which none are left
@@ -154,10 +154,10 @@ def _consumer(
             k, v = _of_consumer(keys, NUMBER, zero), _of_consumer(values, NUMBER, zero)
             stage = done % STAGES
             done += 1
-            weight_operand = gl.convert_layout(weight.to(k.dtype), operand)
-            dv = warpgroup_mma(weight_operand, douts.index(stage), dv, is_async=True)
+            p_operand = gl.convert_layout(p.to(k.dtype), operand)
+            dv = warpgroup_mma(p_operand, douts.index(stage), dv, is_async=True)
             delta = deltas.index(stage).load(column)
-            dscore = (weight * (dweight * scale - delta[None, :])).to(k.dtype)
+            dscore = (p * (dp * scale - delta[None, :])).to(k.dtype)
             dscore_tile = dscores.index(done & 1)
             dscore_tile.slice(NUMBER * KEYS, KEYS, dim=0).store(dscore)
             fence_async_shared()
@@ -169,7 +169,7 @@ def _consumer(
                 dscore_part, k_part = dscore_tile.slice(NUMBER * 64, 64, dim=1), keys.index(zero)
             dq = warpgroup_mma(dscore_part.permute((1, 0)), k_part, dq_zeros, use_acc=False, is_async=True)
             dk = warpgroup_mma(dscore_operand, queries.index(stage), dk, is_async=True)
-            dq, dv, weight_operand = warpgroup_mma_wait(1, deps=(dq, dv, weight_operand))
+            dq, dv, p_operand = warpgroup_mma_wait(1, deps=(dq, dv, p_operand))
             mbarrier.wait(dq_empty.index(NUMBER), done & 1)
             dq_tiles.index(NUMBER).store(_by_thread(dq))
             fence_async_shared()
@@ -184,15 +184,13 @@ def _consumer(
             dk, dscore_operand = warpgroup_mma_wait(1, deps=(dk, dscore_operand))
             mbarrier.arrive(row_empty.index(stage), count=1)
             mbarrier.wait(dout_full.index(next_stage), parity, pred=i + 1 < n_all)
-            dweight = warpgroup_mma(
-                v, douts.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
-            )
+            dp = warpgroup_mma(v, douts.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
             score = warpgroup_mma_wait(1, deps=(score,))
             place = gl.where(place + 1 == n_tiles, 0, place + 1)
             # its branch keeps the compiler from hoisting the wait above the exponentials
             is_edge = (place < near) | (place >= far)
-            weight = _weights(score, rows, next_stage, key, is_edge, factor, column)
-            dweight, weight = warpgroup_mma_wait(0, deps=(dweight, weight))
+            p = _probabilities(score, rows, next_stage, key, is_edge, factor, column)
+            dp, p = warpgroup_mma_wait(0, deps=(dp, p))
 
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         if homes is not None:
@@ -314,7 +312,7 @@ def _adder(
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _backward_kernel(
+def attention_backward_hopper(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
     exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
     locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch,
@@ -376,7 +374,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _gather_kernel(
+def attention_backward_dq_hopper(
     parts, dq, dq_batch, dq_row, dq_head, n_queries, head_dim, row_blocks,
     ACCUMULATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -396,41 +394,41 @@ def _gather_kernel(
     tl.store(pointers, result.to(dq.dtype.element_ty), mask=inside)
 
 
-class GradientHomes(NamedTuple):
+class GradientTargets(NamedTuple):
     """Where the gradients of each tile of keys are written, in one tensor or several, here or on another GPU."""
 
     addresses: Tensor  # int64, one for each 2 * KEYS keys: of the first batch, key and head of dk
     like: Tensor  # (batch, tokens, 2, kv_heads, head_dim) float32, whose strides all homes have: dk and dv of a token
 
 
-class BackwardInBlocks:
-    """The backward pass over keys that come block by block; see `interface.BackwardInBlocks`."""
+class PartialBackwardOnHopper:
+    """The backward pass over keys that come block by block; see `passes.PartialBackward`."""
 
     def __init__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor, options: Options
     ) -> None:  # fmt: skip
         self.q, self.dout, self.options = addressable(q), addressable(dout), options
-        self.blocks, self.width = launch.hopper_backward(q), launch.hopper_head_dim(q)
+        self.blocks, self.width = hopper_tiles.backward_tiles(q), hopper_tiles.hopper_head_dim(q)
         batch, n_queries, heads, _ = q.shape
         self.row_blocks = triton.cdiv(n_queries, self.blocks.rows)
         shape = batch, heads, self.row_blocks, self.blocks.rows * self.width // 32, 32
         self.dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
-        with launch.on_device(q):
+        with hardware.on_device(q):
             self.statistics = triton_backward.statistics(self.dout, out, dlse, lse, options.scale, self.blocks.rows)
 
     def add(
-        self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientHomes
+        self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientTargets
     ) -> None:  # fmt: skip
         """One block: dk and dv are written to tensors of the inputs' dtype or to homes, added to float32 tensors."""
         q, options, blocks, block_keys = self.q, self.options, self.blocks, 2 * KEYS.value
         (batch, _, heads, head_dim), (n_keys, kv_heads) = q.shape, k.shape[1:3]
         k, v = addressable(k), addressable(v)
-        if isinstance(into, GradientHomes):
+        if isinstance(into, GradientTargets):
             homes, (dk, dv) = into.addresses, into.like.unbind(2)
         else:
             homes, (dk, dv) = None, into
         is_wide = dk.dtype == torch.float32
-        mask = mask.written_out(q.device)
+        mask = mask.with_bounds(q.device)
         start, end = padded_bounds(mask, blocks.rows)
         tiles = row_tiles(mask, blocks.rows, block_keys)
         of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
@@ -443,15 +441,15 @@ class BackwardInBlocks:
         n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0
         zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
         tile = {"rows": blocks.rows, "width": self.width}
-        with launch.on_device(q):
-            _backward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
+        with hardware.on_device(q):
+            attention_backward_hopper[(min(n_items, hardware.multiprocessors(q.device)),)](
                 descriptor(q, **tile), *(descriptor(x, block_keys, self.width) for x in (k, v)),
                 descriptor(self.dout, **tile), part_descriptor(self.dq_parts),
                 *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_wide else (dk, dv))),
                 *(vector_descriptor(x, blocks.rows) for x in (*self.statistics, start, end)),
                 dk, dv, homes, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
-                *dk.stride()[:3], *dv.stride()[:3], launch.shared_stride(tiles), launch.shared_stride(of_rows),
-                launch.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
+                *dk.stride()[:3], *dv.stride()[:3], addressing.shared_stride(tiles), addressing.shared_stride(of_rows),
+                addressing.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
                 together, order.numel() // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,
                 ACCUMULATE=is_wide and homes is None, BLOCK_Q=blocks.rows, BLOCK_D=self.width, STAGES=blocks.stages,
                 REGISTERS=blocks.registers, num_warps=4,
@@ -460,31 +458,28 @@ class BackwardInBlocks:
     def dq(self, out: Tensor, is_added: bool = False) -> Tensor:
         """Writes, or adds, what the blocks have given to `out`, like q."""
         batch, n_queries, heads, head_dim = self.q.shape
-        with launch.on_device(self.q):
-            _gather_kernel[(self.row_blocks, heads, batch)](
+        with hardware.on_device(self.q):
+            attention_backward_dq_hopper[(self.row_blocks, heads, batch)](
                 self.dq_parts, out, *out.stride()[:3], n_queries, head_dim, self.row_blocks,
                 ACCUMULATE=is_added, BLOCK_Q=self.blocks.rows, BLOCK_D=self.width, num_warps=4,
             )  # fmt: skip
         return out
 
 
-def backward(
+def backward_on_hopper(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: Saved,
     mask: KeyIntervals,
     options: Options,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `interface.backward`."""
+    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `passes`."""
+    q, k, v, out, lse = saved
     if into is None:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     else:
         dq, dk, dv = into
-    blocks = BackwardInBlocks(dout, dlse, q, out, lse, options)
+    blocks = PartialBackwardOnHopper(dout, dlse, q, out, lse, options)
     blocks.add(k, v, mask, (dk, dv))
     return blocks.dq(dq, is_added=into is not None), dk, dv

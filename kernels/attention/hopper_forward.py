@@ -24,9 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels import launch
+from longctx.kernels import addressing, hardware
+from longctx.kernels.attention import hopper_tiles
 from longctx.kernels.attention.hopper_gluon import arrive_at_named_barrier, named_barrier, threads_meet
-from longctx.kernels.attention.hopper_work import (
+from longctx.kernels.attention.hopper_scheduler import (
     addressable,
     await_item,
     barriers,
@@ -41,7 +42,7 @@ from longctx.kernels.attention.hopper_work import (
     slot,
     visited_tile,
 )
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.tiles import HAS_AFTER as _HAS_AFTER
 from longctx.kernels.attention.tiles import HAS_BEFORE as _HAS_BEFORE
@@ -52,28 +53,28 @@ ROWS = gl.constexpr(64)  # of a consumer
 ITEM_ROWS = 2 * ROWS.value
 HAS_BEFORE, HAS_AFTER = gl.constexpr(_HAS_BEFORE), gl.constexpr(_HAS_AFTER)
 SIZES = [  # one compilation for all of them
-    "bounds_batch", "tiles_batch", "roles_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
+    "bounds_batch", "tiles_batch", "flags_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
     "row_blocks",
 ]  # fmt: skip
 
 
 @gluon.jit
-def _lane_sums(weight):
+def _lane_sums(p):
     """(Q, 4): sums of a row's weights, one a lane; added up after the loop, they need no shuffle in it."""
-    return gl.sum(gl.sum(weight.reshape([ROWS, weight.shape[1] // 8, 4, 2]), 3), 1)
+    return gl.sum(gl.sum(p.reshape([ROWS, p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _softmax_step(score, peak, factor, key, row_start, row_end, MASKED: gl.constexpr):
-    """exp2(score * factor - new peak), the new peak, and what the sums so far shrink by."""
+def _softmax_step(score, row_max, factor, key, row_start, row_end, MASKED: gl.constexpr):
+    """exp2(score * factor - new row_max), the new row_max, and what the sums so far shrink by."""
     if MASKED:
         seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
         score = gl.where(seen, score, float("-inf"))
-    new_peak = gl.maximum(peak, gl.max(score, 1) * factor)
-    base = new_peak
+    new_row_max = gl.maximum(row_max, gl.max(score, 1) * factor)
+    base = new_row_max
     if MASKED:
-        base = finite(new_peak)
-    return gl.exp2(score * factor - base[:, None]), new_peak, gl.exp2(peak - base)
+        base = finite(new_row_max)
+    return gl.exp2(score * factor - base[:, None]), new_row_max, gl.exp2(row_max - base)
 
 
 @gluon.jit
@@ -83,12 +84,12 @@ def _consume_tiles(
     score_layout: gl.constexpr, acc_layout: gl.constexpr,
 ):  # fmt: skip
     """Tiles i_first to i_last of an item: their scores, and the products of the weights before with their values."""
-    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
     acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    acc, weight, peak, total = state
-    lane_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    acc, p, row_max, row_sum = state
+    lane_row: gl.constexpr = gl.SliceLayout(1, row_sum.type.layout)
     key = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
     zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, score_layout)
     for i in range(i_first, i_last):
@@ -97,7 +98,7 @@ def _consume_tiles(
             named_barrier(10 + NUMBER, 256)
         score = warpgroup_mma(q, slot(keys, count, STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(slot(value_full, count - 1, STAGES), phase_of(count - 1, STAGES))
-        acc = warpgroup_mma(weight, slot(values, count - 1, STAGES), acc, is_async=True)
+        acc = warpgroup_mma(p, slot(values, count - 1, STAGES), acc, is_async=True)
         if PING_PONG:
             arrive_at_named_barrier(11 - NUMBER, 256)
         score = warpgroup_mma_wait(1, deps=(score,))
@@ -105,21 +106,21 @@ def _consume_tiles(
         tile_key = key
         if MASKED:
             tile_key = key + visited_tile(i, visit) * BLOCK_K
-        next_weight, peak, shrink = _softmax_step(score, peak, factor, tile_key, row_start, row_end, MASKED)
-        total = total * gl.convert_layout(shrink, lane_row)[:, None] + _lane_sums(next_weight)
-        next_weight = gl.convert_layout(next_weight.to(q.dtype), weight_layout)
+        next_p, row_max, shrink = _softmax_step(score, row_max, factor, tile_key, row_start, row_end, MASKED)
+        row_sum = row_sum * gl.convert_layout(shrink, lane_row)[:, None] + _lane_sums(next_p)
+        next_p = gl.convert_layout(next_p.to(q.dtype), p_layout)
         # the spin of this wait keeps the compiler from hoisting the next one above the softmax
         mbarrier.wait(slot(key_full, count + 1, STAGES), phase_of(count + 1, STAGES), pred=i + 1 < n_tiles)
-        acc, weight, next_weight = warpgroup_mma_wait(0, deps=(acc, weight, next_weight))
+        acc, p, next_p = warpgroup_mma_wait(0, deps=(acc, p, next_p))
         mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
         acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
-        weight = next_weight
-    return acc, weight, peak, total
+        p = next_p
+    return acc, p, row_max, row_sum
 
 
 @gluon.jit
 def _write_out(descriptor, tile, coordinates, acc):
-    """Out of a consumer's rows, by the copy engine."""
+    """Stores the output tile of a consumer with the TMA unit."""
     tma.store_wait(0)  # of the item before
     threads_meet()
     tile.store(acc.to(tile.dtype))
@@ -131,7 +132,7 @@ def _write_out(descriptor, tile, coordinates, acc):
 @gluon.jit
 def _consumer(
     box, query_ring, key_ring, value_ring, outs, rows,
-    NUMBER: gl.constexpr, INTO: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    NUMBER: gl.constexpr, IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of each item."""
@@ -139,12 +140,12 @@ def _consumer(
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
     (
-        out_descriptor, sums, lse, start, end, roles, strides, bounds_batch, roles_batch, n_queries, head_dim, heads,
-        row_blocks, factor,
+        out_descriptor, sums, lse, start, end, merge_flags, strides, bounds_batch, flags_batch, n_queries, head_dim,
+        heads, row_blocks, factor,
     ) = rows  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    weight_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
     score_row: gl.constexpr = gl.SliceLayout(1, score_layout)
     acc_row: gl.constexpr = gl.SliceLayout(1, acc_layout)
     q = queries.index(NUMBER)
@@ -166,10 +167,10 @@ def _consumer(
         row_end = gl.load(end + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
         edges = full_first - first + last - full_last
         n_tiles = last - first
-        has_before, has_after = True, True  # without roles: of sums that are given, if they are
-        if roles is not None:
-            role = gl.load(roles + batch * roles_batch + pair % row_blocks)
-            has_before, has_after = (role & HAS_BEFORE) != 0, (role & HAS_AFTER) != 0
+        has_before, has_after = False, False
+        if IS_PART:
+            flags = gl.load(merge_flags + batch * flags_batch + pair % row_blocks)
+            has_before, has_after = (flags & HAS_BEFORE) != 0, (flags & HAS_AFTER) != 0
 
         # the first tile, whose scores nothing overlaps
         mbarrier.wait(query_full.index(NUMBER), turn & 1)
@@ -179,17 +180,17 @@ def _consumer(
         mbarrier.arrive(slot(key_empty, done, STAGES), count=1)
         key = visited_tile(0, visit) * BLOCK_K
         key += gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
-        peak = gl.full([ROWS], float("-inf"), gl.float32, score_row)
-        weight, peak, _ = _softmax_step(score, peak, factor, key, row_start, row_end, True)
-        total = _lane_sums(weight)
-        weight = gl.convert_layout(weight.to(q.dtype), weight_layout)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, score_row)
+        p, row_max, _ = _softmax_step(score, row_max, factor, key, row_start, row_end, True)
+        row_sum = _lane_sums(p)
+        p = gl.convert_layout(p.to(q.dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
         mbarrier.wait(slot(key_full, done + 1, STAGES), phase_of(done + 1, STAGES), pred=n_tiles > 1)
         state = _consume_tiles(
-            1, edges, n_tiles, visit, done, q, key_ring, value_ring, (acc, weight, peak, total), factor, row_start,
+            1, edges, n_tiles, visit, done, q, key_ring, value_ring, (acc, p, row_max, row_sum), factor, row_start,
             row_end, True, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
-        acc, weight, peak, total = _consume_tiles(
+        acc, p, row_max, row_sum = _consume_tiles(
             gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start,
             row_end, False, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
@@ -197,17 +198,17 @@ def _consumer(
             mbarrier.arrive(query_empty.index(NUMBER), count=1)
         final = done + n_tiles - 1
         mbarrier.wait(slot(value_full, final, STAGES), phase_of(final, STAGES))
-        acc = warpgroup_mma(weight, slot(values, final, STAGES), acc, is_async=True)
-        acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
+        acc = warpgroup_mma(p, slot(values, final, STAGES), acc, is_async=True)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         mbarrier.arrive(slot(value_empty, final, STAGES), count=1)
         done += n_tiles
 
-        total = gl.convert_layout(gl.sum(total, 1), score_row)
-        is_empty = total == 0.0  # a row without keys; NaN stays NaN
-        share = gl.where(is_empty, 0.0, 1.0 / total)
-        row_lse = gl.where(is_empty, float("-inf"), (peak + gl.log2(total)) * LN_2)
+        row_sum = gl.convert_layout(gl.sum(row_sum, 1), score_row)
+        is_empty = row_sum == 0.0  # a row without keys; NaN stays NaN
+        share = gl.where(is_empty, 0.0, 1.0 / row_sum)
+        row_lse = gl.where(is_empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN_2)
         lse_row = lse + (batch.to(gl.int64) * heads + head) * n_queries + row
-        if INTO:
+        if IS_PART:
             before = gl.load(lse_row, mask=is_row & has_before, other=float("-inf"))
             top = finite(gl.maximum(before, row_lse))
             merged = top + gl.log2(gl.exp2((before - top) * LOG2_E) + gl.exp2((row_lse - top) * LOG2_E)) * LN_2
@@ -217,16 +218,13 @@ def _consumer(
             row_lse = merged
         gl.store(lse_row, row_lse, mask=is_row)
         acc = acc * gl.convert_layout(share, acc_row)[:, None]
-        if INTO:
+        if IS_PART:
             pointers, inside = pointers_to(
                 sums, strides, batch, head, first_row, n_queries, head_dim, ROWS, BLOCK_D, acc_layout
             )
             acc += gl.load(pointers, mask=inside & has_before, other=0.0) * of_before[:, None]
             gl.store(pointers, acc, mask=inside & has_after)
-        if roles is not None:
-            if not has_after:
-                _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
-        elif not INTO:
+        if not has_after:
             _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
         if not OWN_OUT:
             tma.store_wait(0)
@@ -239,14 +237,14 @@ def _consumer(
 @gluon.jit
 def _producer(
     descriptors, box, query_ring, key_ring, value_ring, work,
-    INTO: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items, says which, and copies their queries, keys and values."""
     query_descriptor, key_descriptor, value_descriptor = descriptors
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    order, tiles, counter, roles, tiles_batch, roles_batch, n_items, n_pairs, together, row_blocks, group = work
+    order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_items, n_pairs, together, row_blocks, group = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
@@ -254,10 +252,10 @@ def _producer(
         pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
         first, full_first, full_last, last = visit
         is_empty = first >= last
-        if roles is not None:
-            is_wanted = gl.load(roles + (pair // row_blocks) * roles_batch + pair % row_blocks) != 0
+        if IS_PART:
+            is_wanted = gl.load(merge_flags + (pair // row_blocks) * flags_batch + pair % row_blocks) != 0
         else:
-            is_wanted = not (INTO and is_empty)
+            is_wanted = True
         if is_wanted:
             if is_empty:  # one tile, of which no row sees anything
                 first = gl.maximum(first - 1, 0)
@@ -292,11 +290,11 @@ def _producer(
 
 
 @gluon.jit(do_not_specialize=SIZES)
-def _forward_kernel(
-    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles, roles,
-    counter, sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, roles_batch, n_queries, head_dim, heads,
-    group, n_items, n_pairs, together, row_blocks, factor,
-    INTO: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+def attention_forward_hopper(
+    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles,
+    merge_flags, counter, sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, flags_batch, n_queries,
+    head_dim, heads, group, n_items, n_pairs, together, row_blocks, factor,
+    IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
@@ -313,74 +311,69 @@ def _forward_kernel(
     value_ring = values, barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
     rows = (
-        out_descriptor, sums, lse, start, end, roles, (sums_batch, sums_row, sums_head), bounds_batch, roles_batch,
-        n_queries, head_dim, heads, row_blocks, factor,
+        out_descriptor, sums, lse, start, end, merge_flags, (sums_batch, sums_row, sums_head), bounds_batch,
+        flags_batch, n_queries, head_dim, heads, row_blocks, factor,
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
-    work = order, tiles, counter, roles, tiles_batch, roles_batch, n_items, n_pairs, together, row_blocks, group
+    work = order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_items, n_pairs, together, row_blocks, group
     gl.warp_specialize(
         [
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, INTO, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
-                         PING_PONG)),
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, INTO, BLOCK_K, BLOCK_D, STAGES, OWN_OUT,
-                         PING_PONG)),
-            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, INTO, BLOCK_K, STAGES)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, IS_PART, BLOCK_K, BLOCK_D, STAGES,
+                         OWN_OUT, PING_PONG)),
+            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, IS_PART, BLOCK_K, BLOCK_D, STAGES,
+                         OWN_OUT, PING_PONG)),
+            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, IS_PART, BLOCK_K, STAGES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-class Part(NamedTuple):
-    """One of several blocks of keys, whose results are merged."""
+class PartialOutput(NamedTuple):
+    """The running results of attention over several blocks of keys, and what each tile of rows does with the next."""
 
-    roles: Tensor  # of each block of rows, as `tiles.roles` says
+    merge_flags: Tensor  # of each tile of rows, see `tiles.merge_flags`
     out: Tensor  # like q: written with the last block that a row has part in
     sums: Tensor  # float32, of those before it
     lse: Tensor  # (batch, heads, n_queries) float32
 
 
-def forward(
+def forward_on_hopper(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: KeyIntervals,
     options: Options,
-    into: tuple[Tensor, Tensor] | None = None,
-    part: Part | None = None,
+    part: PartialOutput | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`.
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `passes`.
 
-    `part`, instead of `into`: one of several blocks, after the last of which its out and lse are whole.
+    `part`: this is one of several blocks of keys, after the last of which its out and lse are whole.
     """
-    assert into is None or part is None
     batch, n_queries, heads, head_dim = q.shape
-    kv_heads, roles = k.shape[2], None
+    kv_heads, merge_flags = k.shape[2], None
     if part is not None:
-        roles, out, sums, lse = part
-    elif into is not None:
-        sums, lse = into
-        out = sums
+        merge_flags, out, sums, lse = part
     else:
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
         out = sums = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (addressable(x) for x in (q, k, v))
-    blocks, width = launch.hopper_forward(q), launch.hopper_head_dim(q)
-    mask = mask.written_out(q.device)
+    blocks, width = hopper_tiles.forward_tiles(q), hopper_tiles.hopper_head_dim(q)
+    mask = mask.with_bounds(q.device)
     start, end = contiguous_bounds(mask)
     tiles = key_tiles(mask, ITEM_ROWS, blocks.keys)
     order = longest_first(mask, batch, ITEM_ROWS, blocks.keys)
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
     n_items = order.numel() * heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, q if out.dtype != q.dtype else out))
+    queries, outs = (descriptor(x, ROWS.value, width) for x in (q, out))
     keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
-    with launch.on_device(q):
-        _forward_kernel[(min(n_items, launch.multiprocessors(q.device)),)](
-            queries, keys, values, outs, sums, lse, start, end, order, tiles, roles, counter, *sums.stride()[:3],
-            launch.shared_stride(start), launch.shared_stride(tiles), launch.shared_stride(roles), n_queries,
-            head_dim, heads, heads // kv_heads, n_items, order.numel(), together, order.numel() // batch,
-            options.scale * LOG2_E.value, INTO=sums.dtype == torch.float32, BLOCK_K=blocks.keys, BLOCK_D=width,
+    with hardware.on_device(q):
+        attention_forward_hopper[(min(n_items, hardware.multiprocessors(q.device)),)](
+            queries, keys, values, outs, sums, lse, start, end, order, tiles, merge_flags, counter, *sums.stride()[:3],
+            addressing.shared_stride(start), addressing.shared_stride(tiles), addressing.shared_stride(merge_flags),
+            n_queries, head_dim, heads, heads // kv_heads, n_items, order.numel(), together, order.numel() // batch,
+            options.scale * LOG2_E.value, IS_PART=part is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
         )  # fmt: skip

@@ -16,7 +16,7 @@ threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # th
 
 @_core.builtin
 def reduce_add_to_global(descriptor, coordinates, source, _semantic=None):
-    """Adds a tile in shared memory to a tensor, as the copy engine does it: asynchronous, unordered."""
+    """Adds a tile in shared memory to a tensor with the TMA unit: asynchronous, unordered."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, source.handle)
@@ -40,7 +40,7 @@ def arrive_at_named_barrier(number: gl.constexpr, threads: gl.constexpr):
 
 @gluon.jit
 def wait_for_writes():
-    """Until what the copy engine was given to add is visible to others; `tma.store_wait`: until it was read."""
+    """Waits until what the TMA unit was given to add is visible to others; `tma.store_wait`: until it was read."""
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

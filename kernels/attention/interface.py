@@ -1,22 +1,18 @@
-"""The attention op: one function, its custom ops, and the choice of the implementation that serves a call."""
+"""The attention op: one function, what it accepts, and its custom op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from longctx.kernels import launch, reference
-from longctx.kernels.attention import hopper, sdpa, triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.hopper_backward import GradientHomes
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.choice import choose_implementation
+from longctx.kernels.attention.custom_op import Call, attention_op
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
+from longctx.kernels.attention.passes import attention_backward, attention_forward
+from longctx.kernels.dropout import new_seed
 
-IMPLEMENTATIONS = ("auto", "hopper", "triton", "sdpa", "reference")
 MAX_HEAD_DIM = 256
 
 
@@ -49,87 +45,30 @@ def attention(
     """
     check_inputs(q, k, v)
     _check_mask(mask, sink, q, k)
-    if dropout and seed is None:
-        seed = launch.new_seed(q.device)
-    options = Options(
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap,
-        alibi_slopes,
-        dropout,
-        seed if dropout else None,
-        deterministic,
+    options = make_options(
+        q, scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout=dropout, seed=seed, deterministic=deterministic
     )
+    call = Call(mask, options, choose_implementation(implementation, q, mask, options))
+    return _attention(q, k, v, sink, *call.flat())
+
+
+def make_options(
+    q: Tensor,
+    scale: float | None = None,
+    *,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    deterministic: bool = False,
+) -> Options:
+    """The options of an attention from queries like `q`, with the defaults of `attention`. Raises ValueError."""
+    if dropout and seed is None:
+        seed = new_seed(q.device)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(factor, softcap, alibi_slopes, dropout, seed if dropout else None, deterministic)
     check_options(options, q)
-    call = Call.of(mask, options, choose(implementation, q, mask, options))
-    return _attention(q, k, v, sink, *call)
-
-
-# which implementation -------------------------------------------------------------------------------------------------
-
-
-def choose(implementation: str, q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:
-    """The implementation that serves a call: the one asked for, or for `auto` the fastest that can.
-
-    Raises ValueError if the one asked for cannot serve inputs like `q`, and says why.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    reasons = unsupported(q, mask, options)
-    if implementation != "auto":
-        if reason := reasons[implementation]:
-            raise ValueError(
-                f"attention implementation {str(implementation)!r} cannot serve this call: {reason}; "
-                "use 'auto' or 'reference'"
-            )
-        return implementation
-    if q.dtype == torch.float64 and q.device.type != "cpu":
-        raise ValueError(
-            "q is torch.float64 on a GPU: no kernel there takes it; convert to float32, or ask for "
-            "implementation='reference', which holds the whole score matrix"
-        )
-    return next(name for name in by_speed(q, mask) if not reasons[name])
-
-
-def by_speed(q: Tensor, mask: KeyIntervals | BlockMask) -> tuple[str, ...]:
-    """The implementations, fastest first, for such a call; whether each can serve it is another question."""
-    if q.device.type == "cpu":
-        return "sdpa", "reference", "triton"  # where Triton runs on a CPU, it is the interpreter
-    # as timed on H200s: then cuDNN leads, then Triton, then FlashAttention-2, but for head dims whose backward spills
-    is_cudnn = isinstance(mask, KeyIntervals) and sdpa.uses_cudnn(q, mask)
-    others = ("sdpa", "triton") if is_cudnn or q.shape[-1] > 128 else ("triton", "sdpa")
-    return "hopper", *others, "reference"
-
-
-def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> dict[str, str | None]:
-    """For each implementation why it cannot serve a call like this, or None if it can."""
-    return {
-        "hopper": hopper.unsupported(q, mask, options),
-        "triton": launch.unsupported(q),
-        "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else sdpa.unsupported(q, options),
-        "reference": None,
-    }
-
-
-def explain(q: Tensor, mask: KeyIntervals | BlockMask, options: Options | None = None) -> str:
-    """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
-    options = Options(q.shape[-1] ** -0.5) if options is None else options
-    chosen, reasons = choose("auto", q, mask, options), unsupported(q, mask, options)
-    kind = _kind(mask)
-
-    def verdict(name: str) -> str:
-        if reasons[name]:
-            return f"cannot: {reasons[name]}"
-        if name == chosen:
-            return f"chosen: the first that can, for {kind} in {q.dtype} with head_dim {q.shape[-1]}"
-        return "can, and comes later"
-
-    return "\n".join(f"{name}: {verdict(name)}" for name in by_speed(q, mask))
-
-
-def _kind(mask: KeyIntervals | BlockMask) -> str:
-    if isinstance(mask, BlockMask):
-        return "kept blocks"
-    return "key intervals" if mask.start is not None else "a causal mask" if mask.is_causal else "a full mask"
+    return options
 
 
 # what a call must be --------------------------------------------------------------------------------------------------
@@ -199,298 +138,15 @@ def check_options(options: Options, q: Tensor) -> None:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-# one block ------------------------------------------------------------------------------------------------------------
+# the custom op --------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: KeyIntervals | BlockMask,
-    options: Options,
-    implementation: str,
-    sink: Tensor | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One block of attention without autograd: what the ops of this file and of context parallelism are made of.
-
-    `into`: contiguous out and lse over other keys, both in the dtype of sums (float32; float64 for float64), into which
-    this block is merged in place, and which are returned. `implementation`: see `choose`.
-    """
-    implementation = choose(implementation, q, mask, options)
-    is_empty = not q.numel() or not k.numel()
-    if implementation == "triton" and not is_empty:
-        return triton_forward.forward(q, k, v, mask, options, sink, into)
-    if is_empty:
-        out, lse = _without_keys(q)
-    elif implementation == "hopper" and isinstance(mask, KeyIntervals):
-        if sink is None:
-            return hopper.forward(q, k, v, mask, options, into)
-        out, lse = hopper.forward(q, k, v, mask, options)
-    elif implementation == "sdpa" and isinstance(mask, KeyIntervals):
-        out, lse = sdpa.forward(q, k, v, mask, options.scale)
-    else:
-        out, lse = reference.attention_forward(q, k, v, mask, options)
-    if sink is not None:
-        out, lse = reference.add_sink(out, lse, sink)
-    if into is None:
-        return out, lse
-    merged_out, merged_lse = reference.merge(*into, out.to(lse.dtype), lse)
-    into[0].copy_(merged_out)
-    into[1].copy_(merged_lse)
-    return into
+def _forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    return attention_forward(q, k, v, *call, sink)
 
 
-def _without_keys(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Out and lse of rows that see nothing."""
-    lse_dtype = reference.accumulation_dtype(q.dtype)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=lse_dtype, device=q.device)
-    return torch.zeros(q.shape, dtype=q.dtype, device=q.device), lse
+def _backward(dout: Tensor, dlse: Tensor | None, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_backward(dout, dlse, saved, *call)
 
 
-def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: KeyIntervals | BlockMask,
-    options: Options,
-    implementation: str,
-    into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block; `out` and `lse` are those of the whole softmax, of which this block may be a part.
-
-    `into`: dq, dk and dv in the dtype of sums, their last dim contiguous, to which this block's are added in place, and
-    which are returned.
-    """
-    implementation = choose(implementation, q, mask, options)
-    if not q.numel() or not k.numel():
-        return into or (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-    if implementation == "triton":
-        return triton_backward.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if implementation == "hopper" and isinstance(mask, KeyIntervals):
-        return hopper.backward(dout, dlse, q, k, v, out, lse, mask, options, into)
-    if implementation == "sdpa" and isinstance(mask, KeyIntervals):
-        gradients = sdpa.backward(dout, dlse, q, k, v, out, lse, mask, options.scale)
-    else:
-        gradients = reference.attention_backward(dout, dlse, q, k, v, out, lse, mask, options)
-    return reference.added(gradients, into)
-
-
-def delta(dout: Tensor, out: Tensor) -> Tensor:
-    """rowsum(dout * out), (batch, heads, n_queries) in the dtype of sums."""
-    if launch.choose("auto", dout) == "triton":
-        return triton_backward.delta(dout, out)
-    return reference.attention_delta(dout, None, out)
-
-
-ROWS_WITH_A_ROLE = hopper.ITEM_ROWS
-_INTERVALS = KeyIntervals.documents(torch.zeros(1, 1, dtype=torch.int64))  # a mask of the kind that a block's is
-
-
-class ForwardInBlocks:
-    """The forward pass over keys that come block by block, merged by their log-sum-exp; at least one of them has keys.
-
-    `out` is like q once the last one has come, `lse` (batch, heads, n_queries) in the dtype of sums.
-    """
-
-    def __init__(self, q: Tensor, options: Options, implementation: str) -> None:
-        self.q, self.options = q, options
-        self.implementation = choose(implementation, q, _INTERVALS, options)
-        compute = reference.accumulation_dtype(q.dtype)
-        self.sums = torch.empty(q.shape, dtype=compute, device=q.device)
-        self.out = self.sums if q.dtype == compute else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self.lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=compute, device=q.device)
-        self.has_begun = False
-
-    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, roles: Tensor, is_last: bool) -> None:
-        """One block of keys and values, with at least one key.
-
-        The Hopper kernel goes by the roles of each `ROWS_WITH_A_ROLE` rows (see `tiles.roles`) and writes to `out` what
-        later blocks do not change; the others merge all rows, and `out` comes with the last block.
-        """
-        q = self.q
-        if self.implementation == "hopper" and q.numel():
-            hopper.forward(q, k, v, mask, self.options, part=hopper.Part(roles, self.out, self.sums, self.lse))
-            return
-        if not self.has_begun:
-            self.sums.zero_()
-            self.lse.fill_(-torch.inf)
-            self.has_begun = True
-        forward(q, k, v, mask, self.options, self.implementation, into=(self.sums, self.lse))
-        if is_last and self.out is not self.sums:
-            self.out.copy_(self.sums)
-
-
-class BackwardInBlocks:
-    """The backward pass over keys that come block by block: what rows need is computed once, dq added up.
-
-    Arguments as of `backward`; gradients of keys and values in the dtype of sums, those of queries in that of q.
-    """
-
-    def __init__(
-        self, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor, options: Options,
-        implementation: str,
-    ) -> None:  # fmt: skip
-        self.rows = dout, dlse, q
-        self.results = out, lse
-        self.options = options
-        self.implementation = choose(implementation, q, _INTERVALS, options)
-        self.writes_to_homes = self.implementation == "hopper" and hopper.has_own_backward(q)
-        if self.writes_to_homes:
-            self.blocks = hopper.BackwardInBlocks(dout, dlse, q, out, lse, options)
-        else:
-            self.sum = torch.zeros(q.shape, dtype=reference.accumulation_dtype(q.dtype), device=q.device)
-
-    def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientHomes) -> None:
-        """One block of keys and values, whose gradients are added to `into`, dk and dv; or, if it `writes_to_homes`,
-        written to these."""
-        if not k.numel():
-            return
-        if self.writes_to_homes:
-            self.blocks.add(k, v, mask, into)
-            return
-        assert not isinstance(into, GradientHomes)
-        gradients = self.sum, *into
-        backward(*self.rows, k, v, *self.results, mask, self.options, self.implementation, gradients)
-
-    def dq(self) -> Tensor:
-        q = self.rows[2]
-        return self.blocks.dq(torch.empty_like(q)) if self.writes_to_homes else self.sum.to(q.dtype)
-
-
-# custom ops -----------------------------------------------------------------------------------------------------------
-
-
-class Call(NamedTuple):
-    """What an attention op is called with besides its tensors with gradients, in the order of its arguments."""
-
-    start: Tensor | None  # of the mask's key intervals, with those down to `is_causal`
-    end: Tensor | None
-    query_position: Tensor | None
-    key_position: Tensor | None
-    kept: Tensor | None  # of a mask of blocks, with the sizes of a block
-    block_q: int
-    block_k: int
-    is_causal: bool
-    alibi_slopes: Tensor | None
-    seed: Tensor | None
-    scale: float
-    softcap: float
-    dropout: float
-    deterministic: bool
-    implementation: str
-    group_name: str  # of the processes that share the sequence; empty: it is whole
-
-    @staticmethod
-    def of(mask: KeyIntervals | BlockMask, options: Options, implementation: str, group_name: str = "") -> Call:
-        blocks = (mask.kept, mask.block_q, mask.block_k) if isinstance(mask, BlockMask) else (None, 0, 0)
-        m = mask.intervals if isinstance(mask, BlockMask) else mask
-        return Call(
-            m.start, m.end, m.query_position, m.key_position, *blocks, m.is_causal, options.alibi_slopes,
-            options.seed, options.scale, options.softcap, options.dropout, options.deterministic, implementation,
-            group_name,
-        )  # fmt: skip
-
-    def intervals(self, n_queries: int, n_keys: int) -> KeyIntervals:
-        return KeyIntervals(
-            n_queries, n_keys, self.is_causal, self.start, self.end, self.query_position, self.key_position
-        )
-
-    def mask(self, n_queries: int, n_keys: int) -> KeyIntervals | BlockMask:
-        intervals = self.intervals(n_queries, n_keys)
-        return intervals if self.kept is None else BlockMask(self.kept, self.block_q, self.block_k, intervals)
-
-    def options(self) -> Options:
-        return Options(self.scale, self.softcap, self.alibi_slopes, self.dropout, self.seed, self.deterministic)
-
-
-_CALL_SCHEMA = (
-    "Tensor? start, Tensor? end, Tensor? query_position, Tensor? key_position, Tensor? kept, int block_q, int block_k, "
-    "bool is_causal, Tensor? alibi_slopes, Tensor? seed, float scale, float softcap, float dropout, "
-    "bool deterministic, str implementation, str group_name"
-)
-
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Call], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def _rows_of(q: Tensor, _call: Call) -> tuple[int, ...]:
-    return q.shape[0], q.shape[2], q.shape[1]
-
-
-def attention_op(
-    name: str, forward: Forward, backward: Backward, lse_shape: Callable[[Tensor, Call], tuple[int, ...]] = _rows_of
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Registers `longctx::<name>(q, k, v, sink, *call)` and its gradient.
-
-    `forward(q, k, v, sink, call)` gives out and lse, `backward(dout, dlse, q, k, v, out, lse, call)` gives dq, dk and
-    dv; dlse is None where no gradient comes through lse. A custom op is opaque to torch.compile, breaks no graph, and
-    is seen whole by a recompute policy.
-    """
-
-    def op_forward(q, k, v, sink, *call):
-        return forward(q, k, v, sink, Call(*call))
-
-    def op_backward(dout, dlse, q, k, v, out, lse, *call):
-        return backward(dout.contiguous(), dlse, q, k, v, out, lse, Call(*call))
-
-    op = custom_op(
-        f"longctx::{name}",
-        op_forward,
-        mutates_args=(),
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sink, {_CALL_SCHEMA}) -> (Tensor, Tensor)",
-    )
-    backward_op = custom_op(
-        f"longctx::{name}_backward",
-        op_backward,
-        mutates_args=(),
-        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        f"{_CALL_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    )
-
-    @op.register_fake
-    def _(q, k, v, sink, *call):
-        lse = q.new_empty(lse_shape(q, Call(*call)), dtype=reference.accumulation_dtype(q.dtype))
-        return q.new_empty(q.shape), lse
-
-    @backward_op.register_fake
-    def _(dout, dlse, q, k, v, *_others):
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-    def setup_context(ctx, inputs, output) -> None:
-        q, k, v, sink, *call = inputs
-        ctx.set_materialize_grads(False)
-        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in call]
-        ctx.constants = [value for value in call if not isinstance(value, torch.Tensor)]
-        tensors = (value for value in call if isinstance(value, torch.Tensor))
-        ctx.save_for_backward(q, k, v, sink, *output, *tensors)
-
-    def autograd(ctx, dout: Tensor | None, dlse: Tensor | None):
-        q, k, v, sink, out, lse, *tensors = ctx.saved_tensors
-        tensors, constants = iter(tensors), iter(ctx.constants)
-        call = [next(tensors if is_tensor else constants) for is_tensor in ctx.is_tensor]
-        dout = torch.zeros_like(out) if dout is None else dout
-        gradients = backward_op(dout, dlse, q, k, v, out, lse, *call)
-        dsink = None
-        if sink is not None:
-            dsink = reference.sink_gradient(reference.attention_delta(dout, dlse, out), lse, sink)
-        return *gradients, dsink, *(None for _ in call)
-
-    op.register_autograd(autograd, setup_context=setup_context)
-    return op
-
-
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, call.mask(q.shape[1], k.shape[1]), call.options(), call.implementation, sink)
-
-
-def _attention_backward(dout, dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    mask = call.mask(q.shape[1], k.shape[1])
-    return backward(dout, dlse, q, k, v, out, lse, mask, call.options(), call.implementation)
-
-
-_attention = attention_op("attention", _attention_forward, _attention_backward)
+_attention = attention_op("attention", _forward, _backward)

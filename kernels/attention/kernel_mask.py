@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.kernels import launch
+from longctx.kernels import addressing
 from longctx.kernels.attention.block_mask import BlockMask, addition_turns, tile_lists
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, row_tiles
 
@@ -31,22 +31,22 @@ class KernelMask(NamedTuple):
     @property
     def tiles_batch(self) -> int:
         """Stride of `tiles` (and `turns`) over the batch; block-sparse layouts are shared by it."""
-        return launch.shared_stride(self.tiles) if self.layout is None else 0
+        return addressing.shared_stride(self.tiles) if self.layout is None else 0
 
     @property
     def tiles_head(self) -> int:
         """Stride of `tiles` over the heads."""
-        return 0 if self.layout is None else launch.shared_stride(self.tiles)
+        return 0 if self.layout is None else addressing.shared_stride(self.tiles)
 
     @property
     def order_strides(self) -> tuple[int, int]:
         """Of `order`, over the heads and over the blocks."""
-        return launch.shared_stride(self.order), 0 if self.order is None else self.order.stride(1)
+        return addressing.shared_stride(self.order), 0 if self.order is None else self.order.stride(1)
 
     @property
     def turns_strides(self) -> tuple[int, int]:
         """Of `turns`, over the batch and over the heads."""
-        stride = launch.shared_stride(self.turns)
+        stride = addressing.shared_stride(self.turns)
         return (stride, 0) if self.layout is None else (0, stride)
 
 
@@ -68,7 +68,7 @@ def kernel_mask(
         )  # fmt: skip
     needs_positions = options.alibi_slopes is not None or options.seed is not None
     positions = (mask.query_position, mask.key_position) if needs_positions else (None, None)
-    mask = mask.written_out(device)
+    mask = mask.with_bounds(device)
     of_rows = key_tiles(mask, tile_q, tile_k) if options.deterministic or not of_keys else None
     visited = row_tiles(mask, tile_q, tile_k) if of_keys else of_rows
     assert visited is not None

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.kernels import launch
+from longctx.kernels import hardware
 from longctx.kernels.triton_math import wide
 
 MOST_SLOTS = 63  # bits of an int64 that are no sign
@@ -21,7 +21,7 @@ ROWS, COLUMNS = 4, 512
 
 
 @triton.jit(do_not_specialize=["n_slots"])
-def _add_up_kernel(
+def attention_sum_key_gradients_triton(
     inbox, givers, dk, dv, slot_stride, n_slots, n_rows, n_tokens, width,
     IS_ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def add_up(inbox: Tensor, givers: Tensor, dk: Tensor, dv: Tensor, is_added: bool
     """
     if not dk.numel():
         return
-    if launch.choose(implementation, inbox) == "triton":
+    if hardware.triton_or_reference(implementation, inbox) == "triton":
         _launch(inbox, givers, dk, dv, is_added)
         return
     n_slots, _, n_tokens, *_ = inbox.shape
@@ -70,8 +70,8 @@ def add_up(inbox: Tensor, givers: Tensor, dk: Tensor, dv: Tensor, is_added: bool
 def _launch(inbox: Tensor, givers: Tensor, dk: Tensor, dv: Tensor, is_added: bool) -> None:
     n_slots, batch, n_tokens, _, heads, head_dim = inbox.shape
     width, rows = heads * head_dim, batch * n_tokens
-    with launch.on_device(inbox):
-        _add_up_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS), 2)](
+    with hardware.on_device(inbox):
+        attention_sum_key_gradients_triton[(triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS), 2)](
             inbox, givers, dk, dv, inbox.stride(0), n_slots, rows, n_tokens, width,
             IS_ADDED=is_added, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip

@@ -1,12 +1,13 @@
-"""What an attention does to its scores besides masking them."""
+"""The options of an attention, and what its backward pass gets from the forward pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from longctx.kernels import launch
+from longctx.kernels.dropout import dropout_threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,4 +37,17 @@ class Options:
     @property
     def threshold(self) -> int:
         """An entry is dropped where its 32 random bits are below this."""
-        return launch.dropout_threshold(self.dropout)
+        return dropout_threshold(self.dropout)
+
+
+class Saved(NamedTuple):
+    """What the backward pass gets from the forward pass.
+
+    `out` and `lse` may be those of a softmax over more keys than `k` holds: gradients are then this block's share.
+    """
+
+    q: Tensor  # (batch, n_queries, heads, head_dim)
+    k: Tensor  # (batch, n_keys, kv_heads, head_dim)
+    v: Tensor  # like k
+    out: Tensor  # like q
+    lse: Tensor  # (batch, heads, n_queries) float32 or float64

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.mask_cache import cached_per_mask
 
-TAKES_PART, HAS_BEFORE, HAS_AFTER = 1, 2, 4  # bits of a role
+TILE = 128  # rows or keys: in these, work is cut for ranks, and results of blocks of keys are merged
+TAKES_PART, HAS_BEFORE, HAS_AFTER = 1, 2, 4  # bits of a merge flag
 
 
-@once_a_mask
+@cached_per_mask
 def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of rows, the tiles of keys: int32, (batch or 1, row blocks, 4), the four bounds of above."""
     start, end = contiguous_bounds(mask)
@@ -27,7 +29,7 @@ def key_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     return _ordered(first, _blocks(start[:, last_row], block_k), end[:, first_row] // block_k, last)
 
 
-@once_a_mask
+@cached_per_mask
 def row_tiles(mask: KeyIntervals, block_q: int, block_k: int) -> Tensor:
     """Of each block of keys, the tiles of rows: int32, (batch or 1, key blocks, 4). The transpose of `key_tiles`."""
     start, end = contiguous_bounds(mask)
@@ -61,7 +63,7 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
     return torch.stack((first, full_first, full_last, last), dim=-1).to(torch.int32).contiguous()
 
 
-@once_a_mask
+@cached_per_mask
 def last_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
     """The blocks of keys of all sequences, numbered as in `longest_first`, the last of each sequence first."""
     blocks = -(-mask.n_keys // block_k)
@@ -69,7 +71,7 @@ def last_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
     return number.view(batch, blocks).flip(1).T.flatten()
 
 
-@once_a_mask
+@cached_per_mask
 def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
     """Start and end for a whole number of blocks of rows; those that do not exist see nothing."""
     start, end = contiguous_bounds(mask)
@@ -77,7 +79,7 @@ def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
     return F.pad(start, (0, missing)), F.pad(end, (0, missing))
 
 
-@once_a_mask
+@cached_per_mask
 def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int, of_keys: bool = False) -> Tensor:
     """The blocks of rows (`of_keys`: of keys) of all sequences, those that visit most tiles first.
 
@@ -88,7 +90,7 @@ def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int, of
     return torch.argsort(visited, descending=True, stable=True).to(torch.int32)
 
 
-def roles(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:
+def merge_flags(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:
     """What blocks of rows do with each of several blocks of keys whose results are merged, given the masks of these.
 
     Of each mask int32 (batch or 1, row blocks): 0 where no row sees any of its keys, else `TAKES_PART` and whether

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.kernels import launch
+from longctx.kernels import addressing, hardware
+from longctx.kernels.attention import triton_blocks
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.kernel_mask import kernel_mask
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.attention.options import Options
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.triton_tile import (
-    biased,
+    add_alibi,
     load_tile,
     meet,
     tile_bounds,
@@ -34,7 +35,7 @@ from longctx.kernels.triton_math import LOG2_E, kept, tanh, wide
 
 
 @triton.jit
-def _delta_kernel(
+def attention_delta_triton(
     dout, out, dlse, lse, delta, exponent, dout_batch, dout_row: tl.constexpr, dout_head,
     out_batch, out_row: tl.constexpr, out_head, n_queries, n_padded, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -104,27 +105,27 @@ def _backward_tile(
         if softcap is None:
             score = score * scale
             unit = 1.0
-        score = biased(score, slope[None, :], q_position[None, :], k_position[:, None])
+        score = add_alibi(score, slope[None, :], q_position[None, :], k_position[:, None])
     if q_tile.dtype == tl.float32:  # one rounding less than the product and sum that make one instruction
-        weight = tl.exp2((score * unit - row_lse[None, :]) * LOG2_E)
+        p = tl.exp2((score * unit - row_lse[None, :]) * LOG2_E)
     else:
-        weight = tl.exp2(score * (unit * LOG2_E) - (row_lse * LOG2_E)[None, :])
+        p = tl.exp2(score * (unit * LOG2_E) - (row_lse * LOG2_E)[None, :])
     if EDGE:
         row_start = tl.load(start + row, mask=is_row, other=0)
         row_end = tl.load(end + row, mask=is_row, other=0)
         seen = visible(
             row[None, :], key[:, None], row_start[None, :], row_end[None, :], layout, n_keys, LAYOUT_Q, LAYOUT_K
         )
-        weight = tl.where(seen, weight, 0.0)
+        p = tl.where(seen, p, 0.0)
 
-    dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
-    kept_weight = weight
+    dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+    kept_p = p
     if seed is not None:
         keep = kept(seed, threshold, stream, q_position[None, :], k_position[:, None])
-        kept_weight = tl.where(keep, weight * keep_scale, 0.0)
-        dweight = tl.where(keep, dweight * keep_scale, 0.0)
-    dv = tl.dot(kept_weight.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
-    dscore = weight * (dweight - row_delta[None, :])
+        kept_p = tl.where(keep, p * keep_scale, 0.0)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    dv = tl.dot(kept_p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+    dscore = p * (dp - row_delta[None, :])
     if softcap is not None:
         dscore *= 1 - squashed * squashed
     dscore = dscore.to(q_tile.dtype)
@@ -147,7 +148,7 @@ def _backward_tile(
 
 
 @triton.jit
-def _backward_kernel(
+def attention_backward_triton(
     dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, seed, start, end, tiles, order, turns, layout,
     q_positions, k_positions,
     dout_batch, dout_row: tl.constexpr, dout_head, q_batch, q_row: tl.constexpr, q_head,
@@ -237,19 +238,16 @@ def _backward_kernel(
     tl.store(dv_pointers, dv_tile.to(dv.dtype.element_ty), mask=inside)
 
 
-def backward(
+def backward_in_triton(
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    saved: Saved,
     mask: KeyIntervals | BlockMask,
     options: Options,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `interface.backward`."""
+    """dq, dk and dv, in the inputs' dtype, or added to the float32 tensors `into`; see `passes`."""
+    q, k, v, out, lse = saved
     batch, n_queries, heads, head_dim = q.shape
     n_keys, kv_heads = k.shape[1:3]
     if into is None:
@@ -257,27 +255,27 @@ def backward(
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     else:
         dq, dk, dv = into
-    dout, q, k, v, out = (launch.readable(x) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (addressing.readable(x) for x in (dout, q, k, v, out))
     lse = lse.contiguous()
-    blocks = launch.attention_backward(q, isinstance(mask, BlockMask))
+    blocks = triton_blocks.attention_backward(q, isinstance(mask, BlockMask))
     m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys, of_keys=True)
     locks = None
     if options.deterministic:
         locks = torch.zeros(batch * heads * triton.cdiv(n_queries, blocks.rows), dtype=torch.int32, device=q.device)
     slopes = options.slopes(batch, n_queries, heads)
-    shape = {"HEAD_DIM": head_dim, "BLOCK_D": launch.padded(head_dim)}
-    with launch.on_device(q):
+    shape = {"HEAD_DIM": head_dim, "BLOCK_D": addressing.padded(head_dim)}
+    with hardware.on_device(q):
         delta = _delta(dout, out, dlse, lse)
-        _backward_kernel[(triton.cdiv(n_keys, blocks.keys), kv_heads, batch)](
+        attention_backward_triton[(triton.cdiv(n_keys, blocks.keys), kv_heads, batch)](
             dout, q, k, v, lse, delta, dq, dk, dv, locks, slopes, options.seed, m.start, m.end, m.tiles, m.order,
             m.turns, m.layout, m.query_position, m.key_position,
             *(stride for x in (dout, q, k, v, dq, dk, dv) for stride in x.stride()[:3]),
-            *launch.strides(slopes, 3), launch.shared_stride(m.start), launch.shared_stride(m.query_position),
-            m.tiles_batch, m.tiles_head, *m.turns_strides, *m.order_strides,
-            launch.shared_stride(m.layout), n_queries, n_keys, heads // kv_heads,
+            *addressing.strides(slopes, 3), addressing.shared_stride(m.start),
+            addressing.shared_stride(m.query_position), m.tiles_batch, m.tiles_head, *m.turns_strides, *m.order_strides,
+            addressing.shared_stride(m.layout), n_queries, n_keys, heads // kv_heads,
             options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
             ACCUMULATE=into is not None, **shape, BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys,
-            LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k, NVIDIA=launch.architecture(q.device).startswith("sm_"),
+            LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k, NVIDIA=hardware.architecture(q.device).startswith("sm_"),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return dq if into is not None else dq.to(q.dtype), dk, dv
@@ -308,17 +306,17 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
     """rowsum(dout * out), (batch, heads, n_queries) float32."""
     batch, n_queries, heads, _ = dout.shape
     sums = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=dout.device)
-    with launch.on_device(dout):
+    with hardware.on_device(dout):
         _launch_delta(dout, out, None, sums, sums, None, 1.0)
     return sums
 
 
 def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None, scale: float) -> None:
-    dout, out = launch.readable(dout), launch.readable(out)
+    dout, out = addressing.readable(dout), addressing.readable(out)
     batch, n_queries, heads, head_dim = dout.shape
-    rows = 16 if launch.INTERPRETED else 64
-    _delta_kernel[(triton.cdiv(delta.shape[-1], rows), heads, batch)](
+    rows = 16 if hardware.INTERPRETED else 64
+    attention_delta_triton[(triton.cdiv(delta.shape[-1], rows), heads, batch)](
         dout, out, None if dlse is None else dlse.contiguous(), lse.contiguous(), delta, exponent, *dout.stride()[:3],
-        *out.stride()[:3], n_queries, delta.shape[-1], scale, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
+        *out.stride()[:3], n_queries, delta.shape[-1], scale, HEAD_DIM=head_dim, BLOCK_D=addressing.padded(head_dim),
         BLOCK_Q=rows, num_warps=4,
     )  # fmt: skip

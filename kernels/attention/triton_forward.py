@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.kernels import launch
+from longctx.kernels import addressing, hardware
+from longctx.kernels.attention import triton_blocks
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.kernel_mask import kernel_mask
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.kernels.attention.triton_tile import (
-    biased,
+    add_alibi,
     load_tile,
     softmax_step,
     tile_bounds,
@@ -33,7 +34,7 @@ from longctx.kernels.triton_math import LN_2, LOG2_E, finite, tanh, wide
 
 @triton.jit
 def _forward_tile(
-    acc, peak, total, q_tile, k, v, tile, row, start, end, layout, q_position, k_positions, slope, seed, threshold,
+    acc, row_max, row_sum, q_tile, k, v, tile, row, start, end, layout, q_position, k_positions, slope, seed, threshold,
     stream, k_row, v_row, n_keys, scale, softcap,
     EDGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     LAYOUT_Q: tl.constexpr, LAYOUT_K: tl.constexpr,
@@ -54,19 +55,19 @@ def _forward_tile(
         if softcap is None:
             score = score * scale
             factor = LOG2_E
-        score = biased(score, slope[:, None], q_position[:, None], k_position[None, :])
+        score = add_alibi(score, slope[:, None], q_position[:, None], k_position[None, :])
     if EDGE:
         seen = visible(row[:, None], key[None, :], start[:, None], end[:, None], layout, n_keys, LAYOUT_Q, LAYOUT_K)
         score = tl.where(seen, score, float("-inf"))
     v_tile = load_tile(v, first, n_keys, v_row, EDGE, BLOCK_K, BLOCK_D, HEAD_DIM)
     return softmax_step(
-        acc, peak, total, score, factor, v_tile, seed, threshold, stream,
+        acc, row_max, row_sum, score, factor, v_tile, seed, threshold, stream,
         q_position[:, None], k_position[None, :], EDGE,
     )  # fmt: skip
 
 
 @triton.jit
-def _forward_kernel(
+def attention_forward_triton(
     q, k, v, out, lse, sink, slopes, seed, start, end, tiles, order, layout, q_positions, k_positions,
     q_batch, q_row: tl.constexpr, q_head, k_batch, k_row: tl.constexpr, k_head,
     v_batch, v_row: tl.constexpr, v_head, out_batch, out_row: tl.constexpr, out_head,
@@ -110,11 +111,11 @@ def _forward_kernel(
         seed_value = tl.load(seed)
 
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    peak = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     if sink is not None:  # one more key, whose value is 0
-        peak = tl.full((BLOCK_Q,), 0.0, tl.float32) + tl.load(sink + head).to(tl.float32) * LOG2_E
-        total += 1.0
+        row_max = tl.full((BLOCK_Q,), 0.0, tl.float32) + tl.load(sink + head).to(tl.float32) * LOG2_E
+        row_sum += 1.0
 
     edges_before = full_first - first
     edges = edges_before + last - full_last
@@ -124,26 +125,26 @@ def _forward_kernel(
             tile = i if part == 1 else tl.where(i < edges_before, first + i, full_last - edges_before + i)
             if order is not None:
                 tile = tl.load(order + tile)
-            acc, peak, total = _forward_tile(
-                acc, peak, total, q_tile, k, v, tile, row, row_start, row_end, layout, q_position, k_positions, slope,
-                seed_value, threshold, stream, k_row, v_row, n_keys, scale, softcap,
+            acc, row_max, row_sum = _forward_tile(
+                acc, row_max, row_sum, q_tile, k, v, tile, row, row_start, row_end, layout, q_position, k_positions,
+                slope, seed_value, threshold, stream, k_row, v_row, n_keys, scale, softcap,
                 part == 0, HEAD_DIM, BLOCK_D, BLOCK_K, LAYOUT_Q, LAYOUT_K,
             )  # fmt: skip
 
     _store_rows(
-        acc, peak, total, out + wide(batch) * out_batch + wide(head) * out_head, lse + wide(stream) * n_queries,
+        acc, row_max, row_sum, out + wide(batch) * out_batch + wide(head) * out_head, lse + wide(stream) * n_queries,
         first_row, row, is_row, n_queries, out_row, keep_scale, MERGE, HEAD_DIM, BLOCK_D, BLOCK_Q,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_rows(
-    acc, peak, total, out, lse, first_row, row, is_row, n_queries, out_row, keep_scale,
+    acc, row_max, row_sum, out, lse, first_row, row, is_row, n_queries, out_row, keep_scale,
     MERGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Writes out and lse of a block of rows, or merges them into what is there."""
-    weight = tl.where(total == 0.0, 0.0, keep_scale / total)  # a row without keys; NaN stays NaN
-    row_lse = tl.where(total == 0.0, float("-inf"), peak * LN_2 + tl.log(total))
+    share = tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)  # a row without keys; NaN stays NaN
+    row_lse = tl.where(row_sum == 0.0, float("-inf"), row_max * LN_2 + tl.log(row_sum))
     out_pointers = out + wide(first_row) * out_row + tile_offsets(out_row, BLOCK_Q, BLOCK_D)
     inside = tile_inside(n_queries - first_row, BLOCK_Q, BLOCK_D, HEAD_DIM)
     if MERGE:
@@ -151,16 +152,16 @@ def _store_rows(
         top = finite(tl.maximum(before, row_lse))
         merged = top + tl.log(tl.exp(before - top) + tl.exp(row_lse - top))
         base = finite(merged)
-        weight *= tl.exp(row_lse - base)
-        acc = acc * weight[:, None] + tl.load(out_pointers, mask=inside) * tl.exp(before - base)[:, None]
+        share *= tl.exp(row_lse - base)
+        acc = acc * share[:, None] + tl.load(out_pointers, mask=inside) * tl.exp(before - base)[:, None]
         row_lse = merged
     else:
-        acc = acc * weight[:, None]
+        acc = acc * share[:, None]
     tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + row, row_lse, mask=is_row)
 
 
-def forward(
+def forward_in_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,27 +170,28 @@ def forward(
     sink: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `interface.forward`."""
+    """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `passes`."""
     batch, n_queries, heads, head_dim = q.shape
     if into is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
     else:
         out, lse = into
-    q, k, v = (launch.readable(x) for x in (q, k, v))
-    blocks = launch.attention_forward(q, isinstance(mask, BlockMask))
+    q, k, v = (addressing.readable(x) for x in (q, k, v))
+    blocks = triton_blocks.attention_forward(q, isinstance(mask, BlockMask))
     m = kernel_mask(mask, options, q.device, blocks.rows, blocks.keys)
     slopes = options.slopes(batch, n_queries, heads)
-    with launch.on_device(q):
-        _forward_kernel[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
+    with hardware.on_device(q):
+        attention_forward_triton[(triton.cdiv(n_queries, blocks.rows), heads, batch)](
             q, k, v, out, lse, None if sink is None else sink.contiguous(), slopes, options.seed, m.start, m.end,
             m.tiles, m.order, m.layout, m.query_position, m.key_position,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *launch.strides(slopes, 3), launch.shared_stride(m.start), launch.shared_stride(m.query_position),
-            m.tiles_batch, m.tiles_head, *m.order_strides, launch.shared_stride(m.layout),
+            *addressing.strides(slopes, 3), addressing.shared_stride(m.start),
+            addressing.shared_stride(m.query_position), m.tiles_batch, m.tiles_head, *m.order_strides,
+            addressing.shared_stride(m.layout),
             n_queries, k.shape[1], heads // k.shape[2],
             options.scale, options.softcap or None, options.threshold, 1 / (1 - options.dropout),
-            MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=launch.padded(head_dim),
+            MERGE=into is not None, HEAD_DIM=head_dim, BLOCK_D=addressing.padded(head_dim),
             BLOCK_Q=blocks.rows, BLOCK_K=blocks.keys, LAYOUT_Q=m.layout_q, LAYOUT_K=m.layout_k,
             num_warps=blocks.warps,
             num_stages=blocks.stages,

@@ -42,7 +42,7 @@ def load_tile(
 
 
 @triton.jit
-def biased(score, slope, q_position, k_position):
+def add_alibi(score, slope, q_position, k_position):
     """ALiBi: scores in natural units lose slope * |distance|."""
     return score - slope * tl.abs(q_position - k_position).to(tl.float32)
 
@@ -111,16 +111,16 @@ def meet(NVIDIA: tl.constexpr):
 
 @triton.jit
 def softmax_step(
-    acc, peak, total, score, factor, v, seed, threshold, stream, q_position, k_position, EDGE: tl.constexpr
+    acc, row_max, row_sum, score, factor, v, seed, threshold, stream, q_position, k_position, EDGE: tl.constexpr
 ):
-    """One more tile of keys: acc (Q, D), peak and total (Q,) of exp2(score * factor - peak), score (Q, K)."""
-    new_peak = tl.maximum(peak, tl.max(score, 1) * factor)
+    """One more tile of keys: acc (Q, D), row_max and row_sum (Q,) of exp2(score * factor - row_max), score (Q, K)."""
+    new_peak = tl.maximum(row_max, tl.max(score, 1) * factor)
     # of a full tile every row sees all; `finite` written out, which as a call costs registers here
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if EDGE else new_peak
     weight = tl.exp2(score * factor - base[:, None])
-    shrink = tl.exp2(peak - base)
-    total = total * shrink + tl.sum(weight, 1)
+    shrink = tl.exp2(row_max - base)
+    row_sum = row_sum * shrink + tl.sum(weight, 1)
     if seed is not None:
         weight = tl.where(kept(seed, threshold, stream, q_position, k_position), weight, 0.0)
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_peak, total
+    return acc, new_peak, row_sum

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import MIB, Document
-from longctx.data.tokens import FORMAT, DataError
+from longctx.data.tokens import FORMAT
+from longctx.errors import DataError
 from longctx.files import sha256
 
 MAX_DOCUMENT_TOKENS = 3_000_000

@@ -7,25 +7,17 @@ lost and none repeated.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from longctx.batch import Batch
 from longctx.config import DataConfig
 from longctx.data.packing import Sequence, cut_attention, pack
 from longctx.data.recall import Probe, copies_probe, recall_probe, recall_sequence
-from longctx.data.tokens import DataError, TokenSplit
-
-
-class Batch(NamedTuple):
-    """Sequences side by side; each tensor int64, (batch, sequence_length)."""
-
-    tokens: Tensor
-    targets: Tensor
-    positions: Tensor
-    document_start: Tensor
+from longctx.data.tokens import TokenSplit
+from longctx.errors import DataError
 
 
 def collate(sequences: list[Sequence]) -> Batch:
@@ -34,7 +26,7 @@ def collate(sequences: list[Sequence]) -> Batch:
 
 
 class Source(Protocol):
-    """Something that has sequence number 0, 1, 2 ... for as long as one asks."""
+    """An endless stream of sequences that can be read at any place: number 0, 1, 2, ..."""
 
     def sequence(self, number: int) -> Sequence: ...
 
@@ -104,11 +96,10 @@ class SpacedTokens(TokenWindows):
 
 
 class RecallStream:
-    """Endless synthetic recall; see `recall.py`."""
+    """Endless synthetic recall; see `recall.py`. `size`: how many sequences validation takes of it."""
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.size = data.validation_sequences
+    def __init__(self, data: DataConfig, seed: int, size: int = 0) -> None:
+        self.data, self.seed, self.size = data, seed, size
 
     def sequence(self, number: int) -> Sequence:
         recall = self.data.recall

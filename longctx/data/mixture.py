@@ -16,7 +16,8 @@ import numpy as np
 from longctx.config import DataConfig
 from longctx.data.loader import ShuffledTokens, Source, SpacedTokens
 from longctx.data.packing import Sequence
-from longctx.data.tokens import Corpus, DataError
+from longctx.data.tokens import Corpus
+from longctx.errors import DataError
 
 BLOCK = 4096
 
@@ -68,9 +69,9 @@ class Mixture:
             return sources[0]
         return MixedTokens(sources, shares(self.weights, BLOCK), seed)
 
-    def validation(self, data: DataConfig) -> tuple[ChainedTokens | None, list[str]]:
-        """`data.validation_sequences` by weight, at least one of each corpus; and why a corpus gives none."""
-        counts = shares(self.weights, max(data.validation_sequences, len(self.corpora)))
+    def validation(self, data: DataConfig, sequences: int) -> tuple[ChainedTokens | None, list[str]]:
+        """`sequences` held-out ones by weight, at least one of each corpus; and why a corpus gives none."""
+        counts = shares(self.weights, max(sequences, len(self.corpora)))
         sources, problems = [], []
         for corpus, count in zip(self.corpora, counts, strict=True):
             try:

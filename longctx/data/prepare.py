@@ -34,7 +34,8 @@ from longctx.data.tokenizer import (
     special_texts,
     vocab_size,
 )
-from longctx.data.tokens import SPLITS, DataError, Manifest, Shard, ShardWriter
+from longctx.data.tokens import SPLITS, Manifest, Shard, ShardWriter
+from longctx.errors import DataError
 from longctx.files import disk_problem, read_manifest, sha256, sync, write_manifest
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from longctx.data.tokens import DataError
+from longctx.errors import DataError
 
 COMPRESSED = (".zst", ".gz", ".bz2", ".lz4")
 BOM = b"\xef\xbb\xbf"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from longctx.data.tokens import DataError
+from longctx.errors import DataError
 
 # names of the token that closes a document, the first that a tokenizer has is taken
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "<｜end▁of▁sentence｜>")  # noqa: RUF001

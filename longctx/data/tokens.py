@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from longctx.config import UserError
+from longctx.errors import DataError
 from longctx.files import outside, read_manifest, sha256, sync, write_manifest
 
 FORMAT = "longctx-tokens-3"
@@ -30,10 +30,6 @@ NOTE_ON_BEFORE = (
 )
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-
-
-class DataError(UserError):
-    """Data that cannot be trained on: the message names the file, what is wrong and what to do."""
 
 
 @dataclass

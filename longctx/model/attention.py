@@ -1,27 +1,32 @@
-"""The attention layer. `attend` is the seam where a context-parallel strategy is put around the kernel."""
+"""The attention layer. `attend` is the seam where context parallelism takes the kernel's place."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Positions
 from longctx.kernels.attention.interface import attention
-from longctx.kernels.attention.mask import KeyIntervals
-from longctx.kernels.rms_norm import RMSNorm
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.norm.rms_norm import RMSNorm
 from longctx.kernels.rotary import apply_rotary_to_both
 
 
 class Attend(nn.Module):
-    """The attention op as a module, so that `longctx.parallel` can wrap it."""
+    """The attention op as a module, so that `longctx.parallel` can replace it.
 
-    def __init__(self, implementation: str) -> None:
+    `options`: keyword arguments of `longctx.kernels.attention.interface.attention`, such as `softcap`.
+    """
+
+    def __init__(self, implementation: str = "auto", **options: Any) -> None:
         super().__init__()
-        self.implementation = implementation
+        self.implementation, self.options = implementation, options
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals) -> Tensor:
         """q (batch, sequence, heads, head_dim), k and v with kv_heads -> out like q."""
-        return attention(q, k, v, mask, implementation=self.implementation)[0]
+        return attention(q, k, v, mask, implementation=self.implementation, **self.options)[0]
 
 
 class Attention(nn.Module):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from longctx.config import ModelConfig, UserError
-from longctx.kernels import launch
-from longctx.kernels.attention.interface import check_inputs, choose
-from longctx.kernels.attention.mask import KeyIntervals
+from longctx.config import ModelConfig
+from longctx.errors import UserError
+from longctx.kernels import hardware
+from longctx.kernels.attention.choice import choose_implementation
+from longctx.kernels.attention.interface import check_inputs
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 
 
@@ -18,7 +20,7 @@ def attention_implementation(config: ModelConfig, device: torch.device, dtype: t
         check_inputs(q, k, k)
         packed = KeyIntervals.documents(torch.zeros(1, 1, dtype=torch.int64)).to(device)
         of_one, of_many = (
-            choose(config.attention, q, mask, Options(config.head_dim**-0.5))
+            choose_implementation(config.attention, q, mask, Options(config.head_dim**-0.5))
             for mask in (KeyIntervals.causal(1), packed)
         )
         return of_one if of_one == of_many else f"{of_many}, in sequences of one document {of_one}"
@@ -29,6 +31,6 @@ def attention_implementation(config: ModelConfig, device: torch.device, dtype: t
 def fused_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """What `model.fused_ops` comes to; raises UserError if the one asked for cannot run on the device."""
     try:
-        return launch.choose(config.fused_ops, torch.empty(0, device=device, dtype=dtype))
+        return hardware.triton_or_reference(config.fused_ops, torch.empty(0, device=device, dtype=dtype))
     except ValueError as error:
         raise UserError(f"model.fused_ops={config.fused_ops}: {error}") from None

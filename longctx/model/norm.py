@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from longctx.config import ModelConfig, Norm
-from longctx.kernels.layer_norm import LayerNorm
-from longctx.kernels.rms_norm import RMSNorm
+from longctx.kernels.norm.layer_norm import LayerNorm
+from longctx.kernels.norm.rms_norm import RMSNorm
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from longctx import plan
 from longctx.config import Activation, ModelConfig, Positions
-from longctx.kernels import reference
-from longctx.kernels.attention.mask import KeyIntervals, windowed
-from longctx.kernels.linear_cross_entropy import linear_cross_entropy
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.loss import reference
+from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
 from longctx.kernels.swiglu import swiglu
 from longctx.model.attention import Attention
 from longctx.model.norm import make_norm
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         rotation_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rotation = cos_sin(positions, self.config.rotary, self.config.head_dim, rotation_dtype)
         windows = layer_windows(self.config)
-        masks = {window: windowed(mask, window, tokens.device) if window else mask for window in set(windows)}
+        masks = {window: mask.windowed(window, tokens.device) if window else mask for window in set(windows)}
         for block, window in zip(self.blocks, windows, strict=True):
             x = block(x, rotation, masks[window])
         weight = self.embedding.weight if self.output_weight is None else self.output_weight

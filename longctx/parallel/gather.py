@@ -6,16 +6,12 @@ They are fetched again in the backward pass rather than kept.
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import nn
-
-from longctx.parallel.blockwise import Budget
-from longctx.parallel.context_op import ContextAttend, context_op
+from longctx.parallel.blockwise import Blockwise, Budget
+from longctx.parallel.transport import Transport
 
 EVERYTHING = 1 << 60
-_gather_attention = context_op("gather_attention", Budget(step=EVERYTHING, inbox=EVERYTHING))
 
 
-def gather(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
-    """Wraps `attend` so that it works on a sequence split over `group`."""
-    return ContextAttend(attend, _gather_attention, group)
+def gather(transport: Transport) -> Blockwise:
+    """All-gather attention over the ranks of a transport."""
+    return Blockwise(transport, Budget(step=EVERYTHING, inbox=EVERYTHING))

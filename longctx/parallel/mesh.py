@@ -33,9 +33,9 @@ class Mesh:
         return self.data.get_group(axis)
 
     def groups_in_context(self, inner: int) -> list[dist.ProcessGroup]:
-        """The context axis as two: `inner` ranks beside each other, and those at the same place in the others' lots.
+        """Splits the context axis in two: `inner` consecutive ranks, and the ranks at the same place in these groups.
 
-        To be called by all ranks.
+        Returns the inner and the outer group of this rank. Collective.
         """
         sizes = self.readers, self.size("context") // inner, inner, self.size("tensor")
         mesh = init_device_mesh(self.data.device_type, sizes, mesh_dim_names=("data", "outer", "inner", "tensor"))
@@ -45,6 +45,11 @@ class Mesh:
     def readers(self) -> int:
         """How many different sequences are read at a time."""
         return self.size("replicate") * self.size("shard")
+
+    @property
+    def ranks_of_a_reader(self) -> int:
+        """How many ranks read the same sequences: those of the context and the tensor axis."""
+        return self.size("context") * self.size("tensor")
 
     @property
     def reader(self) -> int:

@@ -6,30 +6,37 @@ import torch
 
 from longctx.config import Config, Recompute
 from longctx.model.transformer import Block, Transformer
+from longctx.parallel.activation_checkpointing import apply_activation_checkpointing
+from longctx.parallel.context_parallel import ContextParallel
+from longctx.parallel.fsdp import apply_fsdp, materialize
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.recompute import apply_recompute
-from longctx.parallel.shard import materialize, shard_parameters
-from longctx.parallel.strategy import Chosen, wrapper
-from longctx.parallel.tensor import apply_tensor_parallelism
+from longctx.parallel.strategy import choose_strategy
+from longctx.parallel.tensor_parallel import apply_tensor_parallel
 
 
-def parallelize(config: Config, mesh: Mesh, context: Chosen, device: torch.device) -> Transformer:
-    """The model of `config` on this rank, initialised, ready to train."""
+def parallelize(
+    config: Config, mesh: Mesh, ranks_of_a_machine: int, device: torch.device
+) -> tuple[Transformer, ContextParallel]:
+    """The model of `config` on this rank, initialised, ready to train, and how its attention crosses the context axis.
+
+    Collective: called by all ranks of `mesh`.
+    """
     with torch.device("meta"):
         model = Transformer(config.model)
 
     if mesh.size("tensor") > 1:  # first: what follows shards each rank's part
-        apply_tensor_parallelism(model, mesh.parameters["tensor"])
+        apply_tensor_parallel(model, mesh.parameters["tensor"])
 
-    wrap = wrapper(context, mesh, config.parallel.timeout_seconds) if mesh.size("context") > 1 else None
+    choice = choose_strategy(config, ranks_of_a_machine)
+    context_parallel = ContextParallel.over(choice, mesh, config.parallel.timeout_seconds)
     for block in model.blocks:
         assert isinstance(block, Block)
-        if wrap:
-            block.attention.attend = wrap(block.attention.attend)
-        apply_recompute(block, config.parallel.recompute)
-        if config.parallel.compile:  # after recompute: its hooks run between the compiled parts
+        if mesh.size("context") > 1:
+            block.attention.attend = context_parallel.replace(block.attention.attend)
+        apply_activation_checkpointing(block, config.parallel.recompute)
+        if config.parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
             block.compile(fullgraph=config.parallel.recompute == Recompute.none)
 
-    shard_parameters(model, mesh, config.precision)  # last: it gathers what the calls above have made
+    apply_fsdp(model, mesh, config.precision)  # last: it gathers what the calls above have made
     materialize(model, config.seed, device)
-    return model
+    return model, context_parallel

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
-
 from longctx.config import Config, Strategy, shares_heads
-from longctx.parallel import transport
-from longctx.parallel.gather import gather
-from longctx.parallel.mesh import Mesh
-from longctx.parallel.ring import ring
-from longctx.parallel.ulysses import ulysses, ulysses_ring
 
 GIB = 1 << 30
 MOST_GATHERED = 4 * GIB  # of keys, values and their gradients on a rank
 
 
-class Chosen(NamedTuple):
+class Choice(NamedTuple):
     """What is used, and why."""
 
     strategy: Strategy
-    ulysses: int  # ranks that trade heads
-    why: str
+    ulysses_size: int  # ranks that trade heads
+    reason: str
 
     @property
     def splits_heads(self) -> bool:
@@ -31,27 +23,27 @@ class Chosen(NamedTuple):
         return self.strategy == Strategy.ulysses
 
 
-def choose_strategy(config: Config, ranks_of_a_machine: int) -> Chosen:
+def choose_strategy(config: Config, ranks_of_a_machine: int) -> Choice:
     """The strategy of a checked configuration. Axes count fastest along `tensor`, so that a machine has whole ones."""
     parallel = config.parallel
     if parallel.context == 1:
-        return Chosen(Strategy.gather, 1, "a rank has whole sequences")
+        return Choice(Strategy.gather, 1, "a rank has whole sequences")
     near = _most_trading_heads(config, ranks_of_a_machine // parallel.tensor)
     if parallel.strategy == Strategy.ulysses:
-        return Chosen(Strategy.ulysses, parallel.context, "as configured")
+        return Choice(Strategy.ulysses, parallel.context, "as configured")
     if parallel.strategy == Strategy.ulysses_ring:
-        return Chosen(Strategy.ulysses_ring, parallel.ulysses or near, "as configured")
+        return Choice(Strategy.ulysses_ring, parallel.ulysses or near, "as configured")
     if parallel.strategy != Strategy.auto:
-        return Chosen(parallel.strategy, 1, "as configured")
+        return Choice(parallel.strategy, 1, "as configured")
     if parallel.context * parallel.tensor > ranks_of_a_machine:
         if near > 1:
-            return Chosen(Strategy.ulysses_ring, near, f"{near} ranks of a machine trade heads, keys go between these")
-        return Chosen(Strategy.ring, 1, "the axis spans machines, and heads cannot be shared inside one")
+            return Choice(Strategy.ulysses_ring, near, f"{near} ranks of a machine trade heads, keys go between these")
+        return Choice(Strategy.ring, 1, "the axis spans machines, and heads cannot be shared inside one")
     gathered = _gathered_bytes(config)
     size = f"keys and values of a sequence and their gradients take {gathered / GIB:.1f} GiB"
     if gathered <= MOST_GATHERED:
-        return Chosen(Strategy.gather, 1, f"{size}: few large kernels")
-    return Chosen(Strategy.ring, 1, f"{size}: a few shards at a time")
+        return Choice(Strategy.gather, 1, f"{size}: few large kernels")
+    return Choice(Strategy.ring, 1, f"{size}: a few shards at a time")
 
 
 def _most_trading_heads(config: Config, most: int) -> int:
@@ -65,16 +57,3 @@ def _gathered_bytes(config: Config) -> int:
     tokens = config.data.sequences_per_micro_batch * config.data.sequence_length
     width = 2 * config.model.kv_heads // config.parallel.tensor * config.model.head_dim
     return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients
-
-
-def wrapper(chosen: Chosen, mesh: Mesh, timeout_seconds: int) -> Callable[[nn.Module], nn.Module]:
-    """What puts the strategy around an `attend`; the ranks of its groups can reach each other from now on."""
-    strategies = {
-        Strategy.ring: ring, Strategy.gather: gather, Strategy.ulysses: ulysses, Strategy.ulysses_ring: ulysses_ring,
-    }  # fmt: skip
-    groups = [mesh.group("context")]
-    if chosen.strategy == Strategy.ulysses_ring:
-        groups = mesh.groups_in_context(chosen.ulysses)
-    for group in groups:
-        transport.use(transport.choose(group, 1000 * timeout_seconds))
-    return lambda attend: strategies[chosen.strategy](attend, *groups)

@@ -1,12 +1,13 @@
 """How tokens of queries, keys and gradients travel between the ranks of a context axis.
 
 Two forms of one object. `SymmetricMemory`: inside a machine whose GPUs reach each other's memory, each rank copies what
-it needs out of its owner's, and kernels write gradients straight into the owner's; the copy engines do the work and no
-multiprocessor is lost to it. `Messages`: pairs of sends and receives, over NCCL between machines and over gloo on CPUs.
+it needs out of its owner's, and kernels write gradients straight into the owner's; the GPU's DMA copy engines do the
+work, and no streaming multiprocessor is lost to it. `Messages`: pairs of sends and receives, over NCCL between machines
+and over gloo on CPUs.
 
 What travels lies in buffers with names, the same on all ranks: (pieces, batch, tokens, ...), a piece for each other
-rank, or for each group of heads, as its user likes. A rank fills one and lets the others `fetch` from it after they
-`meet`; or the others `give` to it, and after they meet again it reads.
+rank, or for each group of heads, as its user likes. A rank fills one and lets the others `get` from it after a
+`barrier`; or the others `put` into it, and after the next barrier it reads.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric_memory
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from longctx.machine import this_machine
-from longctx.parallel.exchange import Move
+from longctx.parallel.key_exchange import Move
 
 Wait = Callable[[], None]  # returns, or lets the device's queue go on, once the data is there
 PieceOf = Callable[[Move], int]
@@ -54,27 +54,33 @@ class Transport(ABC):
         """The buffer `name` of this rank, which others can read and write: like `like`, what is in it undefined."""
 
     @abstractmethod
-    def meet(self) -> None:
-        """The device's queue goes on once all ranks are here, with all that they have written or read."""
+    def barrier(self) -> None:
+        """Device-side barrier on the current stream: what ranks read and wrote before it is complete after it."""
 
     @abstractmethod
-    def fetch(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
-        """Begins to copy what this rank reads, of all ranks' `moves`, from owners' buffers to (batch, tokens, ...)."""
+    def get(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
+        """Starts copying what this rank reads, of all ranks' `moves`, from owners' buffers into (batch, tokens, ...).
+
+        Returns a function that waits until the data is there.
+        """
 
     @abstractmethod
     def shared_bytes(self) -> int:
-        """Of the buffers that torch's allocator does not count."""
+        """Bytes of the shared buffers that lie outside torch's caching allocator."""
 
     @abstractmethod
-    def give(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
-        """The way back, from (batch, tokens, ...) to owners' buffers. `source` must not change before it is done."""
+    def put(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
+        """Starts copying from `source` (batch, tokens, ...) into the owners' buffers: the opposite of `get`.
+
+        Returns a function that waits until the copies are done; before that, `source` must not change.
+        """
 
     def addresses(self, name: str, moves: list[Move], piece_of: PieceOf) -> list[tuple[int, int]]:
-        """For each move of this rank the address where `give` would write, and the tokens. If it `reaches_others`."""
+        """For each move of this rank the address where `put` would write, and the tokens. If it `reaches_others`."""
         raise TypeError(f"{type(self).__name__} reaches no buffer of another rank")
 
-    def in_turn(self, name: str) -> str:
-        """One of two names, the other than the time before."""
+    def double_buffered(self, name: str) -> str:
+        """Alternates between two names of buffers, so that the one before may still be read."""
         self.turns[name] = 1 - self.turns.get(name, 0)
         return f"{name} {self.turns[name]}"
 
@@ -147,15 +153,15 @@ class SymmetricMemory(Transport):
         self.shared[name] = self._grown(name, shape, dtype, make)
         return self.shared[name]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         with self._waiting():
             self._stream().wait_stream(self.side)
             self.door.barrier(channel=0, timeout_ms=self.timeout_ms)
 
-    def fetch(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
+    def get(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
         return self._beside(self._runs(name, moves, piece_of, into))
 
-    def give(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
+    def put(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
         runs = self._runs(name, moves, piece_of, source)
         return self._beside((there, here, size, is_remote) for here, there, size, is_remote in runs)
 
@@ -225,10 +231,10 @@ class Messages(Transport):
         self.shared[name] = self.scratch(name, shape, like, dtype)
         return self.shared[name]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Whoever has received has all."""
 
-    def fetch(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
+    def get(self, name: str, moves: list[Move], piece_of: PieceOf, into: Tensor) -> Wait:
         return self._exchange(
             [
                 (move.owner, move.reader, self._place(name, move, piece_of), _position(into, move))
@@ -237,7 +243,7 @@ class Messages(Transport):
             ]
         )
 
-    def give(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
+    def put(self, name: str, moves: list[Move], piece_of: PieceOf, source: Tensor) -> Wait:
         return self._exchange(
             [
                 (move.reader, move.owner, _position(source, move), self._place(name, move, piece_of))
@@ -297,35 +303,11 @@ def _position(x: Tensor, move: Move) -> Tensor:
 
 # which form -----------------------------------------------------------------------------------------------------------
 
-_transports: dict[str, Transport] = {}  # by the name of the process group, which is all that a custom op can be given
 
-
-def transport_of(group_name: str) -> Transport:
-    """The transport of a process group; of one that `use` has not been told, the form that `choose` finds."""
-    if group_name not in _transports:
-        use(choose(_resolve_process_group(GroupName(group_name))))
-    return _transports[group_name]
-
-
-def use(transport: Transport) -> None:
-    """From now on the transport of its group. To be called by all of its ranks."""
-    _transports[transport.group.group_name] = transport
-
-
-def choose(group: dist.ProcessGroup, timeout_ms: int = 0) -> Transport:
+def make_transport(group: dist.ProcessGroup, timeout_ms: int = 0) -> Transport:
     """Symmetric memory where all ranks of a group have it. To be called by all of them."""
     reason = why_no_symmetric_memory(group)
     return Messages(group, f"no symmetric memory: {reason}") if reason else SymmetricMemory(group, timeout_ms)
-
-
-def forget() -> None:
-    """Drops all transports and their buffers. To be called by all ranks, none of which still works with them."""
-    _transports.clear()
-
-
-def in_use() -> list[Transport]:
-    """The transports of all groups."""
-    return list(_transports.values())
 
 
 def _cuda_runtime() -> Any:

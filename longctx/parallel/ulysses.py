@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch import Tensor
 
-from longctx.kernels.attention import interface
-from longctx.kernels.attention.interface import BackwardInBlocks, Call, attention_op, delta
-from longctx.kernels.attention.mask import KeyIntervals, once_a_mask
-from longctx.kernels.reference import accumulation_dtype
-from longctx.parallel import blockwise, ring
-from longctx.parallel.context_op import ContextAttend
-from longctx.parallel.exchange import Move, runs_of
-from longctx.parallel.sequence import in_ranks_order, on_cpu
-from longctx.parallel.transport import Wait, copy_rows, transport_of
+from longctx.kernels.attention import passes
+from longctx.kernels.attention.custom_op import Call
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.mask_cache import cached_per_mask
+from longctx.kernels.attention.options import Saved
+from longctx.kernels.precision import accumulation_dtype
+from longctx.parallel.blockwise import Blockwise, SplitCall
+from longctx.parallel.key_exchange import Move, spans_of
+from longctx.parallel.load_balance import Split, SplitMask
+from longctx.parallel.transport import Transport, Wait, copy_rows
 
 MOST_GROUPS = 4
 FLOPS_OF_A_GROUP = 5e11  # forward, of less than which it has too few tiles for a GPU, and takes the CPU too long
@@ -90,10 +89,10 @@ def _heads(pieces: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-@once_a_mask
-def _pairs(mask: KeyIntervals) -> float:
-    """Of a query and a key it sees, in a sequence: the mean of a batch."""
-    start, end = on_cpu(mask).bounds("cpu")
+@cached_per_mask
+def visible_pairs(mask: SplitMask) -> float:
+    """Pairs of a query and a key it sees in a sequence: the mean over the batch."""
+    start, end = mask.on_cpu().bounds("cpu")
     return float((end - start).clamp(min=0).sum()) / len(start)
 
 
@@ -102,27 +101,24 @@ def most_groups(flops: float, query_bytes: int) -> int:
     return max(1, min(MOST_GROUPS, max(int(flops / FLOPS_OF_A_GROUP), -(-query_bytes // BYTES_OF_A_GROUP))))
 
 
-@once_a_mask
-def _in_groups_order(mask: KeyIntervals, size: int, groups: int, group: int) -> tuple[KeyIntervals, list[Move]]:
-    """For the ranks of `group` of `groups`, each of `size` ranks beside each other, which trade heads.
-
-    Of a mask whose rows are in the ranks' order: the same with the tokens of each group ascending, and how those of
-    this group come there. A single group has the whole sequence, in its order.
-    """
-    assert mask.query_position is not None
-    order = mask.query_position[0].long().view(groups, -1)
-    ascending = torch.argsort(order, 1)
-    first_rows = torch.arange(groups, device=order.device).unsqueeze(1) * order.shape[1]
-    here = on_cpu(mask).positions("cpu")[0][0]
-    mine = here.long().view(groups, -1)[group]
-    runs = runs_of(mine, size)
-    positions = torch.searchsorted(mine.sort().values, torch.tensor([run.first for run in runs])).tolist()
-    moves = [
-        Move(run.owner, run.place, reader, position, run.first, run.length)
+@cached_per_mask
+def _moves_of_group(mask: SplitMask, groups: int, group: int) -> list[Move]:
+    """How the tokens of one of `groups`, each of as many neighbouring ranks, come together there in ascending order."""
+    mine = mask.split.order.view(groups, -1)[group]
+    size = mask.split.size // groups
+    spans = spans_of(mine, size)
+    positions = torch.searchsorted(mine.sort().values, torch.tensor([span.first for span in spans])).tolist()
+    return [
+        Move(span.owner, span.place, reader, position, span.first, span.length)
         for reader in range(size)
-        for run, position in zip(runs, positions, strict=True)
+        for span, position in zip(spans, positions, strict=True)
     ]
-    return mask.rows((ascending + first_rows).flatten()), moves
+
+
+@cached_per_mask
+def _split_over_groups(mask: SplitMask, groups: int) -> Split:
+    """Which of `groups` of neighbouring ranks holds which tokens; those of a group are ascending."""
+    return Split(mask.split.order.view(groups, -1).sort(1).values.flatten(), groups)
 
 
 class _Exchange:
@@ -133,22 +129,16 @@ class _Exchange:
     `gradient_piece`.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-        inner, *outer = call.group_name.split()
-        self.transport = transport_of(inner)
-        beyond = transport_of(outer[0]) if outer else None
-        group, groups = (beyond.rank, beyond.size) if beyond else (0, 1)
-        size = self.transport.size
+    def __init__(self, ulysses: Ulysses, q: Tensor, k: Tensor, v: Tensor, call: SplitCall) -> None:
+        self.transport, self.outer = ulysses.transport, ulysses.outer
+        size, groups, group = self.transport.size, ulysses.groups, ulysses.group
         self.length = q.shape[1] * size
-        whole = in_ranks_order(call.intervals(self.length * groups, self.length * groups))
-        self.mask, self.moves = _in_groups_order(whole, size, groups, group)
+        self.moves = _moves_of_group(call.mask, groups, group)
         batch, _, n_heads, head_dim = q.shape
-        flops = 4 * batch * _pairs(whole) / groups * n_heads / size * head_dim
+        flops = 4 * batch * visible_pairs(call.mask) / groups * n_heads / size * head_dim
         self.heads = Heads(n_heads, k.shape[2], size, most_groups(flops, q.nbytes) if q.is_cuda else MOST_GROUPS)
-        self.call = call
-        if beyond:  # over which the tokens of this group are one shard
-            self.call = Call.of(self.mask, call.options(), call.implementation, outer[0])
-        self.is_whole = beyond is None
+        self.whole = Call(call.mask.mask, call.options, call.implementation)
+        self.split = call._replace(mask=SplitMask(call.mask.mask, _split_over_groups(call.mask, groups)))
         self.leaving: list[tuple[Tensor, Wait]] = []  # which must live until they have left
         copy_rows(self.share("queries", q.shape[3], q), self.of_queries(q))
         n = size * self.heads.kv_pieces // self.heads.sharers
@@ -159,21 +149,24 @@ class _Exchange:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Attention of a group's heads."""
-        if self.is_whole:
-            return interface.forward(q, k, v, self.mask, self.call.options(), self.call.implementation)
-        return blockwise.forward(q, k, v, self.call, ring.BUDGET)
+        if self.outer is None:
+            return passes.attention_forward(q, k, v, *self.whole)
+        return self.outer.forward(q, k, v, self.split)
 
     def backward(
         self, dout: Tensor, of_rows: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dkeys: Tensor
     ) -> Tensor:  # fmt: skip
-        """dq; the gradients of keys and values are added to `dkeys`. `of_rows`: delta."""
-        out = q.new_zeros(q.shape[3]).expand(q.shape)  # then -delta stands for delta as the gradient of lse
-        if self.is_whole:
-            call = self.call
-            gradient = BackwardInBlocks(dout, -of_rows, q, out, lse, call.options(), call.implementation)
-            gradient.add(k, v, self.mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
+        """dq; the gradients of keys and values are added to `dkeys`. `of_rows`: delta = rowsum(dout * out)."""
+        # kernels compute delta - dlse from `out`: with out = 0 and dlse = -delta that is the same, and no out travels
+        out = q.new_zeros(q.shape[3]).expand(q.shape)
+        if self.outer is None:
+            mask, options, implementation = self.whole
+            assert isinstance(mask, KeyIntervals)
+            gradient = passes.PartialBackward(dout, -of_rows, q, out, lse, options, implementation)
+            gradient.add(k, v, mask, (dkeys[:, :, 0], dkeys[:, :, 1]))
             return gradient.dq()
-        dq, *of_keys = blockwise.backward(dout, -of_rows, q, k, v, out, lse, self.call, ring.BUDGET, dkeys.dtype)
+        saved = Saved(q, k, v, out, lse)
+        dq, *of_keys = self.outer.backward(dout, -of_rows, saved, self.split, dkeys.dtype)
         for number, gradient in enumerate(of_keys):
             dkeys[:, :, number] += gradient
         return dq
@@ -210,65 +203,21 @@ class _Exchange:
             shared = self.transport.shared[name]
             shape = shared.shape[1], self.length, *shared.shape[3:]
             into = self.transport.scratch(f"{name} {turn % 2}", shape, shared)
-            wait = self.transport.fetch(name, self.moves, lambda move, of=piece_of: of(move.reader, group), into)
+            wait = self.transport.get(name, self.moves, lambda move, of=piece_of: of(move.reader, group), into)
             fetched[name] = into, wait
         return fetched
 
-    def give(self, name: str, piece_of: Callable[[int, int], int], group: int, x: Tensor) -> None:
+    def put(self, name: str, piece_of: Callable[[int, int], int], group: int, x: Tensor) -> None:
         """Sends all tokens of this rank's heads of a group to who holds them."""
         while len(self.leaving) > 2:  # dQ and dK and dV of the group before
             self.leaving.pop(0)[1]()
-        self.leaving.append((x, self.transport.give(name, self.moves, lambda move: piece_of(move.reader, group), x)))
+        self.leaving.append((x, self.transport.put(name, self.moves, lambda move: piece_of(move.reader, group), x)))
 
     def finish(self) -> None:
         """Waits until all has left and arrived."""
         for _, wait in self.leaving:
             wait()
-        self.transport.meet()
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, _sink: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    exchange = _Exchange(q, k, v, call)
-    transport, heads = exchange.transport, exchange.heads
-    outs = exchange.share("outs", q.shape[3], q)
-    transport.meet()
-    parts = []
-    for group, (queries, keys) in exchange.arriving("queries", "keys"):
-        out, lse = exchange.forward(queries, keys[:, :, 0], keys[:, :, 1])
-        exchange.give("outs", heads.query_piece, group, out)
-        parts.append(lse)
-    exchange.finish()
-    return _heads(outs, q.dtype), torch.cat(parts, 1)
-
-
-def _backward(dout, _dlse, q, k, v, out, lse, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    exchange = _Exchange(q, k, v, call)
-    transport, heads = exchange.transport, exchange.heads
-    head_dim = q.shape[3]
-    compute = accumulation_dtype(q.dtype)
-    _share_with_delta(exchange, dout, delta(dout, out))
-    dqueries = exchange.share("dqueries", head_dim, q)
-    shape = heads.size * heads.kv_pieces, *transport.shared["keys"].shape[1:]
-    shared_dkeys = transport.share("dkeys", shape, k, k.dtype if heads.sharers == 1 else compute)
-    transport.meet()
-    lse_of_groups = lse.chunk(heads.groups, 1)
-    dkeys = None
-    for group, (queries, keys, douts) in exchange.arriving("queries", "keys", "douts"):
-        if dkeys is None:
-            dkeys = torch.zeros(keys.shape, dtype=compute, device=q.device)
-        of_rows = _delta_of(douts, head_dim, compute)
-        dq = exchange.backward(
-            douts[..., :head_dim], of_rows, queries, keys[:, :, 0], keys[:, :, 1], lse_of_groups[group], dkeys
-        )
-        exchange.give("dqueries", heads.query_piece, group, dq)
-        if heads.ends_piece(group):
-            exchange.give("dkeys", heads.gradient_piece, group, dkeys.to(shared_dkeys.dtype))
-            dkeys = None
-    exchange.finish()
-    of_heads = shared_dkeys.unflatten(0, (-1, heads.sharers))
-    of_heads = of_heads.sum(1) if heads.sharers > 1 else of_heads.squeeze(1)
-    dk, dv = (_heads(x, k.dtype) for x in of_heads.unbind(3))
-    return _heads(dqueries, q.dtype), dk, dv
+        self.transport.barrier()
 
 
 def _share_with_delta(exchange: _Exchange, dout: Tensor, of_rows: Tensor) -> None:
@@ -290,24 +239,64 @@ def _place_of_delta(head_dim: int, dtype: torch.dtype, delta_dtype: torch.dtype)
     return begin // delta_dtype.itemsize, (begin + 16) // dtype.itemsize
 
 
-def _lse_shape(q: Tensor, call: Call) -> tuple[int, ...]:
-    """Of all tokens, of this rank's heads: as the backward pass needs it."""
-    size = dist.get_world_size(_resolve_process_group(GroupName(call.group_name.split()[0])))
-    return q.shape[0], q.shape[2] // size, q.shape[1] * size
+class Ulysses:
+    """Attention over a split sequence of which each rank takes all tokens and its share of the heads.
 
-
-_ulysses_attention = attention_op("ulysses_attention", _forward, _backward, _lse_shape)
-
-
-def ulysses(attend: nn.Module, group: dist.ProcessGroup) -> ContextAttend:
-    """Wraps `attend` so that it works on a sequence split over `group`, which divides the query heads."""
-    return ContextAttend(attend, _ulysses_attention, group)
-
-
-def ulysses_ring(attend: nn.Module, inner: dist.ProcessGroup, outer: dist.ProcessGroup) -> ContextAttend:
-    """Wraps `attend`: ranks of `inner` trade heads, and keys go over `outer` as in a ring.
-
-    (Fang and Zhao 2024, USP.) A sequence is split over the ranks of `inner` of the first rank of `outer`, then of the
-    second, ...
+    The ranks of `transport`, which are neighbours, trade tokens for heads. With `outer`, these are one of several
+    groups (`groups`, of which this is number `group`), each with its share of the tokens, and keys go between the
+    groups as that has it: Ulysses inside, a ring outside. (Fang and Zhao 2024, USP)
     """
-    return ContextAttend(attend, _ulysses_attention, inner, outer)
+
+    def __init__(self, transport: Transport, outer: Blockwise | None = None) -> None:
+        self.transport, self.outer = transport, outer
+        self.group, self.groups = (outer.transport.rank, outer.transport.size) if outer else (0, 1)
+
+    def lse_shape(self, q: Tensor) -> tuple[int, ...]:
+        """Of all tokens of the group, of this rank's heads: as the backward pass needs it."""
+        return q.shape[0], q.shape[2] // self.transport.size, q.shape[1] * self.transport.size
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: SplitCall) -> tuple[Tensor, Tensor]:
+        """One rank's rows: out like q; lse see `lse_shape`."""
+        exchange = _Exchange(self, q, k, v, call)
+        heads = exchange.heads
+        outs = exchange.share("outs", q.shape[3], q)
+        self.transport.barrier()
+        parts = []
+        for group, (queries, keys) in exchange.arriving("queries", "keys"):
+            out, lse = exchange.forward(queries, keys[:, :, 0], keys[:, :, 1])
+            exchange.put("outs", heads.query_piece, group, out)
+            parts.append(lse)
+        exchange.finish()
+        return _heads(outs, q.dtype), torch.cat(parts, 1)
+
+    def backward(
+        self, dout: Tensor, _dlse: Tensor | None, saved: Saved, call: SplitCall
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq of one rank's rows, dk and dv of its keys, like these."""
+        q, k, v, out, lse = saved
+        exchange = _Exchange(self, q, k, v, call)
+        transport, heads, head_dim = self.transport, exchange.heads, q.shape[3]
+        compute = accumulation_dtype(q.dtype)
+        _share_with_delta(exchange, dout, passes.delta(dout, out))
+        dqueries = exchange.share("dqueries", head_dim, q)
+        shape = heads.size * heads.kv_pieces, *transport.shared["keys"].shape[1:]
+        shared_dkeys = transport.share("dkeys", shape, k, k.dtype if heads.sharers == 1 else compute)
+        transport.barrier()
+        lse_of_groups = lse.chunk(heads.groups, 1)
+        dkeys = None
+        for group, (queries, keys, douts) in exchange.arriving("queries", "keys", "douts"):
+            if dkeys is None:
+                dkeys = torch.zeros(keys.shape, dtype=compute, device=q.device)
+            of_rows = _delta_of(douts, head_dim, compute)
+            dq = exchange.backward(
+                douts[..., :head_dim], of_rows, queries, keys[:, :, 0], keys[:, :, 1], lse_of_groups[group], dkeys
+            )
+            exchange.put("dqueries", heads.query_piece, group, dq)
+            if heads.ends_piece(group):
+                exchange.put("dkeys", heads.gradient_piece, group, dkeys.to(shared_dkeys.dtype))
+                dkeys = None
+        exchange.finish()
+        of_heads = shared_dkeys.unflatten(0, (-1, heads.sharers))
+        of_heads = of_heads.sum(1) if heads.sharers > 1 else of_heads.squeeze(1)
+        dk, dv = (_heads(x, k.dtype) for x in of_heads.unbind(3))
+        return _heads(dqueries, q.dtype), dk, dv

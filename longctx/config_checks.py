@@ -1,0 +1,202 @@
+"""What a configuration may be: all that is wrong with one at once, each with the value, the rule and the fix."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from longctx.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    ParallelConfig,
+    Positions,
+    RotaryScaling,
+    Strategy,
+    keys,
+    resolve_shard,
+    shares_heads,
+)
+from longctx.errors import ConfigError
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
+    too_small, outside = _check_limits(config)
+    model = _check_model(config.model)
+    layout = _check_layout(config.parallel, world_size)
+    problems = [*too_small, *outside, *_check_ranges(config), *model, *layout]
+    if not too_small and not layout:  # the rest divides by these
+        problems += _check_batch(config, world_size)
+        problems += _check_sharing(config) if not model else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_limits(config: Config) -> tuple[list[str], list[str]]:
+    """Values outside the limits that stand at their fields: sizes, by which later checks divide, and the others."""
+    sizes, others = [], []
+    for key in keys(config):
+        value, limits = key.value, key.limits
+        if value is None or not limits:
+            continue
+        if problem := limits.problem(value):
+            (sizes if limits.is_least_alone else others).append(f"{key.path}={value} {problem}")
+    return sizes, others
+
+
+def _check_ranges(config: Config) -> list[str]:
+    problems = []
+    warmup = config.optim.warmup_steps
+    if warmup is not None and warmup >= max(config.optim.steps, 1):
+        problems.append(
+            f"optim.warmup_steps={warmup} is not less than optim.steps={config.optim.steps}, so the learning rate "
+            "never gets to its top; give fewer, or optim.warmup_steps=null for a twentieth of the steps"
+        )
+    if config.parallel.shard != -1 and config.parallel.shard < 1:
+        problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
+    if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
+        problems.append(f"name={config.name!r} is no folder name; give one without slashes")
+    elif config.name != config.name.strip() or not config.name.isprintable():
+        problems.append(f"name={config.name!r} has spaces at an end, or signs that cannot be seen; give one without")
+    return problems + _check_data(config.data)
+
+
+def _check_data(data: DataConfig) -> list[str]:
+    problems = []
+    if data.source == DataSource.prepared and not data.folder and not data.mixture:
+        problems.append("data.source=prepared needs data.folder=FOLDER, as tools/prepare_data.py writes it")
+    if data.source != DataSource.prepared and (data.folder or data.mixture):
+        problems.append(
+            f"data.folder and data.mixture are of data=prepared, data.source is {data.source}; add data=prepared"
+        )
+    if data.folder and data.mixture:
+        problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
+    problems += [
+        f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
+        for folder, weight in data.mixture.items()
+        if not 0 < weight < math.inf
+    ]
+    problems += [
+        f"data.curriculum: {step}: {span}; give steps from 0 on, and 1 to data.sequence_length={data.sequence_length} "
+        "tokens"
+        for step, span in data.curriculum.items()
+        if step < 0 or not 1 <= span <= data.sequence_length
+    ]
+    return problems
+
+
+def _check_model(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.kv_heads > 0 and model.heads % model.kv_heads:
+        problems.append(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; use {_divisors(model.heads)}"
+        )
+    if model.positions == Positions.rotary and model.head_dim % 2:
+        problems.append(f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs, so give an even one")
+    return problems
+
+
+def _check_layout(parallel: ParallelConfig, world_size: int) -> list[str]:
+    sizes = {"replicate": parallel.replicate, "context": parallel.context, "tensor": parallel.tensor}
+    if parallel.shard >= 1:
+        sizes["shard"] = parallel.shard
+    problems = [
+        f"parallel.{axis}={size} does not divide the {world_size} ranks of this run; use {_divisors(world_size)}"
+        for axis, size in sizes.items()
+        if size > 0 and world_size % size
+    ]
+    if problems or min(sizes.values()) < 1:
+        return problems
+    product = math.prod(sizes.values())
+    named = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if parallel.shard == -1 and world_size % product:
+        return [f"parallel: {named} = {product} does not divide the {world_size} ranks of this run; change one of them"]
+    if parallel.shard != -1 and product < world_size:
+        return [
+            f"parallel: {named} = {product}, but the run has {world_size} ranks; "
+            f"start {product} (torchrun --nproc-per-node) or set parallel.shard=-1"
+        ]
+    if parallel.shard != -1 and product > world_size:
+        return [f"parallel: {named} = {product}, but the run has {world_size} ranks; start {product} or lower a size"]
+    return []
+
+
+def _check_batch(config: Config, world_size: int) -> list[str]:
+    data, parallel, model = config.data, config.parallel, config.model
+    problems = []
+    if parallel.context > 1:
+        pieces = 2 * parallel.context * parallel.tensor
+        why = f"2 chunks a rank, which balance causal work, x context {parallel.context} x tensor {parallel.tensor}"
+    else:
+        pieces, why = parallel.tensor, f"tensor {parallel.tensor}"
+    if data.sequence_length % pieces:
+        near = max(pieces, round(data.sequence_length / pieces) * pieces)
+        problems.append(f"data.sequence_length={data.sequence_length} is no multiple of {pieces} ({why}); use {near}")
+    readers = parallel.replicate * resolve_shard(parallel, world_size) * data.sequences_per_micro_batch
+    if data.sequences_per_step % readers:
+        near = max(1, round(data.sequences_per_step / readers)) * readers
+        problems.append(
+            f"data.sequences_per_step={data.sequences_per_step} is no multiple of {readers} (data ranks "
+            f"{readers // data.sequences_per_micro_batch} x sequences_per_micro_batch "
+            f"{data.sequences_per_micro_batch}); use {near}"
+        )
+    rotary = model.rotary
+    if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:
+        problems.append(
+            f"model.rotary.longest={rotary.longest} is less than data.sequence_length={data.sequence_length}, and "
+            f"scaling=dynamic goes by it; set model.rotary.longest={data.sequence_length} or more"
+        )
+    if model.positions == Positions.learned and model.max_positions < data.sequence_length:
+        problems.append(
+            f"model.max_positions={model.max_positions} is less than data.sequence_length={data.sequence_length}; "
+            f"set model.max_positions={data.sequence_length} or shorten the sequence"
+        )
+    if data.source == DataSource.recall:
+        needed = data.recall.keys + data.recall.values
+        if model.vocab_size < needed:
+            problems.append(
+                f"model.vocab_size={model.vocab_size} is less than the {needed} ids of the recall stream "
+                f"(keys {data.recall.keys} + values {data.recall.values}); set model.vocab_size={needed}"
+            )
+    return problems
+
+
+def _check_sharing(config: Config) -> list[str]:
+    model, parallel = config.model, config.parallel
+    problems = [
+        f"parallel.tensor={parallel.tensor} does not divide model.{name}={count}; use {_divisors(count)}"
+        for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
+        if count % parallel.tensor
+    ]
+    if problems or parallel.context == 1:
+        return problems
+    heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
+    if parallel.strategy == Strategy.ulysses:
+        axis, size = "context", parallel.context
+    elif parallel.strategy == Strategy.ulysses_ring and parallel.ulysses:
+        axis, size = "ulysses", parallel.ulysses
+    else:
+        return problems
+    if parallel.context % size:
+        problems.append(
+            f"parallel.ulysses={size} does not divide parallel.context={parallel.context}; "
+            f"use {_divisors(parallel.context)}"
+        )
+    if heads % size:
+        problems.append(
+            f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads a "
+            f"tensor rank has; use {_divisors(heads)}, or strategy=ring or gather"
+        )
+    elif not shares_heads(heads, kv_heads, size):
+        problems.append(
+            f"parallel.{axis}={size} with strategy={parallel.strategy} neither divides nor is a multiple of the "
+            f"{kv_heads} key/value heads a tensor rank has; use strategy=ring or gather"
+        )
+    return problems
+
+
+def _divisors(n: int) -> str:
+    numbers = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"

@@ -1,0 +1,1 @@
+"""Models of Hugging Face: their configurations and weights, read and written."""

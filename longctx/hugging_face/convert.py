@@ -1,0 +1,273 @@
+"""GPT-2, Llama and Qwen 3 as Hugging Face names them: `config.json` and the tensors of its safetensors files.
+
+Pure functions of a `ModelConfig`; reading and writing files is in `load.py` and
+`longctx/export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is permuted;
+GPT-2 stores matrices transposed, and query, key and value as one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling
+from longctx.errors import UserError
+from longctx.model.rotary import attention_factor
+
+# buffers that some files hold beside the weights
+IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
+
+
+class PretrainedError(UserError):
+    """Weights that cannot be used: the message names the file and what is wrong with it."""
+
+
+class Stored(NamedTuple):
+    """One tensor of Hugging Face's: our parameters one below the other, transposed or not."""
+
+    name: str
+    parts: tuple[str, ...]
+    is_transposed: bool = False
+
+
+def family(config: ModelConfig) -> str:
+    """`gpt2`, `llama` or `qwen3`: the class of transformers that computes this model. Raises `PretrainedError`."""
+    problems = []
+    if config.window or config.logit_softcap:
+        problems.append("model.window and model.logit_softcap are in none of them")
+    is_gpt2 = (config.norm, config.activation, config.positions) == (
+        Norm.layer_norm, Activation.gelu, Positions.learned,
+    )  # fmt: skip
+    is_llama = (config.norm, config.activation, config.positions) == (
+        Norm.rms_norm, Activation.swiglu, Positions.rotary,
+    )  # fmt: skip
+    if is_gpt2:
+        if not (config.qkv_bias and config.projection_bias and config.tied_embeddings) or config.qk_norm:
+            problems.append("GPT-2 has all biases, tied embeddings and no norm of queries and keys")
+        if config.heads * config.head_dim != config.width or config.kv_heads != config.heads:
+            problems.append("GPT-2's heads are all of its width, with a key and value head each")
+    elif is_llama:
+        if config.qk_norm and (config.qkv_bias or config.projection_bias):
+            problems.append("with qk_norm (Qwen 3) there are no biases")
+        elif config.qkv_bias != config.projection_bias:
+            problems.append("Llama has biases everywhere or nowhere")
+        if config.rotary.scaling == RotaryScaling.ntk:
+            problems.append("rotary scaling ntk is none of transformers'; a larger theta is the same")
+    else:
+        problems.append(f"no family has {config.norm}, {config.activation} and {config.positions} positions together")
+    if problems:
+        raise PretrainedError(f"this model is neither GPT-2, Llama nor Qwen 3: {'; '.join(problems)}")
+    return "gpt2" if is_gpt2 else "qwen3" if config.qk_norm else "llama"
+
+
+def stored_tensors(config: ModelConfig) -> list[Stored]:
+    """Every tensor of a model's files. Raises `PretrainedError` if no family fits."""
+    return _gpt2_tensors(config) if family(config) == "gpt2" else _llama_tensors(config)
+
+
+def _gpt2_tensors(config: ModelConfig) -> list[Stored]:
+    found = [
+        Stored("transformer.wte.weight", ("embedding.weight",)),
+        Stored("transformer.wpe.weight", ("position_embedding.weight",)),
+    ]
+    for i in range(config.layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
+        for kind in ("weight", "bias"):
+            is_matrix = kind == "weight"
+            found += [
+                Stored(f"{theirs}.ln_1.{kind}", (f"{ours}.attention_norm.{kind}",)),
+                Stored(
+                    f"{theirs}.attn.c_attn.{kind}",
+                    tuple(f"{ours}.attention.{name}.{kind}" for name in ("query", "key", "value")),
+                    is_matrix,
+                ),
+                Stored(f"{theirs}.attn.c_proj.{kind}", (f"{ours}.attention.output.{kind}",), is_matrix),
+                Stored(f"{theirs}.ln_2.{kind}", (f"{ours}.mlp_norm.{kind}",)),
+                Stored(f"{theirs}.mlp.c_fc.{kind}", (f"{ours}.mlp.up.{kind}",), is_matrix),
+                Stored(f"{theirs}.mlp.c_proj.{kind}", (f"{ours}.mlp.down.{kind}",), is_matrix),
+            ]
+    return [*found, *(Stored(f"transformer.ln_f.{kind}", (f"final_norm.{kind}",)) for kind in ("weight", "bias"))]
+
+
+def _llama_tensors(config: ModelConfig) -> list[Stored]:
+    found = [Stored("model.embed_tokens.weight", ("embedding.weight",))]
+    layers = {
+        "self_attn.q_proj": "attention.query", "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value", "self_attn.o_proj": "attention.output", "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+    }  # fmt: skip
+    vectors = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.qk_norm:
+        vectors |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
+    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+    for i in range(config.layers):
+        names = [(name, ours, kind) for name, ours in layers.items() for kind in kinds]
+        names += [(name, ours, "weight") for name, ours in vectors.items()]
+        found += [
+            Stored(f"model.layers.{i}.{name}.{kind}", (f"blocks.{i}.{ours}.{kind}",)) for name, ours, kind in names
+        ]
+    found.append(Stored("model.norm.weight", ("final_norm.weight",)))
+    if not config.tied_embeddings:
+        found.append(Stored("lm_head.weight", ("output_weight",)))
+    return found
+
+
+# config.json ---------------------------------------------------------------------------------------------------------
+
+
+def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    """What transformers needs to build this model; `sequence_length` is the longest it was trained with."""
+    kind = family(config)
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied_embeddings}
+    shared |= {"bos_token_id": None, "eos_token_id": None}  # transformers' defaults are those of other tokenizers
+    if kind == "gpt2":
+        return shared | {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": config.width,
+            "n_layer": config.layers, "n_head": config.heads, "n_inner": config.mlp_width,
+            "n_positions": config.max_positions, "layer_norm_epsilon": config.norm_eps,
+            "activation_function": "gelu_new", "initializer_range": config.init_std, "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        }  # fmt: skip
+    rope = _to_rope_parameters(config)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    fields = shared | {
+        "model_type": kind, "architectures": ["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"],
+        "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "initializer_range": config.init_std,
+        "attention_bias": config.qkv_bias, "max_position_embeddings": sequence_length,
+        "rope_parameters": rope,
+        # for versions of transformers before 5
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }  # fmt: skip
+    if config.rotary.scaling == RotaryScaling.dynamic:  # there the length it grows from has this name
+        fields["max_position_embeddings"] = config.rotary.original_length
+    if config.rotary.scaling == RotaryScaling.yarn:  # transformers before 4.56 takes the factor from this
+        fields["max_position_embeddings"] = round(config.rotary.factor * config.rotary.original_length)
+    return fields | ({"mlp_bias": config.projection_bias} if kind == "llama" else {"use_sliding_window": False})
+
+
+def _to_rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    rotary = config.rotary
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.theta}
+    if rotary.scaling == RotaryScaling.none:
+        return found
+    found |= {"rope_type": str(rotary.scaling), "factor": rotary.factor}
+    if rotary.scaling == RotaryScaling.llama3:
+        found |= {
+            "low_freq_factor": rotary.low_frequency_factor, "high_freq_factor": rotary.high_frequency_factor,
+            "original_max_position_embeddings": rotary.original_length,
+        }  # fmt: skip
+    if rotary.scaling == RotaryScaling.yarn:
+        found |= {
+            "beta_fast": rotary.beta_fast, "beta_slow": rotary.beta_slow,
+            "original_max_position_embeddings": rotary.original_length, "attention_factor": attention_factor(rotary),
+        }  # fmt: skip
+    return found
+
+
+def from_config_json(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys of `ModelConfig` that a `config.json` decides, `rotary` as a dict. Raises `PretrainedError`.
+
+    `where` names the file. Keys of rotary scaling are read in transformers' new form (`rope_parameters`) and in the one
+    before (`rope_theta`, `rope_scaling`).
+    """
+    if quantized := fields.get("quantization_config"):
+        method = quantized.get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise PretrainedError(f"{where}: the weights are quantized ({method}); take the bfloat16 weights of the model")
+    kind = fields.get("model_type")
+    try:
+        if kind == "gpt2":
+            return _from_gpt2(fields, where)
+        if kind in ("llama", "qwen3"):
+            return _from_llama(fields, where)
+    except KeyError as error:
+        raise PretrainedError(f"{where}: has no key {error}") from None
+    raise PretrainedError(f"{where}: model_type {kind!r}; gpt2, llama and qwen3 can be read")
+
+
+def _refuse(fields: dict[str, Any], where: str, **expected: Any) -> None:
+    """Raises `PretrainedError` if a key is there with a value that our model does not compute."""
+    for key, value in expected.items():
+        if fields.get(key, value) != value and fields[key] is not None:
+            raise PretrainedError(f"{where}: {key}={fields[key]!r}, only {value!r} is supported")
+
+
+def _from_gpt2(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    _refuse(
+        fields, where, activation_function="gelu_new", scale_attn_weights=True, tie_word_embeddings=True,
+        scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+    )  # fmt: skip
+    width, heads = fields["n_embd"], fields["n_head"]
+    return {
+        "vocab_size": fields["vocab_size"], "layers": fields["n_layer"], "width": width, "heads": heads,
+        "kv_heads": heads, "head_dim": width // heads, "mlp_width": fields.get("n_inner") or 4 * width,
+        "norm": Norm.layer_norm, "norm_eps": fields.get("layer_norm_epsilon", 1e-5), "activation": Activation.gelu,
+        "positions": Positions.learned, "max_positions": fields["n_positions"], "qk_norm": False, "qkv_bias": True,
+        "projection_bias": True, "tied_embeddings": True,
+    }  # fmt: skip
+
+
+def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    _refuse(fields, where, hidden_act="silu", use_sliding_window=False, pretraining_tp=1)
+    bias = bool(fields.get("attention_bias", False))
+    is_qwen = fields["model_type"] == "qwen3"
+    if (bias and is_qwen) or (not is_qwen and bool(fields.get("mlp_bias", False)) != bias):
+        raise PretrainedError(f"{where}: biases of attention or of the MLP alone are not supported")
+    heads = fields["num_attention_heads"]
+    return {
+        "vocab_size": fields["vocab_size"], "layers": fields["num_hidden_layers"], "width": fields["hidden_size"],
+        "heads": heads, "kv_heads": fields.get("num_key_value_heads") or heads,
+        "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
+        "mlp_width": fields["intermediate_size"], "norm": Norm.rms_norm, "norm_eps": fields["rms_norm_eps"],
+        "activation": Activation.swiglu, "positions": Positions.rotary, "qk_norm": is_qwen, "qkv_bias": bias,
+        "projection_bias": bias, "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "rotary": _from_rope_parameters(fields, where),
+    }  # fmt: skip
+
+
+def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    given = fields.get("rope_parameters") or {}
+    given = {"rope_theta": fields.get("rope_theta", 10000.0), **(fields.get("rope_scaling") or {}), **given}
+    kind = given.get("rope_type", given.get("type", "default"))
+    _refuse(given, where, partial_rotary_factor=1.0, truncate=True)
+    if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        raise PretrainedError(f"{where}: rope_type {kind!r}; default, linear, dynamic, yarn and llama3 can be read")
+    found: dict[str, Any] = {"theta": float(given["rope_theta"]), "scaling": RotaryScaling.none}
+    if kind == "default":
+        return found
+    found |= {"scaling": RotaryScaling(kind), "factor": float(given["factor"])}
+    if kind == "dynamic":
+        found["original_length"] = fields["max_position_embeddings"]
+    if kind in ("yarn", "llama3"):
+        found["original_length"] = given.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    if kind == "llama3":
+        found |= {
+            "low_frequency_factor": given["low_freq_factor"], "high_frequency_factor": given["high_freq_factor"],
+        }  # fmt: skip
+    if kind == "yarn":
+        found |= {"beta_fast": given.get("beta_fast") or 32.0, "beta_slow": given.get("beta_slow") or 1.0}
+        found["attention_factor"] = given.get("attention_factor")
+        over, under = given.get("mscale"), given.get("mscale_all_dim")
+        if found["attention_factor"] is None and over and under and found["factor"] > 1:
+            slope = 0.1 * math.log(found["factor"])
+            found["attention_factor"] = (slope * over + 1) / (slope * under + 1)
+    return found
+
+
+def differences(config: ModelConfig, found: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What of `found` (as `from_config_json` gives it) the run's model has otherwise.
+
+    First what the weights do not fit, as overrides that mend it, then what may be changed on purpose: rotary positions.
+    """
+    ours = asdict(config)
+    wrong = [f"model.{key}={as_yaml(value)}" for key, value in found.items() if key != "rotary" and ours[key] != value]
+    rotary = [f"model.rotary.{k}={as_yaml(v)}" for k, v in found.get("rotary", {}).items() if ours["rotary"][k] != v]
+    return wrong, rotary
+
+
+def as_yaml(value: object) -> str:
+    """A value as the configuration spells it: `null`, `true`, `0.5`."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,161 @@
+"""The weights of a checkpoint as plain safetensors files, without optimizer and layout, for other programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from longctx.checkpoint import CheckpointError, read_manifest, shape_of, verify_files
+from longctx.config import Config, ModelConfig
+from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
+from longctx.files import readable_as_its_folder
+from longctx.hugging_face.convert import Stored, stored_tensors, to_config_json
+
+FILE_BYTES = 5 << 30
+PREFIX = "model."  # of the weights' names in a checkpoint
+
+
+def model_of(manifest: dict[str, Any]) -> tuple[ModelConfig, int]:
+    """The model a checkpoint was made with, and its sequence length in tokens."""
+    written = OmegaConf.create(manifest["facts"]["configuration"])
+    whole = OmegaConf.merge(OmegaConf.structured(Config), {"model": written.model, "data": written.data})
+    config = OmegaConf.to_object(whole)
+    assert isinstance(config, Config)
+    return config.model, config.data.sequence_length
+
+
+def export_hugging_face(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tokenizer_file: Path | None = None,
+    end_of_document: str | None = None,
+) -> list[Path]:  # fmt: skip
+    """Writes the weights of `checkpoint` and `config.json` so that transformers' `from_pretrained` reads `folder`.
+
+    The tokenizer lies beside them, so that a text gets the ids it was trained on, and what is generated ends at its
+    end-of-document token: `tokenizer_file` (and its token `end_of_document`; None: a usual one), or the one that the
+    run has kept in its folder.
+
+    Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
+    """
+    manifest = read_manifest(checkpoint)
+    model, sequence_length = model_of(manifest)
+    fields = to_config_json(model, sequence_length) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    kept = checkpoint.resolve().parent.parent / "tokenizer.json"
+    beside = {}
+    if tokenizer_file is not None or kept.exists():
+        end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
+        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, sequence_length)
+        fields |= names
+    beside["config.json"] = _json(fields)
+    return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
+
+
+def _tokenizer_files(
+    file: Path, end: int | None, end_token: str | None, sequence_length: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
+    tokenizer = open_tokenizer(file)
+    ids = {"eos_token_id": find_end_of_document(tokenizer, file, end_token) if end is None else end}
+    if begin := document_begin(tokenizer, file):
+        ids["bos_token_id"] = begin[0]
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # as tokenizer.json says it, whatever the model is
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in ids.items()}
+    return ids, {
+        "tokenizer.json": as_trained(file, None),
+        "tokenizer_config.json": _json(config),
+        "generation_config.json": _json(ids),
+    }
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def export_weights(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, stored: list[Stored] | None = None,
+    beside: dict[str, str] | None = None,
+) -> list[Path]:  # fmt: skip
+    """Writes the weights of `checkpoint` into `folder`, under their own names or as `stored`; returns the files.
+
+    `beside`: other files, by name.
+
+    Memory holds what goes into one file, some 5 GiB in float32, and its copies. Raises `CheckpointError` if a byte of
+    the checkpoint is not as written, or `folder` exists, which appears only when it is whole.
+    """
+    manifest = verify_files(checkpoint)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already; remove it or give another folder")
+    sizes = {
+        name.removeprefix(PREFIX): shape_of(kind)
+        for name, kind in manifest["tensors"].items()
+        if name.startswith(PREFIX)
+    }
+    lots = _lots(stored or [Stored(name, (name,)) for name in sizes], sizes)
+    work = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    work.mkdir(parents=True)
+    try:
+        names = _write(checkpoint, work, lots, sizes, dtype)
+        for name, content in (beside or {}).items():
+            (work / name).write_text(content, encoding="utf-8")
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _write(
+    checkpoint: Path, folder: Path, lots: list[list[Stored]], sizes: dict[str, list[int]], dtype: torch.dtype
+) -> list[str]:
+    """A file each lot, and an index if there are several; returns the files' names."""
+    names, weight_map = [], {}
+    for number, lot in enumerate(lots, 1):
+        name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
+        save_file(_read(checkpoint, lot, sizes, dtype), folder / name, metadata={"format": "pt"})
+        readable_as_its_folder(folder / name)
+        weight_map |= {tensor.name: name for tensor in lot}
+        names.append(name)
+    if len(lots) > 1:
+        total = sum((folder / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def _lots(stored: list[Stored], sizes: dict[str, list[int]]) -> list[list[Stored]]:
+    """Tensors for each file, in order, of at most `FILE_BYTES` in float32 unless one alone is larger."""
+    lots: list[list[Stored]] = []
+    left = 0
+    for tensor in stored:
+        size = sum(torch.Size(sizes[part]).numel() for part in tensor.parts) * 4
+        if not lots or size > left:
+            lots.append([])
+            left = FILE_BYTES
+        lots[-1].append(tensor)
+        left -= size
+    return lots
+
+
+def _read(checkpoint: Path, lot: list[Stored], sizes: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+    parts = {f"{PREFIX}{part}": torch.empty(sizes[part]) for tensor in lot for part in tensor.parts}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant: one process reads it all
+        dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    found = {}
+    for tensor in lot:
+        value = torch.cat([parts[f"{PREFIX}{part}"] for part in tensor.parts])
+        found[tensor.name] = (value.t() if tensor.is_transposed else value).to(dtype).contiguous()
+    return found

@@ -1,0 +1,160 @@
+"""Context parallelism of a run: one object that holds how attention crosses the context axis, and the op that uses it.
+
+One op for the whole exchange, so that activation checkpointing can keep its results (`attention_saved`) and never runs
+it twice, and torch.compile sees no graph break.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from longctx.config import Strategy
+from longctx.kernels.attention.choice import choose_implementation
+from longctx.kernels.attention.custom_op import Call, attention_op
+from longctx.kernels.attention.interface import make_options
+from longctx.kernels.attention.options import Saved
+from longctx.parallel.blockwise import Blockwise, SplitCall
+from longctx.parallel.gather import gather
+from longctx.parallel.load_balance import Split, SplitMask
+from longctx.parallel.mesh import Mesh
+from longctx.parallel.ring import ring
+from longctx.parallel.strategy import Choice
+from longctx.parallel.transport import Transport, make_transport
+from longctx.parallel.ulysses import Ulysses
+
+SUPPORTED_OPTIONS = ("scale", "softcap", "deterministic")  # the others are a number or a draw for each head or row
+
+
+class ContextParallel:
+    """How attention crosses the context axis of a run. Made by all ranks of its groups, and closed by all of them."""
+
+    def __init__(self, choice: Choice, transports: Sequence[Transport]) -> None:
+        """`transports`: over the context axis, or over its inner and its outer part; none where the axis has size 1."""
+        self.choice, self.transports = choice, tuple(transports)
+        self.groups = [transport.group for transport in transports]
+        self.exchange = _exchange(choice.strategy, self.transports) if self.transports else None
+        self.name = f"context {next(_numbers)}"
+        _open[self.name] = self
+
+    @staticmethod
+    def over(choice: Choice, mesh: Mesh, timeout_seconds: int) -> ContextParallel:
+        """That of a mesh. Collective; a rank that comes `timeout_seconds` late to an exchange ends the run."""
+        if mesh.size("context") == 1:
+            return ContextParallel(choice, ())
+        is_product = choice.strategy == Strategy.ulysses_ring
+        groups = mesh.groups_in_context(choice.ulysses_size) if is_product else [mesh.group("context")]
+        return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds) for group in groups])
+
+    def replace(self, attend: nn.Module) -> ContextAttend:
+        """What a model calls in place of its `attend`. Raises ValueError if that has options that cannot be split."""
+        return ContextAttend(attend, self)
+
+    def start_timing(self) -> None:
+        """From now on waits are measured."""
+        for transport in self.transports:
+            transport.is_timed = True
+
+    def take_waited_seconds(self) -> float:
+        """Seconds that the device has waited for other ranks since the last call; it must have finished."""
+        return sum(transport.take_waited_s() for transport in self.transports)
+
+    def shared_bytes(self) -> int:
+        """Bytes of shared buffers that lie outside torch's caching allocator."""
+        return sum(transport.shared_bytes() for transport in self.transports)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides how a step is computed, as data: compared when a run is resumed."""
+        return {
+            "strategy": str(self.choice.strategy),
+            "ulysses_size": self.choice.ulysses_size,
+            "transports": [type(transport).__name__ for transport in self.transports],
+        }
+
+    def __str__(self) -> str:
+        how = ", ".join(sorted({transport.description for transport in self.transports}))
+        return f"{self.choice.strategy} ({self.choice.reason}) by {how}"
+
+    def close(self) -> None:
+        """Drops the transports and their buffers. No rank may still work with them."""
+        _open.pop(self.name, None)
+        self.transports, self.exchange = (), None
+
+
+def _exchange(strategy: Strategy, transports: tuple[Transport, ...]) -> Blockwise | Ulysses:
+    inner, *outer = transports
+    match strategy:
+        case Strategy.ring:
+            return ring(inner)
+        case Strategy.gather:
+            return gather(inner)
+        case Strategy.ulysses:
+            return Ulysses(inner)
+        case Strategy.ulysses_ring:
+            return Ulysses(inner, ring(outer[0]))
+    raise ValueError(f"strategy {strategy}: must be chosen before, see `choose_strategy`")
+
+
+class ContextAttend(nn.Module):
+    """`attend` over a split sequence: q, k and v are one rank's tokens, the mask is that of the whole sequence."""
+
+    def __init__(self, attend: nn.Module, context_parallel: ContextParallel) -> None:
+        super().__init__()
+        self.attend, self.context_parallel = attend, context_parallel
+        self.options: dict[str, Any] = attend.options  # pyright: ignore[reportAttributeAccessIssue]: of `Attend`
+        if refused := sorted(set(self.options) - set(SUPPORTED_OPTIONS)):
+            raise ValueError(
+                f"attention with {', '.join(refused)} cannot be split over ranks: use {', '.join(SUPPORTED_OPTIONS)}, "
+                "or parallel.context=1"
+            )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask) -> Tensor:
+        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q."""
+        if not isinstance(mask, SplitMask):
+            raise TypeError(f"{type(mask).__name__}: a split sequence has a SplitMask, as Split.mask makes it")
+        options = make_options(q, **self.options)
+        implementation = choose_implementation(str(self.attend.implementation), q, mask.mask, options)
+        call = Call(mask.mask, options, implementation)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        split = mask.split
+        return _context_attention(q, k, v, None, *call.flat(), split.order, split.size, self.context_parallel.name)[0]
+
+
+# the op ---------------------------------------------------------------------------------------------------------------
+
+_numbers = itertools.count()
+_open: dict[str, ContextParallel] = {}  # by name: an op can be given only tensors, numbers and strings
+
+
+def _exchange_of(context: str) -> Blockwise | Ulysses:
+    found = _open[context].exchange
+    assert found is not None
+    return found
+
+
+def _split(call: Call, order: Tensor, size: int) -> SplitCall:
+    return SplitCall(SplitMask(call.mask, Split(order, size)), call.options, call.implementation)  # pyright: ignore[reportArgumentType]: of intervals
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, _sink: None, call: Call, order: Tensor, size: int, context: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _exchange_of(context).forward(q, k, v, _split(call, order, size))
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, saved: Saved, call: Call, order: Tensor, size: int, context: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _exchange_of(context).backward(dout, dlse, saved, _split(call, order, size))
+
+
+def _lse_shape(q: Tensor, _order: Tensor, _size: int, context: str) -> tuple[int, ...]:
+    return _exchange_of(context).lse_shape(q)
+
+
+_context_attention = attention_op(
+    "context_attention", _forward, _backward, _lse_shape, {"order": "Tensor", "size": "int", "context": "str"}
+)

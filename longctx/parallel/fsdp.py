@@ -1,0 +1,48 @@
+"""Parameters, gradients and optimizer state split over ranks: FSDP2, with float32 masters and a compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from longctx.config import ComputeDtype, PrecisionConfig
+from longctx.local_part import local_part
+from longctx.model.transformer import Transformer, initial_value
+from longctx.parallel.mesh import Mesh
+
+
+def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
+    """FSDP2: one unit a block, all-gathered for its forward pass and again for its backward pass, and one root unit.
+
+    The root unit (embedding, final norm, head) stays unsharded until the backward pass is over. Gradients are
+    reduce-scattered by sum, not by mean: the loss is divided by the number of tokens of the global batch, see `loss`.
+    """
+    if mesh.size("replicate") > 1:
+        fsdp_mesh = mesh.parameters["replicate", "shard_context"]
+    else:
+        fsdp_mesh = mesh.parameters["shard_context"]
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the angles of the rotary positions stay float32
+    if precision.compute != ComputeDtype.float32:
+        policy = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, precision.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in model.blocks:
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def materialize(model: Transformer, seed: int, device: torch.device) -> None:
+    """Gives a model on the meta device its initial values, the same ones in every layout."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = initial_value(name, parameter, model.config, seed, device)
+            assert isinstance(parameter, DTensor)
+            shape, offset = local_part(parameter)
+            mine = tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+            parameter.to_local().copy_(whole[mine])

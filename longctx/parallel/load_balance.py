@@ -1,0 +1,141 @@
+"""Who holds which tokens of a sequence: pure functions of sizes and of the work of each token.
+
+Zigzag: a sequence is cut into 2 * size chunks and rank r holds chunks r and 2 * size - 1 - r, so that under a causal
+mask of one document all ranks have the same work. Where documents make the work uneven, smaller chunks go to the rank
+that has the least so far. A rank's tokens stay in ascending order, and every rank holds equally many. Ranks that trade
+heads hold one run of tokens each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.attention.key_intervals import KeyIntervals, to_device
+from longctx.kernels.attention.mask_cache import cached_per_mask
+from longctx.kernels.attention.tiles import TILE
+
+TOLERANCE = 1.02  # most to mean work over ranks, above which smaller chunks are tried
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which of `size` ranks holds which tokens of each sequence of a batch."""
+
+    order: Tensor  # (sequence,) int64 on the CPU: the tokens of rank 0, of rank 1, ...
+    size: int
+
+    def held(self, rank: int) -> Tensor:
+        """Indices in the sequence, ascending, of the tokens that `rank` holds: (sequence / size,)."""
+        return self.order.view(self.size, -1)[rank]
+
+    def shard(self, tokens: Tensor, rank: int) -> Tensor:
+        """The share of `tokens` (batch, sequence, ...) that `rank` holds: (batch, sequence / size, ...)."""
+        return tokens if self.size == 1 else tokens[:, to_device(self.held(rank), tokens.device)]
+
+    def mask(self, document_start: Tensor, device: torch.device) -> KeyIntervals | SplitMask:
+        """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU."""
+        length = document_start.shape[1]
+        if not document_start.any():  # one document a sequence
+            mask = KeyIntervals.causal(length)
+            return mask if self.size == 1 else SplitMask(mask.with_bounds(device), self)
+        on_cpu = KeyIntervals.documents(document_start)
+        mask = on_cpu.to(device)
+        if self.size == 1:
+            return mask
+        if device.type != "cpu":
+            _copied_to_cpu.keep(mask, on_cpu)
+        return SplitMask(mask, self)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitMask:
+    """The mask of a sequence that is split over ranks: what attention takes there in place of a `KeyIntervals`."""
+
+    mask: KeyIntervals  # of the whole sequence, rows in the order of its tokens, with bounds
+    split: Split
+
+    def windowed(self, size: int, device: torch.device) -> SplitMask:
+        """As of `KeyIntervals`."""
+        return SplitMask(self.mask.windowed(size, device), self.split)
+
+    def of_rank(self, rank: int, device: torch.device) -> KeyIntervals:
+        """The rows that `rank` holds, over all keys of the sequence."""
+        return self.mask.rows(to_device(self.split.held(rank), device))
+
+    def on_cpu(self) -> KeyIntervals:
+        """`mask` on the CPU; of documents that `Split.mask` has made, without waiting for the device."""
+        assert self.mask.start is not None
+        return self.mask if self.mask.start.device.type == "cpu" else _copied_to_cpu(self.mask)
+
+    def identity(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+        """The tensors and sizes that the mask consists of, see `mask_cache`."""
+        tensors, sizes = self.mask.identity()
+        return (*tensors, self.split.order), (*sizes, self.split.size)
+
+
+@cached_per_mask
+def _copied_to_cpu(mask: KeyIntervals) -> KeyIntervals:
+    return mask.to("cpu")
+
+
+@lru_cache(maxsize=64)
+def zigzag(length: int, size: int) -> Split:
+    """Two chunks a rank, one from either end. Raises ValueError if the sequence cannot be cut so."""
+    if size == 1:
+        return Split(torch.arange(length), 1)
+    if length % (2 * size):
+        raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
+    return _of_owners(tuple(min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)), length, size)
+
+
+@lru_cache(maxsize=64)
+def in_order(length: int, size: int) -> Split:
+    """One run of tokens a rank, as few pieces as can be: where ranks trade heads, all have the same work anyway."""
+    if length % size:
+        raise ValueError(f"a sequence of {length} tokens is no multiple of {size} ranks")
+    return Split(torch.arange(length), size)
+
+
+def balanced(work: Tensor, size: int) -> Split:
+    """Zigzag where that shares the work evenly, else the coarsest chunks that do, or come closest.
+
+    work (sequence,): of each token, in any unit, such as the number of keys it sees.
+    """
+    length, work = len(work), work.double()
+    best, least = zigzag(length, size), imbalance(work, zigzag(length, size))
+    pieces = 2
+    while least > TOLERANCE and length % (2 * size * pieces * TILE) == 0:
+        owners = _owners(work.view(2 * size * pieces, -1).sum(1).tolist(), size)
+        split = _of_owners(owners, length, size)
+        if (found := imbalance(work, split)) < least:
+            best, least = split, found
+        pieces *= 2
+    return best
+
+
+def imbalance(work: Tensor, split: Split) -> float:
+    """Work of the most loaded rank over the mean."""
+    of_ranks = work.double()[split.order].view(split.size, -1).sum(1)
+    return float(of_ranks.max() / of_ranks.mean()) if of_ranks.any() else 1.0
+
+
+def _owners(work: list[float], size: int) -> tuple[int, ...]:
+    """An owner for each chunk: from the largest on, the least loaded rank that has room. (Graham 1969)"""
+    room, load, owners = [len(work) // size] * size, [0.0] * size, [0] * len(work)
+    for chunk in sorted(range(len(work)), key=lambda chunk: -work[chunk]):
+        owner = min((rank for rank in range(size) if room[rank]), key=lambda rank: load[rank])
+        owners[chunk] = owner
+        room[owner] -= 1
+        load[owner] += work[chunk]
+    return tuple(owners)
+
+
+@lru_cache(maxsize=64)  # masks are known by their splits
+def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
+    """Chunks of equal length, given the rank of each."""
+    chunks = torch.arange(length).view(len(owners), -1)
+    return Split(torch.cat([chunks[torch.tensor(owners) == rank].flatten() for rank in range(size)]), size)

@@ -1,0 +1,168 @@
+"""One run from its start to its end: what is said before the first step, and what is left after the last."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import NamedTuple
+
+from longctx import runtime as runtime_module
+from longctx.command_line import how_to_go_on
+from longctx.config import OnUsr1
+from longctx.config_checks import check
+from longctx.evaluate import sample_texts
+from longctx.metrics import is_validated, last_validation_loss
+from longctx.run_info import RunInfo
+from longctx.runtime import check_memory
+from longctx.stopping import StopSignals, leave, say_after_launcher
+from longctx.throughput import device_name
+from longctx.trainer import Trainer
+from longctx.watchdog import Watchdog
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    is_complete: bool  # it reached its last step, rather than being stopped
+    loss: float  # of its last validation, nats a token; NaN if there was none
+
+
+def train(run: RunInfo) -> Outcome:
+    """Trains to the last step, or until a signal. Raises `UserError`."""
+    config = run.config
+    check(config, runtime_module.world_size())
+    with StopSignals(config.parallel.stop_seconds, config.checkpoint.on_usr1 == OnUsr1.stop) as stop:
+        runtime = runtime_module.start(config.parallel.timeout_seconds)
+        if config.parallel.check_memory:
+            runtime.run_on_all_ranks(lambda: check_memory(config, runtime))
+        name = runtime.run_on_rank_0(lambda: uuid.uuid4().hex)
+        stop.share(runtime_module.store(f"longctx/signals/{name}"))
+        watchdog = Watchdog(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
+        try:
+            trainer = Trainer(run, runtime, stop)
+            watchdog.heartbeat = trainer.heartbeat
+            stop.abandon = lambda: abandon(trainer)
+            try:
+                introduce(trainer)
+                if trainer.step < config.optim.steps or not _was_finished(trainer):
+                    results = trainer.run()
+                    trainer.pass_gate_together(is_open=True)
+                    finish(trainer, results)
+                    trainer.pass_gate_together(is_open=False)
+            except BaseException:
+                if stop.is_abandoning:  # the other ranks have left while this one was waiting for them
+                    stop.wait_for_the_end()
+                trainer.has_failed = True
+                if runtime.is_main:
+                    write_report(trainer, [])
+                raise
+            finally:
+                trainer.close()
+        finally:
+            watchdog.stop()
+        return Outcome(not trainer.is_stopped, last_loss(trainer))
+
+
+def introduce(trainer: Trainer) -> None:
+    """Says on rank 0 what will run."""
+    config, mesh, runtime = trainer.config, trainer.mesh, trainer.runtime
+    count = sum(p.numel() for p in trainer.parameters.values())
+    axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
+    data = f"{trainer.tokens} ({trainer.tokens.fingerprint()})" if trainer.tokens else "synthetic recall"
+    context = f"context: {trainer.context_parallel}\n" if mesh.size("context") > 1 else ""
+    runtime.say(
+        f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {runtime.world_size} x "
+        f"{device_name(runtime.device)}, {axes}\n"
+        f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
+        f"{trainer.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
+        f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n"
+        f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
+    )
+
+
+def _was_finished(trainer: Trainer) -> bool:
+    """Says that a run which was resumed at its last step is complete; returns whether it was validated there."""
+    steps = trainer.config.optim.steps
+    trainer.metrics.say(
+        f"complete: step {trainer.step} of {steps}; give optim.steps={2 * steps} to go on, or another name"
+    )
+    file = trainer.run_info.metrics_file
+    return trainer.validation.source is None or trainer.runtime.run_on_rank_0(lambda: is_validated(file, steps))
+
+
+def finish(trainer: Trainer, results: dict[str, float]) -> None:
+    """Samples, unless a signal has stopped the run; the report; where it is and how to go on. Collective."""
+    is_complete = trainer.step >= trainer.config.optim.steps
+    samples = []
+    if is_complete and not trainer.is_stopped and trainer.tokens:
+        validation = trainer.config.validation
+        samples = sample_texts(trainer.model, trainer.tokens, validation, trainer.mesh, trainer.runtime.device)
+    if not trainer.runtime.is_main:
+        return
+    for sample in samples:
+        trainer.metrics.say(f"--- sample ---\n{sample}")
+    bits = results.get("loss/val_bits_per_byte")
+    if results:
+        shown = f" ({bits:.4f} bits a byte)" if bits else ""
+        trainer.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
+    write_report(trainer, samples)
+    if trainer.saving.saved_step == trainer.step:
+        say_how_to_go_on(trainer, is_complete)
+
+
+def abandon(trainer: Trainer) -> None:
+    """Saves the state before the step in progress, tells how to go on, and ends this process. Called on every rank.
+
+    In a thread of its own: the main thread is somewhere in a step, or waits for ranks that are.
+    """
+    step, metrics, saving = trainer.step + 1, trainer.metrics, trainer.saving
+    limit = trainer.config.parallel.stop_seconds
+    why = f"step {step} would outlast parallel.stop_seconds={limit}, so it is left"
+    metrics.say(why if trainer.began else "leaving what would take longer than parallel.stop_seconds")
+    try:
+        saving.wait()
+        if trainer.step == trainer.progress.skipped:
+            metrics.say("no step has changed anything yet, so there is nothing to save")
+        elif path := saving.save_beside():
+            metrics.say(f"saved {path}")
+        saving.checkpoints.finish_beside()
+        if saving.saved_step is not None and trainer.runtime.is_main:
+            say_how_to_go_on(trainer, is_complete=False)
+    except BaseException as error:
+        metrics.say(f"the state before step {step} could not be saved: {error}")
+        leave(1)
+    metrics.close(exit_code=0, seconds=3)
+    leave(0)
+
+
+def write_report(trainer: Trainer, samples: list[str]) -> None:
+    """On rank 0. A disk that is full is told, and ends nothing."""
+    from longctx import report
+
+    run, say = trainer.run_info, trainer.metrics.say
+    try:
+        say(f"report: {report.write_report(run.folder, run.config.name, run.config_yaml, samples)}")
+    except OSError as error:
+        say(f"no report: {error.filename or run.folder}: {error.strerror}")
+    except Exception as error:
+        if not trainer.has_failed:  # else the error that ended the run is the one to be seen
+            raise
+        say(f"no report: {error}")
+
+
+def say_how_to_go_on(trainer: Trainer, is_complete: bool) -> None:
+    """The commands that resume the run, on rank 0."""
+    run, stop = trainer.run_info, trainer.stop
+    undecayed = trainer.saving.checkpoints.undecayed()
+    lines = how_to_go_on(run.config, run.overrides, trainer.runtime.world_size, trainer.step, undecayed, is_complete)
+    for line in lines:
+        trainer.metrics.say(line)
+    if stop.came_here and not stop.is_orphan and "TORCHELASTIC_RUN_ID" in os.environ:
+        say_after_launcher(lines[0])
+
+
+def last_loss(trainer: Trainer) -> float:
+    """Of the last validation, on every rank; NaN if there was none."""
+    if trainer.progress.validated:
+        return trainer.progress.validated[1]
+    return trainer.runtime.run_on_rank_0(lambda: last_validation_loss(trainer.run_info.metrics_file))

@@ -1,0 +1,165 @@
+"""The state of a run, its checkpoints, and how it goes on from one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx import resume
+from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
+from longctx.config import Schedule
+from longctx.data.mixture import Mixture
+from longctx.errors import UserError
+from longctx.optim import Optimizers
+from longctx.parallel.context_parallel import ContextParallel
+from longctx.run_info import RunInfo
+from longctx.runtime import Runtime
+from longctx.schedule import decay_start
+
+NO_LAYOUT = ("timeout_seconds", "stop_seconds", "check_memory", "verify")  # of parallel: computes nothing differently
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # steps taken, skipped ones included
+    consumed: int = 0  # sequences read, over all ranks
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_row: int = 0
+    trained_s: float = 0.0  # in steps that counted, over all starts of the run
+    validated: tuple[int, float] | None = None  # step, and loss there in nats a token
+
+
+class Saving:
+    """Writes the checkpoints of a run on this rank, and restores it from one."""
+
+    def __init__(
+        self, run: RunInfo, runtime: Runtime, progress: Progress, parameters: dict[str, torch.nn.Parameter],
+        optimizer: Optimizers, context_parallel: ContextParallel, tokens: Mixture | None,
+    ) -> None:  # fmt: skip
+        # The parameters as they are handed out at the start: after a forward pass without a backward one, the model's
+        # own are the gathered copies in the compute dtype.
+        self.run, self.runtime, self.progress, self.parameters = run, runtime, progress, parameters
+        self.optimizer, self.context_parallel, self.tokens = optimizer, context_parallel, tokens
+        config = run.config
+        undecayed = decay_start(config.optim) if config.optim.schedule == Schedule.wsd else None
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep, runtime, undecayed)
+        self.saved_step: int | None = None
+        self.origin: str | None = None  # the checkpoint of which this run is a branch
+        self.stall_s = 0.0  # that training has waited for checkpoints, since it was last asked
+
+    def prepare(self) -> None:
+        """Makes room for copies in host memory, if checkpoints are written in the background."""
+        if self.run.config.checkpoint.asynchronous and self.run.config.checkpoint.every_steps:
+            self.checkpoints.prepare(self.state())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint, by name."""
+        return state_tensors(self.parameters, self.optimizer.state())
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside the tensors."""
+        progress = self.progress
+        best = {BEST_BY: progress.validated[1]} if progress.validated and progress.validated[0] == progress.step else {}
+        return {
+            "consumed": progress.consumed,
+            "updates": progress.step - progress.skipped,
+            "skipped": progress.skipped,
+            "trained_s": progress.trained_s,
+            "data": self.data_order(),
+            "end_of_document": self.tokens.end_of_document if self.tokens else None,
+            "resumed_from": self.origin,
+            **best,
+            "layout": self.layout(),
+            "torch": torch.__version__,
+            "configuration": self.run.config_yaml,
+        }
+
+    def layout(self) -> dict[str, Any]:
+        """What decides how a step is computed on these ranks, as data."""
+        parallel = {key: value for key, value in asdict(self.run.config.parallel).items() if key not in NO_LAYOUT}
+        return parallel | {"world_size": self.runtime.world_size} | self.context_parallel.identity()
+
+    def data_order(self) -> dict[str, Any]:
+        """All that decides which sequence is number 0, 1, 2 ..."""
+        data = self.run.config.data
+        return {
+            "corpus": self.tokens.fingerprint() if self.tokens else str(data.recall),
+            "seed": self.run.config.seed,
+            "data.sequence_length": data.sequence_length,
+            "data.separate_documents": data.separate_documents,
+        }
+
+    def save(self, in_background: bool) -> Path | None:
+        """Writes a checkpoint of the run as it is, unless that one exists; returns where it is, once it is there."""
+        started = time.perf_counter()
+        self.wait()
+        step, written = self.progress.step, None
+        if self.saved_step == step:
+            return None
+        if in_background:
+            self.checkpoints.save_in_background(step, self.state(), self.facts())
+        else:
+            written = self.checkpoints.save(step, self.state(), self.facts())
+        self.saved_step = step
+        self.stall_s += time.perf_counter() - started
+        return written
+
+    def save_beside(self) -> Path | None:
+        """As `save`, from another thread than the training step's."""
+        if self.saved_step == self.progress.step or not self.run.config.checkpoint.at_end:
+            return None
+        path = self.checkpoints.save_beside(self.progress.step, self.state(), self.facts())
+        self.saved_step = self.progress.step
+        return path
+
+    def wait(self) -> None:
+        """Until the checkpoint being written is there, which is then said. Raises `UserError` if it failed."""
+        if path := self.checkpoints.wait():
+            self.runtime.say(f"saved {path}")
+
+    def record_loss(self, loss: float) -> None:
+        """Adds the validation loss to the last checkpoint, which is written before the loss is known."""
+        try:
+            self.checkpoints.record(self.checkpoints.folder / f"step_{self.progress.step}", {BEST_BY: loss})
+        except UserError as error:
+            self.runtime.say(f"the validation loss is not in the checkpoint: {error}")
+
+    def resume(self) -> bool:
+        """Goes on from the newest checkpoint of this run, or from the one that `checkpoint.resume` names.
+
+        Returns whether there is one that was made by the layout of this run. Collective. Raises `UserError` if there is
+        one that this run cannot go on from.
+        """
+        given, progress = self.run.config.checkpoint.resume, self.progress
+        newest = self.checkpoints.newest()
+        if given == "never" and newest:
+            raise UserError(
+                f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
+            )
+        if given not in ("auto", "never"):
+            self.origin = given
+            if not newest or newest[1]["facts"]["resumed_from"] != given:  # else a restart: go on where it was
+                newest = Path(given), self.checkpoints.verify(Path(given))
+        if not newest:
+            return False
+        path, manifest = newest
+        facts = manifest["facts"]
+        is_own = path.resolve().parent == self.checkpoints.folder.resolve()
+        if is_own:
+            resume.check_order(path, facts["data"], self.data_order())
+        if message := resume.compare(path, manifest, self.run.config, self.run.config_yaml, is_own):
+            self.runtime.say(message)
+        self.checkpoints.load(path, manifest, self.state())
+        progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
+        progress.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
+        progress.trained_s = facts["trained_s"] if is_own else 0.0
+        self.checkpoints.set_aside_after(progress.step if is_own else -1)
+        self.saved_step = progress.step if is_own else None
+        self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.consumed} sequences read")
+        return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}

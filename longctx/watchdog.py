@@ -1,0 +1,162 @@
+"""Watchdog: each rank writes a heartbeat to the store of the job, and checks that of the rank after it.
+
+The thread of a rank beats every few seconds. A rank without a heartbeat for as long as a collective may take (its
+process was stopped, its machine is gone) is named, and the job ends. Where all beat and none makes progress, each shows
+where it stands in the program before its collectives give up: the rank that stands where no other does is the one that
+the others wait for.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from torch.distributed import DistError, PrefixStore, TCPStore
+
+from longctx.machine import this_machine
+
+LEFT = "left"
+
+
+class Clock(Protocol):
+    """What time it is in seconds, and how to wait."""
+
+    def __call__(self) -> float: ...
+
+    def wait(self, seconds: float, ended: threading.Event) -> bool:
+        """Waits for so many seconds, or until the event; returns whether that has come."""
+        ...
+
+
+class RealClock:
+    """Time as it passes."""
+
+    def __call__(self) -> float:
+        return time.monotonic()
+
+    def wait(self, seconds: float, ended: threading.Event) -> bool:
+        return ended.wait(seconds)
+
+
+class Watchdog:
+    """Watches the rank after this one until `stop`."""
+
+    def __init__(
+        self, rank: int, size: int, timeout_seconds: float, name: str, clock: Clock | None = None
+    ) -> None:  # fmt: skip
+        """Under torchrun, which tells where its store is; a process that is alone has nobody to watch.
+
+        `name` is the same on all ranks and was used for no watchdog before: the store outlives restarts.
+        """
+        self.clock = clock or RealClock()
+        self.heartbeat: Callable[[], tuple[int, ...]] = tuple  # numbers that change as long as the main thread gets on
+        self.last_beat: tuple[int, ...] = ()
+        self.rank, self.other, self.timeout_seconds = rank, (rank + 1) % size, timeout_seconds
+        self.period_s = min(5.0, timeout_seconds / 10)
+        # it is noticed up to two periods late, and no collective must give up before
+        self.silence_s = timeout_seconds - 4 * self.period_s
+        self.ended = threading.Event()
+        self.size, self.progress_at = size, self.clock()
+        self.store = None
+        if size > 1 and "MASTER_PORT" in os.environ:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+            )  # fmt: skip
+            self.store = PrefixStore(f"longctx/alive/{name}", store)
+            self._beat(0)  # at once: a rank that stops before its first period is missed as well
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+
+    def _look_for_progress(self) -> None:
+        if (beat := self.heartbeat()) != self.last_beat:
+            self.last_beat, self.progress_at = beat, self.clock()
+
+    def stop(self) -> None:
+        """This rank is done: from now on nobody misses it."""
+        if self.store is None:
+            return
+        self.ended.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        assert self.store is not None
+        sign, seen_at, number, shown_at = "", self.clock(), 0, 0.0
+        try:
+            while not self.clock.wait(self.period_s, self.ended):
+                number += 1
+                self._look_for_progress()
+                self._beat(number)
+                if shown_at and self.progress_at > shown_at:
+                    shown_at = 0.0
+                    self.store.delete_key(f"stack/{self.rank}")
+                elif not shown_at and self.progress_at < self.clock() - self.silence_s:
+                    shown_at = self.clock()
+                    self._show_where_ranks_stand()
+                found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
+                if found != sign or found in ("", LEFT):
+                    sign, seen_at = found, self.clock()
+                elif self.clock() - seen_at > self.silence_s:
+                    self._end(sign, self.clock() - seen_at)
+            self.store.set(str(self.rank), LEFT)
+        except (DistError, RuntimeError):  # the store is gone, and with it the job
+            pass
+
+    def _beat(self, number: int) -> None:
+        assert self.store is not None
+        self.store.set(str(self.rank), f"{number} {this_machine()} {os.getpid()}")
+
+    def _show_where_ranks_stand(self) -> None:
+        assert self.store is not None
+        noticed_at = self.clock()
+        self.store.set(f"stack/{self.rank}", main_stack())
+        if self.rank:
+            return
+        self.clock.wait(1.5 * self.period_s, self.ended)  # others may notice a period later
+        self._look_for_progress()
+        if self.progress_at > noticed_at:
+            return
+        keys = {rank: f"stack/{rank}" for rank in range(self.size)}
+        stacks = {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
+        seconds = self.clock() - self.progress_at
+        print(
+            f"no step for {seconds:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g})\n" + comparison(stacks),
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def _end(self, sign: str, silent_s: float) -> None:
+        _, machine, process = sign.split()
+        print(
+            f"rank {self.other} (process {process} on {machine.split('/')[0]}) has given no sign of life for "
+            f"{silent_s:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g}): the job ends; start it again to "
+            f"resume",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        if machine == this_machine():  # a stopped process would not end by itself
+            os.kill(int(process), signal.SIGKILL)
+        os._exit(1)
+
+
+def main_stack() -> str:
+    """Where this process's main thread stands, the innermost call last."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return "".join(traceback.format_stack(frame))
+
+
+def comparison(stacks: dict[int, str]) -> str:
+    """Says which ranks stand where, those that are alone first. "": that rank gets on, or did not answer."""
+    together: dict[str, list[int]] = {}
+    for rank, stack in stacks.items():
+        together.setdefault(stack, []).append(rank)
+    groups = sorted(together.items(), key=lambda group: len(group[1]))
+    text = [f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}:\n{s or '  no answer'}" for s, r in groups]
+    if len(groups) > 1 and len(groups[0][1]) < len(groups[1][1]):
+        text.insert(0, f"the others seem to wait for rank {', '.join(map(str, groups[0][1]))}")
+    return "\n".join(text)

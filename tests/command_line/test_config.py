@@ -1,0 +1,190 @@
+"""Every wrong value is refused at the start, all at once, with its value, the rule and the fix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+import train
+from longctx.config import attention_span
+from longctx.config_checks import check
+from longctx.errors import ConfigError
+from longctx.suggest import explain_unknown_key
+from runs import ROOT, composed
+
+RECIPES = {"gpt_tiny": 2, "gpt_32k": 1, "gpt_128k": 8, "llama3_8b_128k": 8, "llama3_8b_1m": 8}
+
+
+def test_every_recipe_is_known_here():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_fit_their_hardware(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(RECIPES[recipe]))
+    check(composed(f"recipe={recipe}"), RECIPES[recipe])
+
+
+@pytest.mark.parametrize("group", ["model", "data", "parallel", "optim", "precision", "checkpoint", "logging"])
+def test_every_option_composes(group):
+    for option in (ROOT / "configs" / group).glob("*.yaml"):
+        composed("recipe=gpt_tiny", f"{group}={option.stem}")
+
+
+def test_all_problems_at_once():
+    config = composed("recipe=gpt_tiny")
+    config.parallel.context, config.parallel.shard = 6, -1
+    config.optim.steps, config.model.kv_heads, config.optim.beta2 = 0, 3, 1.5
+    with pytest.raises(ConfigError) as caught:
+        check(config, 8)
+    assert set(caught.value.problems) == {
+        "parallel.context=6 does not divide the 8 ranks of this run; use 1, 2, 4 or 8",
+        "optim.steps=0 is less than 1; give 1 or more",
+        "model.kv_heads=3 does not divide model.heads=4; use 1, 2 or 4",
+        "optim.beta2=1.5 must be at least 0 and below 1",
+    }
+
+
+def test_problems_of_different_parts_at_once():
+    config = composed(
+        "recipe=gpt_tiny", "model.heads=3", "data.sequence_length=7", "parallel=auto", "parallel.tensor=2"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(config, 2)
+    assert caught.value.problems == [
+        "model.kv_heads=4 does not divide model.heads=3; use 1 or 3",
+        "data.sequence_length=7 is no multiple of 2 (tensor 2); use 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "words"),
+    [
+        ({"shard": 1}, 4, "context 1 x tensor 1 x shard 1 = 1, but the run has 4 ranks; start 1"),
+        ({"shard": 1, "context": 2}, 1, "parallel.context=2 does not divide the 1 ranks"),
+        ({"context": 4, "tensor": 4}, 8, "= 16 does not divide the 8 ranks"),
+        ({"context": 4, "tensor": 2}, 8, None),
+        ({"context": 8, "strategy": "ulysses"}, 8, "does not divide the 4 query heads"),
+    ],
+)
+def test_layouts(changes, ranks, words):
+    config = composed("recipe=gpt_tiny", "parallel=auto")
+    config.data.sequences_per_step = 64
+    for key, value in changes.items():
+        setattr(config.parallel, key, value)
+    if words is None:
+        check(config, ranks)
+    else:
+        with pytest.raises(ConfigError, match=words):
+            check(config, ranks)
+
+
+def test_sequence_must_divide():
+    config = composed("recipe=gpt_tiny", "parallel=auto", "parallel.context=4", "data.sequence_length=2044")
+    with pytest.raises(ConfigError, match=r"sequence_length=2044 is no multiple of 8 .* use 2048"):
+        check(config, 4)
+
+
+def test_batch_must_divide():
+    config = composed("recipe=gpt_tiny", "parallel=auto", "data.sequences_per_step=6")
+    with pytest.raises(ConfigError, match=r"sequences_per_step=6 is no multiple of 8 .* use 8"):
+        check(config, 4)
+
+
+def test_near_misses():
+    assert explain_unknown_key("optim.lrr") == "optim.lrr is no key of the configuration; did you mean optim.lr?"
+    assert "data.sequence_length" in explain_unknown_key("data.seq_length")
+    assert "data.sequence_length" in explain_unknown_key("sequence_length")
+
+
+# as a user types it --------------------------------------------------------------------------------------------------
+
+
+def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "You must specify 'recipe'"),
+        (["recipe=gpt_33k"], "Could not find 'recipe/gpt_33k'"),
+        (["recipe=gpt_tiny", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["recipe=gpt_tiny", "+optim.lrr=1"], "did you mean optim.lr?"),
+        (["recipe=gpt_tiny", "optim.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
+        (["recipe=gpt_tiny", "optim.schedule=linear"], "expected one of [cosine, wsd, constant]"),
+        (["recipe=gpt_tiny", "parallel.context=3"], "parallel.context=3 does not divide the 1 ranks"),
+    ],
+)
+def test_errors_on_the_command_line(words, message):
+    result = run_train(*words)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_every_recipe_is_listed():
+    assert all(recipe in run_train().stderr for recipe in RECIPES)
+
+
+def test_cfg_job_does_not_import_torch():
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "train.py", "recipe=gpt_32k", "--cfg", "job"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "sequence_length: 32768" in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert "hydra" in imported
+    assert "torch" not in imported
+
+
+def test_completion_of_recipes():
+    result = run_train("-sc", "query=bash", COMP_LINE="train.py recipe=gpt_", COMP_POINT="20")
+    assert {"recipe=gpt_tiny", "recipe=gpt_32k", "recipe=gpt_128k"} <= set(result.stdout.split())
+
+
+def test_multirun_over_a_glob_composes_each_recipe():
+    result = run_train("-m", "recipe=glob(llama*)", "optim.steps=0")
+    assert "optim.steps=0 is less than 1" in result.stderr
+
+
+def test_help_names_the_groups():
+    result = run_train("recipe=gpt_tiny", "--help")
+    assert result.returncode == 0
+    assert "recipe: gpt_128k, gpt_32k, gpt_tiny, llama3_8b_128k, llama3_8b_1m" in result.stdout
+
+
+def test_mixtures_and_curricula():
+    config = composed(
+        "recipe=gpt_tiny", "data=prepared", "data.mixture={corpus/code-1.0: 0.7, /data/books: 3}",
+        "data.curriculum={0: 512, 100: 1024}",
+    )  # fmt: skip
+    assert config.data.mixture == {"corpus/code-1.0": 0.7, "/data/books": 3.0}
+    assert [attention_span(config.data, step) for step in (0, 99, 100, 5000)] == [512, 512, 1024, 1024]
+    assert attention_span(composed("recipe=gpt_tiny").data, 0) is None
+    check(config, 1)
+    config.data.folder, config.data.mixture["/data/books"] = "a", 0.0
+    config.data.curriculum[-1] = 4096
+    with pytest.raises(ConfigError) as caught:
+        check(config, 1)
+    assert set(caught.value.problems) == {
+        "data.folder=a and data.mixture are both given; put the folder into the mixture",
+        "data.mixture: /data/books has the weight 0.0; give one above 0, or leave it out",
+        "data.curriculum: -1: 4096; give steps from 0 on, and 1 to data.sequence_length=2048 tokens",
+    }
+    train.refuse_unknown_keys(OmegaConf.structured(config))
+    with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):
+        check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)

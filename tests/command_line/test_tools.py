@@ -1,0 +1,108 @@
+"""The command-line tools, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from longctx.data.tokens import TokenFolder
+from runs import ROOT
+
+
+def run_tool(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"} | variables
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_prepare_data(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("def f():\n    pass\n" * 20)
+    lines = [json.dumps({"body": f"class C{i}:\n    x = {i}\n"}) for i in range(50)]
+    (tmp_path / "in" / "b.jsonl").write_text("\n".join(lines))
+    words = ["tools/prepare_data.py", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    result = run_tool(*words)
+    assert result.returncode == 1
+    assert "b.jsonl:1: no field 'text'; name it with --text-field" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+    result = run_tool(*words, "--text-field", "body", "--validation-fraction", "0.2")
+    assert result.returncode == 0, result.stderr
+    tokens = TokenFolder(tmp_path / "out", 8192, check_hashes=True)
+    counts = {split: sum(s.documents for s in shards) for split, shards in tokens.manifest.splits.items()}
+    assert sum(counts.values()) == 51
+    assert 3 <= counts["validation"] <= 20
+    assert f"train: {counts['train']} documents" in result.stdout
+
+    again = run_tool(*words, "--text-field", "body")
+    assert again.returncode == 1
+    assert "exists already; remove it or give another folder" in again.stderr
+
+
+def test_prepare_data_names_a_missing_input(tmp_path):
+    result = run_tool("tools/prepare_data.py", str(tmp_path / "no"), "--output", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert f"{tmp_path}/no: no such file or folder" in result.stderr
+
+
+@pytest.mark.interpreter
+def test_bench_attention(tmp_path):
+    """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
+    result = run_tool(
+        "tools/bench_attention.py", "--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn",
+        "--output", str(tmp_path), TRITON_INTERPRET="1", HOME=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
+    for name in ("triton", "sdpa"):
+        assert rows[name]["error_to_float64"] < 2e-6
+        assert rows[name]["forward_tflops"] > 0
+        assert rows[name]["backward_ms"] > 0
+    assert rows["cudnn"]["error"] == "knows full and causal masks"
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+    assert "| 128k documents 16k d128 32/8 | triton |" in result.stdout
+
+
+def test_bench_attention_names_what_there_is(tmp_path):
+    result = run_tool("tools/bench_attention.py", "--contenders", "fa5", "--output", str(tmp_path))
+    assert result.returncode == 1
+    assert "contenders fa5: must be of hopper, hopper-deterministic, hopper-into, triton," in result.stderr
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        ("bench_ops", "bench_ops: measures GPUs, and there is none here; to try the tool make the cases small"),
+        ("bench_attention", "bench_attention: measures GPUs, and there is none here"),
+        ("bench_context_parallel", "bench_context_parallel: needs GPUs that share a sequence, started by torchrun"),
+        ("tune_attention", "tune_attention: needs a GPU of compute capability 9.0, there is none here"),
+    ],
+)
+def test_tools_for_gpus_say_so(tool, message):
+    result = run_tool(f"tools/{tool}.py")
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.interpreter
+def test_bench_ops(tmp_path):
+    """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""
+    result = run_tool(
+        "tools/bench_ops.py", "--divide", "2048", "--contenders", "triton,eager,liger", "--output", str(tmp_path),
+        TRITON_INTERPRET="1", HOME=str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert len({row["case"] for row in rows}) >= 11
+    for row in rows:
+        if row["contender"] == "liger":
+            assert "liger_kernel" in row["error"]
+            continue
+        assert row["step_ms"] > 0, row
+        assert row.get("error_to_float64", 0) < 1e-6, row
+        assert ("forward_ms" in row) == ("entropy" not in row["case"]), row

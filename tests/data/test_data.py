@@ -1,0 +1,313 @@
+"""From text to sequences: nothing lost, nothing repeated, damage refused by file and offset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from corpora import Documents, find_pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from longctx.config import DataConfig
+from longctx.data import builtin
+from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
+from longctx.data.packing import IGNORE_INDEX, pack
+from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.text import Document
+from longctx.data.tokens import TokenFolder
+from longctx.errors import DataError
+
+VOCAB = 8192
+TEXTS = ["def f(x):\n    return x\n", "import os\n" * 7, "ü €\n", "class A:\n    pass\n"]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    prepare([Documents(Document(f"{i}", [t], i == 3) for i, t in enumerate(TEXTS))], folder)
+    return folder
+
+
+def test_round_trip(corpus):
+    tokens = TokenFolder(corpus, VOCAB, check_hashes=True)
+    tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    ids, starts = tokens.splits["train"].read(0, len(tokens.splits["train"]))
+    documents = np.split(ids, starts)
+    assert [tokenizer.decode(d[:-1].tolist()) for d in documents] == TEXTS[:3]
+    assert all(d[-1] == tokens.manifest.end_of_document for d in documents)
+    assert tokens.token_bytes[ids].sum() == sum(len(t.encode()) for t in TEXTS[:3])
+    assert tokens.manifest.splits["train"][0].text_bytes == sum(len(t.encode()) for t in TEXTS[:3])
+
+
+def test_windows_cross_shards(tmp_path):
+    prepare([Documents([Document(f"{i}", [f"x = {i}\n" * 4], False)]) for i in range(12)], tmp_path / "many")
+    tokens = TokenFolder(tmp_path / "many", VOCAB)
+    assert [s.name for s in tokens.manifest.splits["train"]] == [f"train_{i:05d}" for i in range(12)]
+    split = tokens.splits["train"]
+    whole, starts = split.read(0, len(split))
+    assert len(starts) == 11
+    for offset in range(0, len(split) - 30, 7):  # windows that cross shards
+        ids, inside = split.read(offset, 30)
+        assert np.array_equal(ids, whole[offset : offset + 30])
+        assert np.array_equal(inside, starts[(starts > offset) & (starts < offset + 30)] - offset)
+
+
+def test_folders_and_jsonl(tmp_path):
+    (tmp_path / "in" / "b").mkdir(parents=True)
+    (tmp_path / "in" / "b" / "one.txt").write_text("one")
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}\n')
+    read = ["".join(d.pieces) for piece in find_pieces([tmp_path / "in"]) for d in piece.documents()]
+    assert read == ["two", "three", "one"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"a.jsonl:2: not JSON"),
+        ('{"text": null}', r"a.jsonl:2: field 'text' holds no text but None"),
+        ('{"body": "x"}', r"a.jsonl:2: no field 'text'"),
+    ],
+)
+def test_bad_jsonl_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
+    with pytest.raises(DataError, match=message):
+        list(find_pieces([tmp_path / "a.jsonl"])[0].documents())
+
+
+def test_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="no text to train on; every document is empty"):
+        prepare([Documents([Document("a", [""])])], tmp_path / "empty")
+    with pytest.raises(DataError, match="no text to train on; all 1 documents were held out; lower the validation"):
+        prepare([Documents([Document("a", ["x"])])], tmp_path / "empty", validation_fraction=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage_size(folder):
+    with (folder / "train_00000.tokens").open("ab") as file:
+        file.write(b"x")
+
+
+def damage_byte(folder):
+    path = folder / "train_00000.tokens"
+    content = bytearray(path.read_bytes())
+    content[6] ^= 1
+    path.write_bytes(content)
+
+
+def damage_documents(folder):
+    ends = np.fromfile(folder / "train_00000.documents", dtype="<i8")
+    ends[1] = ends[0]
+    ends.tofile(folder / "train_00000.documents")
+
+
+def damage_id(folder):
+    ids = np.fromfile(folder / "train_00000.tokens", dtype="<u2")
+    ids[5] = 60000
+    ids.tofile(folder / "train_00000.tokens")
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text("{}")
+
+
+def damage_manifest_byte(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"documents": 3', '"documents": 2'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_size, r"train_00000.tokens: \d+ bytes, the manifest says"),
+        (damage_byte, r"train_00000.tokens: its sha256"),
+        (damage_documents, r"train_00000.documents: "),
+        (damage_id, r"train_00000.tokens: "),
+        (lambda f: (f / "train_00000.tokens").unlink(), "train_00000.tokens: missing"),
+        (lambda f: (f / "manifest.json").unlink(), "no such file"),
+        (damage_manifest, "manifest.json: format None"),
+        (damage_manifest_byte, "manifest.json: its sha256 is not its own"),
+    ],
+)
+def test_damage_is_refused_by_name(corpus, damage, message):
+    damage(corpus)
+    with pytest.raises(DataError, match=message):
+        TokenFolder(corpus, VOCAB, check_hashes=True)
+
+
+def test_every_flip_in_every_file_is_named(corpus):
+    names = {path.name for path in corpus.iterdir()}
+    assert len(names) == 7
+    for file in sorted(corpus.iterdir()):
+        content = file.read_bytes()
+        for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            changed = bytearray(content)
+            changed[place] ^= 4
+            file.write_bytes(changed)
+            with pytest.raises(DataError, match=file.name):
+                TokenFolder(corpus, VOCAB, check_hashes=True)
+        file.write_bytes(content[:-1])
+        with pytest.raises(DataError, match=file.name):
+            TokenFolder(corpus, VOCAB, check_hashes=True)
+        file.write_bytes(content)
+    one, other = corpus / "train_00000.tokens", corpus / "train_00000.documents"
+    one.rename(corpus / "x")
+    other.rename(one)
+    (corpus / "x").rename(other)
+    with pytest.raises(DataError, match="train_00000.tokens"):
+        TokenFolder(corpus, VOCAB)
+
+
+def test_what_must_be_read_is_shared_by_the_ranks(corpus):
+    """Each shard is read by one of them: that one raises, and the run ends for all."""
+    damage_id(corpus)
+    refused = []
+    for rank in range(2):
+        try:
+            TokenFolder(corpus, VOCAB, rank=rank, ranks=2)
+        except DataError:
+            refused.append(rank)
+    assert refused == [0]
+
+
+def test_ids_outside_the_vocabulary(corpus):
+    damage_id(corpus)
+    with pytest.raises(DataError, match="token 5 has id 60000, outside the vocabulary of 8192"):
+        TokenFolder(corpus, VOCAB)
+    with pytest.raises(DataError, match="8192 ids, model.vocab_size is 100; set model.vocab_size=8192"):
+        TokenFolder(corpus, 100)
+
+
+def test_pack():
+    ids = np.arange(10, 21)
+    sequence = pack(ids, np.array([4, 5, 10]))
+    assert sequence.tokens.tolist() == list(range(10, 20))
+    assert sequence.targets.tolist() == [11, 12, 13, IGNORE_INDEX, IGNORE_INDEX, 16, 17, 18, 19, IGNORE_INDEX]
+    assert sequence.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4]
+    assert sequence.document_start.tolist() == [0, 0, 0, 0, 4, 5, 5, 5, 5, 5]
+    joined = pack(ids, np.array([4, 5, 10]), separate_documents=False)
+    assert joined.targets.tolist() == list(range(11, 21))
+    assert joined.positions.tolist() == list(range(10))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(0, 5), st.integers(0, 3))
+def test_shuffle_is_a_permutation(size, seed, epoch):
+    assert sorted(shuffled(i, size, seed, epoch) for i in range(size)) == list(range(size))
+
+
+def test_shuffle_differs_between_epochs():
+    orders = [[shuffled(i, 100, 0, epoch) for i in range(100)] for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != list(range(100))
+
+
+class Counting:
+    """A source whose sequences are their numbers."""
+
+    def sequence(self, number):
+        return pack(np.full(3, number), np.empty(0, dtype=np.int64))
+
+
+@settings(deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2]), st.integers(0, 5), st.integers(0, 5))
+def test_layouts_read_the_same_sequences(ranks, micro_batch, steps_before, steps_after):
+    """Any number of data ranks and any micro-batch, changed in the middle: each sequence once, in the same step."""
+
+    def read(ranks, micro_batch, consumed):
+        data = DataConfig(sequences_per_step=24, sequences_per_micro_batch=micro_batch)
+        batches = [b for rank in range(ranks) for b in Loader(Counting(), data, rank, ranks).step(consumed)]
+        return sorted(int(n) for batch in batches for n in batch.tokens[:, 0])
+
+    consumed = 0
+    for layout in [(1, 1)] * steps_before + [(ranks, micro_batch)] * steps_after:
+        assert read(*layout, consumed) == list(range(consumed, consumed + 24))
+        consumed += 24
+
+
+def test_training_order_covers_every_window_once(corpus):
+    split = TokenFolder(corpus, VOCAB).splits["train"]
+    source = ShuffledTokens(split, DataConfig(sequence_length=8), seed=3, where="here")
+    firsts = sorted(tuple(source.sequence(i).tokens) for i in range(source.size))
+    assert firsts == sorted(tuple(split.read(8 * i, 8)[0]) for i in range(source.size))
+
+
+def test_too_little_text(corpus):
+    split = TokenFolder(corpus, VOCAB).splits["train"]
+    with pytest.raises(
+        DataError, match=rf"{len(split)} tokens, a sequence needs 100001; .*sequence_length={len(split) - 1}"
+    ):
+        ShuffledTokens(split, DataConfig(sequence_length=100000), 0, "here")
+
+
+def test_validation_is_spread_over_the_split(corpus):
+    split = TokenFolder(corpus, VOCAB).splits["train"]
+    source = SpacedTokens(split, DataConfig(sequence_length=4), 3, "here")
+    assert source.size == 3
+    for number, window in ((0, 0), (1, source.windows // 3), (2, 2 * source.windows // 3), (3, 0)):
+        assert np.array_equal(source.sequence(number).tokens, split.read(4 * window, 4)[0])
+
+
+def test_recall_stream():
+    data = DataConfig(sequence_length=512)
+    stream = RecallStream(data, seed=1)
+    sequence = stream.sequence(5)
+    assert all(np.array_equal(a, b) for a, b in zip(sequence, stream.sequence(5), strict=True))
+    assert not np.array_equal(sequence.tokens, stream.sequence(6).tokens)
+    keys, values = sequence.tokens[::2], sequence.targets[::2]
+    assert len({(k, v) for k, v in zip(keys, values, strict=True)}) == len(set(keys)) <= data.recall.keys
+    assert (sequence.targets[1::2] == IGNORE_INDEX).all()
+    assert keys.max() < data.recall.keys <= values.min()
+
+
+def test_distances_of_recall():
+    stream = RecallStream(DataConfig(sequence_length=200), seed=3)
+    sequence, distance = stream.probe(5)
+    last: dict[int, int] = {}
+    for place, (key, target) in enumerate(zip(sequence.tokens, sequence.targets, strict=True)):
+        expected = 0
+        if target != IGNORE_INDEX:
+            expected = place - last.get(key, place)
+            last[key] = place
+        assert distance[place] == expected
+
+
+@given(length=st.integers(1, 3000), vocab_size=st.integers(2, 50000), number=st.integers(0, 100))
+@settings(max_examples=100, deadline=None)
+def test_copies_can_be_read_off(length, vocab_size, number):
+    data = DataConfig(sequence_length=length)
+    sequence, distance = Copies(data, vocab_size, seed=1).probe(number)
+    asked = np.flatnonzero(distance)
+    assert np.array_equal(asked, np.flatnonzero(sequence.targets != IGNORE_INDEX))
+    assert np.array_equal(sequence.tokens[asked + 1 - distance[asked]], sequence.targets[asked])
+    assert sequence.tokens.max() < vocab_size
+    far, counts = np.unique(distance[asked], return_counts=True)
+    assert set(counts) <= {24}
+    assert set(far) <= {2**k for k in range(5, 12)}
+    assert bool(len(far)) == (length >= 63)
+    assert length < 1000 or {32, 64, 128} <= set(far)
+    assert np.array_equal(Copies(data, vocab_size, seed=1).probe(number).sequence.tokens, sequence.tokens)
+
+
+def test_builtin_packages():
+    packages = builtin.packages()
+    assert packages.keys() >= builtin.HELD_OUT
+    assert {"python/json", "torch/nn"} <= packages.keys() - builtin.HELD_OUT
+    text = "".join(builtin.read_package("python/json", packages["python/json"]))
+    assert "# python: json/decoder.py\n" in text
+
+
+def test_shipped_tokenizer():
+    tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    assert tokenizer.get_vocab_size() == VOCAB
+    text = "def naïve(x: int) -> str:\n\treturn '€' * x\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_manifest_is_plain_json(corpus):
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    assert manifest["splits"]["train"][0]["documents"] == 3
+    assert dataclasses.asdict(TokenFolder(corpus, VOCAB).manifest) | {"sha256": manifest["sha256"]} == manifest

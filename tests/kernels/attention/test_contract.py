@@ -1,0 +1,211 @@
+"""What every implementation of attention must do; a new one adds a line to `IMPLEMENTATIONS`.
+
+Truth and allowed errors: attention_checks.py. Memory that nobody has written is NaN.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_checks import LARGE_MASKS, MASKS, check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from precision import DEVICE, DTYPES, relative_error
+
+from longctx.kernels.attention import passes
+from longctx.kernels.attention.custom_op import Call
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
+from longctx.kernels.attention.tiles import TILE, merge_flags
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+IMPLEMENTATIONS = ["reference", "sdpa", "triton", pytest.param("hopper", marks=pytest.mark.hopper)]
+ON_CPU = DEVICE == "cpu"
+
+
+def dtypes(implementation: str) -> list[torch.dtype]:
+    """Those that it takes on this device."""
+    if implementation in ("reference", "sdpa"):
+        return [torch.float32] if ON_CPU or implementation == "reference" else [torch.bfloat16]
+    return DTYPES if implementation == "triton" else [torch.float16, torch.bfloat16]
+
+
+def random(implementation: str, *shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtypes(implementation)[-1])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        *(("sdpa", dtype) for dtype in dtypes("sdpa")),
+        *(("triton", dtype) for dtype in dtypes("triton")),
+        *(pytest.param("hopper", dtype, marks=pytest.mark.hopper) for dtype in dtypes("hopper")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", MASKS)
+def test_values_and_gradients(name, implementation, dtype):
+    """Of torch's kernels plain torch is no measure: a 16-bit one rounds the probabilities too."""
+    check(MASKS[name], dtype, implementation=implementation, factor=3 if implementation == "sdpa" else 1.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_monotone_intervals(data):
+    """With torch's kernels, which cut the mask into runs of rows."""
+    n_queries, n_keys = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    bounds = st.lists(st.integers(0, n_keys), min_size=n_queries, max_size=n_queries).map(sorted)
+    start, end = (torch.tensor([data.draw(bounds)], dtype=torch.int32) for _ in range(2))
+    mask = KeyIntervals(n_queries, n_keys, start=start, end=end).to(DEVICE)
+    check(mask, dtypes("sdpa")[0], 2, 1, 8, batch=1, implementation="sdpa", factor=3, floor=32)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+def test_gradcheck(implementation):
+    if not ON_CPU:
+        implementation = "reference"
+    q, k, v = (torch.randn(1, 10, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = KeyIntervals.documents(torch.tensor([[0] * 4 + [4] * 6])).window(3, "cpu")
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, implementation=implementation), (q, k, v))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_without_keys(implementation):
+    mask = KeyIntervals.causal(8, 3)  # the first five queries come before the first key
+    q, k, v = (random(implementation, 1, n, 2, 16).requires_grad_() for n in (8, 3, 3))
+    out, lse = attention(q, k, v, mask, implementation=implementation)
+    out.sum().backward()
+    assert torch.equal(out[:, :5], torch.zeros_like(out[:, :5]))
+    assert torch.equal(lse[:, :, :5], torch.full_like(lse[:, :, :5], -torch.inf))
+    assert torch.equal(q.grad[:, :5], torch.zeros_like(q[:, :5]))
+    assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_attend(n_queries, n_keys, implementation):
+    q, k, v = (random(implementation, 2, n, 2, 16).requires_grad_() for n in (n_queries, n_keys, n_keys))
+    sink = torch.tensor([0.5, 2.0], device=DEVICE)
+    out, lse = attention(q, k, v, KeyIntervals.full(n_queries, n_keys), implementation=implementation, sink=sink)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, sink.view(1, 2, 1).expand(2, 2, n_queries))
+    for x, gradient in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_halves_of_the_keys_are_the_whole(implementation):
+    """Forward and backward, block by block; what the sums of gradients hold already stays in them."""
+    mask = (LARGE_MASKS if implementation == "hopper" else MASKS)["documents"]
+    n, options = mask.n_keys, Options(0.25)
+    halves = torch.arange(0, n // 2, device=DEVICE), torch.arange(n // 2, n, device=DEVICE)
+    q, dout = (random(implementation, 2, n, 4, 64, seed=seed) for seed in (0, 1))
+    k, v = (random(implementation, 2, n, 2, 64, seed=seed) for seed in (2, 3))
+    whole, whole_lse = passes.attention_forward(q, k, v, mask, options, implementation)
+    masks = [mask.keys(half) for half in halves]
+    in_parts = passes.PartialForward(q, options, implementation)
+    for half, of_half, flags in zip(halves, masks, merge_flags(masks, TILE), strict=True):
+        in_parts.add(k[:, half], v[:, half], of_half, flags)
+    out, lse = in_parts.results()
+    unit = torch.finfo(q.dtype).eps
+    assert relative_error(out, whole.double()) < 2 * unit
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-5)
+
+    saved = Saved(q, k, v, whole, whole_lse)
+    gradients = passes.attention_backward(dout, None, saved, mask, options, implementation)
+    backward = passes.PartialBackward(dout, None, q, whole, whole_lse, options, implementation)
+    dk, dv = (torch.ones(k.shape, device=DEVICE) for _ in range(2))
+    for half, of_half in zip(halves, masks, strict=True):
+        parts = dk[:, half], dv[:, half]
+        backward.add(k[:, half], v[:, half], of_half, parts)
+        dk[:, half], dv[:, half] = parts
+    for mine, true in zip((backward.dq(), dk - 1, dv - 1), gradients, strict=True):
+        assert relative_error(mine, true.double()) < 2 * unit
+
+
+@pytest.mark.parametrize("implementation", ["triton", pytest.param("hopper", marks=pytest.mark.hopper)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic_gradients_are_the_same_bits(implementation, head_dim):
+    mask, n = MASKS["documents"], 45
+    if not ON_CPU:
+        n = 3000
+        mask = KeyIntervals.documents(torch.tensor([[0] * 900 + [900] * 2100], device=DEVICE))
+    shapes = [(2 if ON_CPU else 1, n, heads, head_dim) for heads in (4, 2, 2)]
+    inputs = [random(implementation, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+    def results():
+        out, lse = attention(*inputs, mask, implementation=implementation, deterministic=True)
+        return out, lse, *torch.autograd.grad(out.float().square().sum(), inputs)
+
+    first = results()
+    for _ in range(2 if ON_CPU else 20):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+def test_results_are_contiguous_as_the_op_promises(implementation):
+    q = torch.randn(1, 2, 12, 8).transpose(1, 2).requires_grad_()
+    mask = KeyIntervals.causal(12).window(5, "cpu")
+    call = Call(mask, Options(0.3), "reference" if not ON_CPU else implementation)
+    torch.library.opcheck(torch.ops.longctx.attention.default, (q, q, q, None, *call.flat()))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_graph(implementation):
+    """torch.compile breaks nothing, with every option that it has; gradients are those without."""
+    mask = MASKS["sequences, causal"]
+    options: dict = {"deterministic": implementation == "hopper"}
+    if implementation in ("triton", "reference"):
+        slopes, seed = torch.tensor([0.1, 0.2, 0.05, 0.3]).to(DEVICE), torch.tensor([77 << 32], device=DEVICE)
+        options = {"softcap": 1.5, "alibi_slopes": slopes, "dropout": 0.3, "seed": seed, "deterministic": True}
+    sink = torch.tensor([-1.0, 0.0, 2.0, 5.0]).to(DEVICE).requires_grad_()
+    inputs = [random(implementation, 1, n, heads, 16).requires_grad_() for n, heads in ((40, 4), (52, 2), (52, 2))]
+
+    def loss(*inputs):
+        out, lse = attention(*inputs[:3], mask, implementation=implementation, sink=inputs[3], **options)
+        return out.float().square().sum() + torch.where(lse.isfinite(), lse, 0).sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(loss(*inputs, sink), (*inputs, sink)),
+        torch.autograd.grad(compiled(*inputs, sink), (*inputs, sink)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_validation_makes_training_may_use():
+    mask = KeyIntervals.causal(33)
+    q = torch.randn(1, 33, 2, 16, device=DEVICE)
+    with torch.inference_mode():
+        attention(q, q, q, mask, implementation="triton")
+    q.requires_grad_()
+    attention(q, q, q, mask, implementation="triton")[0].sum().backward()
+    assert bool(q.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": KeyIntervals.causal(9)}, "the mask is for 9 queries and 9 keys, the call has 8 and 8"),
+        ({"k": torch.zeros(2, 8, 3, 4), "v": torch.zeros(2, 8, 3, 4)}, "4 query heads are no multiple of 3"),
+        ({"q": torch.zeros(2, 8, 4, 4).double()}, "must be of one floating dtype"),
+        ({"implementation": "flash"}, "'flash' is none of auto, hopper, triton, sdpa, reference"),
+        ({"scale": -1.0}, "scale -1.0: must be above 0"),
+        ({"softcap": -2.0}, "softcap -2.0: must be above 0, or 0 for none"),
+        ({"dropout": 1.0}, "dropout 1.0: must be a probability below 1"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes \(3,\) torch.float32: must be torch.float32"),
+        ({"sink": torch.ones(3)}, r"sink \(3,\) on .*: must be \(4,\), a score a query head"),
+        ({"dropout": 0.1, "seed": torch.ones(2, dtype=torch.int64)}, "must be one torch.int64"),
+    ],
+)
+def test_bad_calls(change, message):
+    """The same words, whatever would serve the call."""
+    q, kv = torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 4)
+    arguments = {"q": q, "k": kv, "v": kv, "mask": KeyIntervals.causal(8), "implementation": "auto"} | change
+    with pytest.raises(ValueError, match=message):
+        attention(**arguments)

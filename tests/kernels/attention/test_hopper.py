@@ -1,0 +1,251 @@
+"""The Hopper attention kernels on a GPU of that kind: the checks of the portable ones, and more tiles.
+
+Which calls go to them is tested everywhere. Memory that nobody has written is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from attention_checks import LARGE_MASKS, check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from precision import DEVICE, relative_error
+
+from longctx.kernels import hardware
+from longctx.kernels.attention import hopper, hopper_backward, hopper_scheduler, passes, tiles, triton_backward
+from longctx.kernels.attention.block_mask import BlockMask
+from longctx.kernels.attention.hopper_forward import forward_on_hopper
+from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options, Saved
+
+DTYPES = [torch.bfloat16, torch.float16]
+on_hopper = pytest.mark.hopper
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", LARGE_MASKS)
+def test_large_masks(name, head_dim):
+    check(LARGE_MASKS[name], torch.bfloat16, head_dim=head_dim, implementation="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 8), (6, 2, 24), (4, 1, 40), (1, 1, 72), (8, 1, 128), (2, 1, 200)]
+)
+def test_heads(heads, kv_heads, head_dim):
+    check(LARGE_MASKS["causal, more keys"], torch.bfloat16, heads, kv_heads, head_dim, implementation="hopper")
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "option", [{"scale": 0.4}, {"sink": torch.tensor([-1.0, 0.0, 2.0, 5.0]).to(DEVICE)}, {"deterministic": True}]
+)
+def test_options(option):
+    check(LARGE_MASKS["documents"], torch.bfloat16, implementation="hopper", **option)
+
+
+@on_hopper
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_intervals_shapes_and_strides(data):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    n_queries, n_keys = data.draw(st.integers(1, 700)), data.draw(st.integers(1, 700))
+    batch, kv_heads = (data.draw(st.integers(1, 2)) for _ in range(2))
+    group, head_dim = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([16, 64, 104, 128, 192]))
+    rows = data.draw(st.sampled_from([1, batch]))
+    start, end = (torch.randint(0, n_keys + 1, (rows, n_queries)).sort(-1).values for _ in range(2))
+    if data.draw(st.booleans()):  # intervals longer than by chance
+        start = (start - n_keys // 2).clamp(min=0)
+    mask = KeyIntervals.intervals(start, end, n_keys).to(DEVICE)
+
+    def strided(n, heads):
+        order = data.draw(st.permutations([0, 1, 2]))
+        pad = data.draw(st.sampled_from([0, 8, 3]))  # the last: a stride that the TMA unit does not take
+        shape = [(batch, n, heads)[i] for i in order]
+        x = torch.randn(*shape, head_dim + pad, device=DEVICE, dtype=torch.bfloat16)[..., :head_dim]
+        return x.permute(*(order.index(i) for i in range(3)), 3)
+
+    inputs = strided(n_queries, kv_heads * group), strided(n_keys, kv_heads), strided(n_keys, kv_heads)
+    check(
+        mask, torch.bfloat16, inputs=inputs, implementation="hopper", may_cancel=True,
+        deterministic=data.draw(st.booleans()),
+    )  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rows_are_written_with_the_last_part_they_see(head_dim):
+    """Of three parts of the keys, one, two or all; some rows see nothing at all."""
+    n, options = 1536, Options(0.25)
+    start = torch.tensor([[0] * 300 + [300] * 600 + [900] * 636, [0] * 128 + [128] * 1408], device=DEVICE)
+    end = torch.arange(1, n + 1, device=DEVICE).repeat(2, 1)
+    end[0, :130], start[0, -200:] = 0, n
+    mask = KeyIntervals.intervals(start, end, n)
+    q = torch.randn(2, n, 4, head_dim, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(2, n, 2, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    whole, whole_lse = forward_on_hopper(q, k, v, mask, options)
+    parts = torch.arange(n, device=DEVICE).split([256, 512, 768])
+    masks = [mask.keys(part) for part in parts]
+    whole_by_parts = passes.PartialForward(q, options, "hopper")
+    flags = tiles.merge_flags(masks, tiles.TILE)
+    for part, part_mask, of_part in zip(parts, masks, flags, strict=True):
+        whole_by_parts.add(k[:, part], v[:, part], part_mask, of_part)
+    out, lse = whole_by_parts.results()
+    assert relative_error(out, whole.double()) < 4e-3
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=1e-5)
+
+
+@on_hopper
+@pytest.mark.parametrize("mask", [KeyIntervals.full(300, 520), KeyIntervals.causal(300), KeyIntervals.causal(1)])
+@pytest.mark.parametrize("head_dim", [136, 192, 256])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_large_heads_without_a_gradient_of_lse(mask, head_dim, kv_heads):
+    """Which torch's kernels serve, up to one key."""
+    q, dout = (torch.randn(2, mask.n_queries, 4, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(2, mask.n_keys, kv_heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+
+    def gradients(implementation, *inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, _ = attention(*inputs, mask, implementation=implementation)
+        return torch.autograd.grad(out, inputs, dout.to(out.dtype))
+
+    truth = gradients("reference", *(x.double() for x in (q, k, v)))
+    for mine, true in zip(gradients("hopper", q, k, v), truth, strict=True):
+        assert float((mine.double() - true).norm()) < 8e-3 * float(true.norm()) + 1e-2  # one key: gradients of 0
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_errors_do_not_move(head_dim):
+    """An error that moves from run to run is a race."""
+    mask = KeyIntervals.causal(2176)
+    q, k, v, dout = (
+        torch.randn(1, 2176, heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2, 2, 4)
+    )
+    options = Options(head_dim**-0.5)
+    exact = [x.double() for x in (q, k, v)]
+    true_out, true_lse = passes.attention_forward(*exact, mask, options, "reference")
+    truth = passes.attention_backward(
+        dout.double(), None, Saved(*exact, true_out, true_lse), mask, options, "reference"
+    )
+    out, lse = forward_on_hopper(q, k, v, mask, options)
+    errors = []
+    for _ in range(50):
+        gradients = hopper.backward(dout, None, Saved(q, k, v, out, lse), mask, options)
+        errors.append([relative_error(mine, true) for mine, true in zip(gradients, truth, strict=True)])
+    spread = torch.tensor(errors, dtype=torch.float64)
+    assert float(spread.max()) < 5e-3
+    assert float((spread.max(0).values - spread.min(0).values).max()) < 1e-5
+
+
+# what surrounds the kernels, on any machine ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block_q", "width", "head_dim"), [(64, 128, 128), (64, 128, 96), (128, 64, 64)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_dq_is_gathered_from_the_registers_of_threads(block_q, width, head_dim, accumulate):
+    """A warpgroup's product is 64 x 64.
+
+    Thread t has rows t // 32 * 16 + t % 32 // 4 (+ 8) of it, and columns 8 j + t % 4 * 2 (+ 1).
+    """
+    n_queries, heads, n_tiles = 2 * block_q - 5, 2, 2
+    whole = torch.randn(1, n_tiles * block_q, heads, width, device=DEVICE)
+    parts = torch.empty(1, heads, n_tiles, 2, 128, 32, device=DEVICE)
+    thread, register = torch.arange(128).unsqueeze(1), torch.arange(32).unsqueeze(0)
+    row = thread // 32 * 16 + thread % 32 // 4 + register // 16 * 8
+    column = register % 16 // 2 * 8 + thread % 4 * 2 + register % 2
+    for tile in range(n_tiles):
+        for part in range(2):
+            rows = row + tile * block_q + (part * 64 if block_q == 128 else 0)
+            columns = column + (part * 64 if block_q == 64 else 0)
+            parts[0, :, tile, part] = whole[0, rows.to(DEVICE), :, columns.to(DEVICE)].permute(2, 0, 1)
+    dq = torch.full((1, n_queries, heads, head_dim), 2.0, device=DEVICE)
+    hopper_backward.attention_backward_dq_hopper[(n_tiles, heads, 1)](
+        parts, dq, *dq.stride()[:3], n_queries, head_dim, n_tiles, ACCUMULATE=accumulate, BLOCK_Q=block_q, BLOCK_D=width
+    )
+    assert torch.equal(dq, whole[:, :n_queries, :, :head_dim] + (2.0 if accumulate else 0.0))
+
+
+def test_statistics_of_rows():
+    """lse in base 2, inf where a row has no keys or does not exist; scale * (rowsum(dout * out) - dlse)."""
+    dout, out = (torch.randn(1, 5, 2, 16, device=DEVICE) for _ in range(2))
+    lse, dlse = (torch.randn(1, 2, 5, device=DEVICE) for _ in range(2))
+    lse[0, 0, 0] = -torch.inf
+    exponent, delta = triton_backward.statistics(dout, out, dlse, lse, 0.5, 8)
+    assert exponent.shape == delta.shape == (1, 2, 8)
+    assert torch.equal(exponent[..., 5:], torch.full((1, 2, 3), torch.inf, device=DEVICE))
+    assert exponent[0, 0, 0] == torch.inf
+    torch.testing.assert_close(exponent[0, 1, :5], lse[0, 1] / math.log(2))
+    torch.testing.assert_close(delta[..., :5], 0.5 * ((dout * out).sum(-1).transpose(1, 2) - dlse))
+    assert torch.equal(delta[..., 5:], torch.zeros(1, 2, 3, device=DEVICE))
+
+
+def test_order_of_items():
+    mask = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
+    # blocks of 8 rows see 1, 1, 2 and 3 tiles of 8 keys; those of 8 keys are seen by 1, 3, 2 and 1 tiles of rows
+    assert tiles.longest_first(mask, 1, 8, 8).tolist() == [3, 2, 0, 1]
+    assert tiles.longest_first(mask, 1, 8, 8, True).tolist() == [1, 2, 0, 3]
+    assert tiles.longest_first(mask, 2, 8, 8).tolist() == [3, 7, 2, 6, 0, 1, 4, 5]
+    assert tiles.last_first(mask, 2, 8).tolist() == [3, 7, 2, 6, 1, 5, 0, 4]
+    start, end = tiles.padded_bounds(mask, 20)
+    assert start.shape == end.shape == (1, 40)
+    assert start[0, 32:].tolist() == end[0, 32:].tolist() == [0] * 8
+
+
+def test_heads_together_fit_the_cache_and_divide():
+    assert hopper_scheduler.heads_together(8, 16 << 20) == 2
+    assert hopper_scheduler.heads_together(6, 10 << 20) == 3
+    assert hopper_scheduler.heads_together(8, 100 << 20) == 1
+    assert hopper_scheduler.heads_together(8, 1 << 20) == 8
+
+
+def test_what_the_tma_unit_cannot_address_is_copied():
+    x = torch.zeros(2, 16, 4, 64, dtype=torch.bfloat16)
+    assert hopper_scheduler.addressable(x) is x
+    transposed = x.transpose(1, 2)
+    assert hopper_scheduler.addressable(transposed) is transposed
+    flat = torch.zeros(2 * 16 * 4 * 72, dtype=torch.bfloat16)
+    for odd in (
+        flat[1 : 1 + x.numel()].view(x.shape),  # begins between 16 bytes
+        flat[: 2 * 16 * 4 * 68].view(2, 16, 4, 68)[..., :64],  # strides between them
+        x[:, :, :1].expand(2, 16, 4, 64),  # one head for all
+    ):
+        copy = hopper_scheduler.addressable(odd)
+        assert copy.is_contiguous()
+        assert copy.shape == odd.shape
+
+
+# the choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_beyond_the_kernels():
+    mask = KeyIntervals.causal(16)
+
+    def reason(dtype=torch.bfloat16, head_dim=64, mask=mask, architecture="sm_90", **options):
+        q = torch.empty(1, 16, 2, head_dim, dtype=dtype, device="meta")
+        with (
+            mock.patch.object(hardware, "architecture", return_value=architecture),
+            mock.patch.object(hopper, "_is_on_gpu", return_value=True),
+        ):
+            return hopper.unsupported(q, mask, Options(1.0, **options))
+
+    assert reason() is None
+    assert reason(deterministic=True) is None
+    assert reason(architecture="sm_80") == "the Hopper kernels need a GPU of compute capability 9.0"
+    assert reason(torch.float32) == "the Hopper kernels take float16 and bfloat16, not torch.float32"
+    assert reason(head_dim=100) == "the Hopper kernels take head dims that are multiples of 8, not 100"
+    assert reason(softcap=2.0) == "the Hopper kernels know no softcap"
+    assert reason(dropout=0.1, seed=torch.zeros(1, dtype=torch.int64)) == "the Hopper kernels know no dropout"
+    assert reason(alibi_slopes=torch.zeros(2)) == "the Hopper kernels know no alibi_slopes"
+    blocks = BlockMask(torch.ones(1, 1, 1, dtype=torch.bool), 16, 16, mask)
+    assert reason(mask=blocks) == "the Hopper kernels know no kept blocks"
+    q = torch.zeros(1, 16, 2, 64)
+    with pytest.raises(ValueError, match="'hopper' cannot serve this call: the Hopper kernels need a GPU"):
+        attention(q, q, q, mask, implementation="hopper")

@@ -1,0 +1,51 @@
+"""The mask of key intervals: what it may be made of, how it is cut, and what is kept of it."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from longctx.kernels.attention.key_intervals import KeyIntervals
+
+
+def test_subset_of_keys_keeps_the_mask():
+    mask = KeyIntervals.documents(torch.tensor([[0] * 11 + [11] * 20 + [31] * 9])).window(9, "cpu")
+    rows, keys = torch.tensor([0, 3, 10, 11, 12, 30, 39]), torch.tensor([1, 2, 9, 10, 11, 25, 30, 31, 38])
+    whole = mask.dense("cpu")
+    part = mask.rows(rows).keys(keys).dense("cpu")
+    assert torch.equal(part[0, 0], whole[0, 0][rows][:, keys])
+
+
+def test_the_window_of_a_mask_is_made_once():
+    mask = KeyIntervals.documents(torch.tensor([[0, 0, 0, 3, 3, 3]]))
+    first = mask.windowed(2, torch.device("cpu"))
+    assert mask.windowed(2, torch.device("cpu")) is first
+    assert first.dense("cpu").equal(mask.window(2, "cpu").dense("cpu"))
+    assert mask.windowed(3, torch.device("cpu")) is not first
+    last = weakref.ref(mask.start)
+    del mask, first
+    assert last() is None
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        ([0, 1, 0], [3, 3, 3], "start of the key intervals: 1 at 1 is followed by less, must never decrease"),
+        ([0, 0, 0], [3, 2, 3], "end of the key intervals: 3 at 0 is followed by less"),
+        ([0, 0, 0], [3, 3, 4], r"end of the key intervals: values from 3 to 4, must lie in 0\.\.3"),
+        ([-1, 0, 0], [3, 3, 3], "start of the key intervals: values from -1 to 0"),
+        ([0, 0], [3, 3, 3], "key intervals have one start and one end a row"),
+    ],
+)
+def test_bad_intervals(start, end, message):
+    with pytest.raises(ValueError, match=message):
+        KeyIntervals.intervals(torch.tensor(start), torch.tensor(end), 3)
+
+
+def test_masks_of_a_size_share_their_bounds():
+    first, second = (KeyIntervals.causal(9, 11).with_bounds("cpu") for _ in range(2))
+    assert first.start is second.start
+    assert first.dense("cpu").equal(KeyIntervals.causal(9, 11).dense("cpu"))
+    assert KeyIntervals.causal(9, 12).with_bounds("cpu").start is not first.start

@@ -1,0 +1,347 @@
+"""Weights of Hugging Face in and out: the same logits as transformers', on any layout, and nothing executed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from corpora import byte_tokenizer, documents_of, prepared
+from omegaconf import OmegaConf
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longctx.config import ModelConfig, ParallelConfig, RotaryConfig, RotaryScaling
+from longctx.errors import UserError
+from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
+from longctx.hugging_face.load import PretrainedWeights
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.model.rotary import attention_factor, frequencies
+from longctx.model.transformer import build
+from runs import ROOT, small_config, train, trainer_of
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+SMALL = {
+    "vocab_size": 8192, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+MODELS = {
+    "gpt2": GPT2Config(
+        vocab_size=8192, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=0,
+        eos_token_id=0,
+    ),
+    "llama": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
+    "llama tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama yarn": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+        },
+    ),
+    "qwen3": Qwen3Config(**SMALL),
+}  # fmt: skip
+TOKENS = torch.randint(8192, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def make(folder: Path, name: str, **how) -> torch.Tensor:
+    """Saves a random model; returns its logits."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.save_pretrained(folder, **how)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def config_of(folder: Path) -> ModelConfig:
+    fields = PretrainedWeights(folder).config
+    return ModelConfig(**fields | {"rotary": RotaryConfig(**fields.get("rotary", {}))})
+
+
+def our_logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS, torch.arange(48).expand(2, 48), KeyIntervals.causal(48))
+
+
+def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.std() > 0.1
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(tmp_path, name):
+    expected = make(tmp_path / "hf", name)
+    config = config_of(tmp_path / "hf")
+    model = build(config, seed=0)
+    PretrainedWeights(tmp_path / "hf").load(model, config)
+    assert_close(our_logits(model), expected)
+
+
+def load_and_save(_rank, config):
+    with trainer_of(config) as trainer:
+        trainer.config_yaml = yaml.safe_dump({"model": plain(config.model), "data": {"sequence_length": 64}})
+        whole = {
+            n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+            for n, p in trainer.parameters.items()
+        }
+        trainer.save()
+    return whole
+
+
+def plain(model: ModelConfig) -> dict:
+    from dataclasses import asdict
+
+    return json.loads(json.dumps(asdict(model)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("parallel", "ranks"), [(ParallelConfig(tensor=2), 4), (ParallelConfig(), 3)], ids=["shard 2 x tensor 2", "shard 3"]
+)
+def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corpus, name, parallel, ranks):
+    expected = make(tmp_path / "hf", name, max_shard_size="300KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    model = config_of(tmp_path / "hf")
+    model.init_from = str(tmp_path / "hf")
+    config = small_config(tmp_path, corpus, model=model, parallel=parallel, data__sequences_per_step=12)
+    whole = run_on_ranks(ranks, load_and_save, config)[0]
+    ours = build(model, seed=3)
+    ours.load_state_dict(whole)
+    assert_close(our_logits(ours), expected)
+
+    command = [sys.executable, "tools/convert_hf.py", "export", str(tmp_path / "test" / "checkpoints" / "step_0")]
+    command += ["--output", str(tmp_path / "back"), "--dtype", "float32"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(back).__name__ == {"gpt2": "GPT2", "llama": "Llama", "qwen3": "Qwen3"}[name] + (
+        "LMHeadModel" if name == "gpt2" else "ForCausalLM"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(back(TOKENS).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_goes_before_the_weights(tmp_path, corpus, capsys):
+    make(tmp_path / "hf", "qwen3")
+    config = small_config(tmp_path, corpus, model=config_of(tmp_path / "hf"))
+    config.model.init_from = str(tmp_path / "hf")
+    config.model.rotary.theta = 5e5
+    with trainer_of(config) as trainer:
+        trainer.train_step()
+        trainer.save()
+        trained = trainer.parameters["final_norm.weight"].detach().clone()
+    assert (
+        f"the weights of {tmp_path}/hf; its rotary positions had model.rotary.theta=10000.0" in capsys.readouterr().out
+    )
+    with trainer_of(config) as trainer:
+        assert torch.equal(trainer.parameters["final_norm.weight"].full_tensor(), trained.full_tensor())
+
+
+def test_the_preset_is_printed(tmp_path):
+    make(tmp_path / "hf", "llama")
+    command = [sys.executable, "tools/convert_hf.py", "config", str(tmp_path / "hf")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    fields: Any = OmegaConf.to_container(OmegaConf.create(result.stdout))
+    assert ModelConfig(**fields | {"rotary": RotaryConfig(**fields["rotary"])}) == config_of(tmp_path / "hf")
+
+
+# what is refused -----------------------------------------------------------------------------------------------------
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def drop_index_entry(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "../hf/model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_index_entry, r"index.json: '../hf/model.*' is no file of this folder, and is not opened"),
+        (
+            lambda f: next(iter(sorted(f.glob("model-*")))).unlink(),
+            r"model-00001-of-.*: missing; model.safetensors.index",
+        ),
+        (lambda f: cut(next(iter(sorted(f.glob("model-*"))))), r"model-00001-of-.*: no whole safetensors file"),
+        (lambda f: (f / "config.json").unlink(), r"config.json: no such file; name a folder"),
+        (lambda f: (f / "config.json").write_text("{"), r"config.json: not JSON"),
+        (lambda f: edit(f / "config.json", model_type="mamba"), "model_type 'mamba'; gpt2, llama and qwen3"),
+        (lambda f: edit(f / "config.json", hidden_act="relu"), "hidden_act='relu', only 'silu' is supported"),
+        (lambda f: edit(f / "config.json", rope_parameters={"rope_type": "longrope"}), "rope_type 'longrope'"),
+        (lambda f: edit(f / "config.json", num_hidden_layers=3), r"set model.layers=3"),
+    ],
+)
+def test_damage_is_named(tmp_path, corpus, damage, message):
+    make(tmp_path / "hf", "llama", max_shard_size="300KB")
+    config = small_config(tmp_path, corpus, model=config_of(tmp_path / "hf"))
+    config.model.init_from = str(tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(UserError, match=message), trainer_of(config):
+        pass
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    make(tmp_path / "hf", "llama")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    with pytest.raises(PretrainedError, match="other formats execute code when they are read and are not supported"):
+        PretrainedWeights(tmp_path / "hf")
+    torch.save({"a": torch.ones(1)}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(PretrainedError, match="model.safetensors: no whole safetensors file"):
+        PretrainedWeights(tmp_path / "hf")
+
+
+def test_other_tensors_are_refused(tmp_path):
+    make(tmp_path / "hf", "llama")
+    config = config_of(tmp_path / "hf")
+    config.qk_norm = True
+    with pytest.raises(PretrainedError, match=r"no tensor model.layers.0.self_attn.q_norm.weight \(4 are missing\)"):
+        PretrainedWeights(tmp_path / "hf").names(config)
+    config.qk_norm, config.layers = False, 1
+    with pytest.raises(PretrainedError, match=r"tensor model.layers.1.* has no place in this model \(9 have none\)"):
+        PretrainedWeights(tmp_path / "hf").names(config)
+    with pytest.raises(PretrainedError, match="model.window and model.logit_softcap are in none of them"):
+        stored_tensors(ModelConfig(window=8))
+
+
+# rotary positions ----------------------------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 1024},
+    "yarn": YARN,
+    "yarn, factor given": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn, scales": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("is_old", [False, True], ids=["rope_parameters", "rope_scaling"])
+def test_rotary_scalings_are_those_of_transformers(name, is_old):
+    given = {"rope_theta": 50000.0} | ROPES[name]
+    theirs = LlamaConfig(**SMALL | {"head_dim": 64, "max_position_embeddings": 2048}, rope_parameters=dict(given))
+    kind = given["rope_type"]
+    fields = theirs.to_dict()
+    if is_old:
+        del fields["rope_parameters"]
+        scaling = {k: v for k, v in given.items() if k not in ("rope_type", "rope_theta")} | {"type": kind}
+        fields |= {"rope_theta": given["rope_theta"], "rope_scaling": None if kind == "default" else scaling}
+    rotary = RotaryConfig(**from_config_json(fields, "config.json")["rotary"])
+    rotary.longest = 8192
+    if kind == "default":
+        expected, factor = given["rope_theta"] ** -(torch.arange(0, 64, 2) / 64), 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), seq_len=8192)
+    torch.testing.assert_close(frequencies(rotary, 64).float(), expected.float(), rtol=2e-6, atol=0)
+    assert attention_factor(rotary) == pytest.approx(factor, rel=1e-12)
+    assert (rotary.scaling == RotaryScaling.none) == (kind == "default")
+
+
+def open_in_run(folder: Path, model: ModelConfig) -> None:
+    PretrainedWeights(folder).check(model)
+
+
+def resave(folder: Path, change) -> None:
+    """Changes the tensors of a saved model."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_an_output_matrix_of_its_own_is_not_dropped(tmp_path):
+    """config.json says tied, the file has another lm_head: transformers would use that of the file's."""
+    make(tmp_path, "llama tied")
+    model = config_of(tmp_path)
+    resave(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    open_in_run(tmp_path, model)  # the same matrix, stored twice
+    resave(tmp_path, lambda t: t["lm_head.weight"][8191].add_(1))
+    with pytest.raises(
+        PretrainedError, match=r"set model.tied_embeddings=false \(lm_head.weight is not the embedding\)"
+    ):
+        open_in_run(tmp_path, model)
+    model.tied_embeddings = False
+    open_in_run(tmp_path, model)
+
+
+def test_a_config_without_the_tie_goes_by_the_file(tmp_path):
+    make(tmp_path, "llama tied")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields.pop("tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert PretrainedWeights(tmp_path).config["tied_embeddings"]
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    make(tmp_path, "llama")
+    model = config_of(tmp_path)
+    resave(tmp_path, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(
+        PretrainedError, match=r"model.norm.weight is F8_E4M3, which are numbers only together with scales"
+    ):
+        open_in_run(tmp_path, model)
+    edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(PretrainedError, match=r"the weights are quantized \(fp8\); take the bfloat16 weights"):
+        open_in_run(tmp_path, model)
+
+
+def test_yarn_is_written_so_that_every_version_reads_it_alike():
+    """transformers before 4.56 takes the factor from max_position_embeddings over the original length."""
+    rotary = RotaryConfig(scaling=RotaryScaling.yarn, factor=4.0, original_length=32768)
+    fields = to_config_json(ModelConfig(rotary=rotary), sequence_length=65536)
+    assert fields["max_position_embeddings"] == 131072
+    for written in (fields["rope_scaling"], fields["rope_parameters"]):
+        assert written["attention_factor"] == pytest.approx(1.1386294361119891)
+        assert written["factor"] == 4.0
+
+
+@pytest.mark.parametrize(("name", "begins"), [("llama", True), ("qwen3", False), ("gpt2", True)])
+def test_the_tokenizer_goes_along(tmp_path, name, begins):
+    """AutoTokenizer gives the ids that were trained on, whatever the model; end of text is known; all may read it."""
+    tokenizer = byte_tokenizer(tmp_path / "t.json", begin=True)
+    texts = [f"text {i}: {'word ' * 30}" for i in range(20)]
+    trained = prepared(tmp_path / "corpus", texts, tokenizer, add_special_tokens=begins)
+    weights = tmp_path / "weights"
+    make(weights, name)
+    config = small_config(tmp_path, tmp_path / "corpus", model=config_of(weights), optim__steps=1)
+    config.validation.sequences = config.validation.recall_sequences = 0
+    train(config)
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), "export"]
+    checkpoint = str(config.run_folder / "checkpoints" / "latest")
+    done = subprocess.run([*command, checkpoint, "--output", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    read = AutoTokenizer.from_pretrained(out)
+    assert [read(text)["input_ids"] for text in texts] == [d[:-1] for d in documents_of(trained)]
+    assert (read.eos_token, read.eos_token_id, read.model_max_length) == ("<|endoftext|>", 256, 64)
+    fields = [json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")]
+    assert [f["eos_token_id"] for f in fields] == [256, 256]
+    assert [f.get("bos_token_id") for f in fields] == ([257, 257] if begins else [None, None])
+    (tmp_path / "usual").touch()
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}

@@ -1,0 +1,329 @@
+"""Ring and gather in many steps and rounds, waits, and the check before a run: on gloo ranks."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+
+import pytest
+import torch
+from ranks import run_on_new_ranks, run_on_ranks
+from small_models import DOCUMENTS, GQA, LENGTH, make_inputs
+
+from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy
+from longctx.errors import UserError
+from longctx.kernels.attention import choice, passes, reference, tiles
+from longctx.kernels.attention.interface import attention, make_options
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.options import Options
+from longctx.model.attention import Attend
+from longctx.parallel import blockwise, key_exchange, load_balance, transport, ulysses
+from longctx.parallel.blockwise import Budget
+from longctx.parallel.context_parallel import SUPPORTED_OPTIONS, ContextParallel
+from longctx.parallel.load_balance import zigzag
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.parallel.strategy import Choice, choose_strategy
+from longctx.parallel.transport import make_transport
+from longctx.parallel.verify import verify_layout
+
+SHARD = LENGTH // 4 * 2 * 2 * 8 * 4  # bytes of the keys and values of two sequences on one of 4 ranks, in float32
+BUDGETS = {
+    "a step an owner, a round a step": Budget(step=SHARD, inbox=SHARD),
+    "two owners a step": Budget(step=2 * SHARD, inbox=SHARD),
+    "two steps a round": Budget(step=SHARD, inbox=2 * SHARD),
+    "all at once": Budget(step=9 * SHARD, inbox=9 * SHARD),
+}
+
+
+SPLITS = {"zigzag": (0, 1, 2, 3, 3, 2, 1, 0), "uneven": (3, 1, 0, 0, 2, 1, 3, 2, 2, 0, 1, 3, 0, 3, 2, 1)}
+
+
+def tensors() -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(2, LENGTH, heads, 8) for heads in (4, 2, 2, 4)]
+    return [torch.randn(shape, generator=generator) for shape in shapes], make_inputs(DOCUMENTS[:2]).document_start
+
+
+def made_over_all(strategy: Strategy) -> ContextParallel:
+    """Over all ranks of the process group."""
+    return ContextParallel(Choice(strategy, 1, "as asked for"), [make_transport(torch.distributed.group.WORLD)])
+
+
+def in_blocks(rank: int, window: int, owners: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
+    """out, dq, dk and dv of this rank for each budget."""
+    whole, start = tensors()
+    split, results = load_balance._of_owners(owners, LENGTH, 4), {}
+    mask = split.mask(start, torch.device("cpu"))
+    mask = mask.windowed(window, torch.device("cpu")) if window else mask
+    context_parallel = made_over_all(Strategy.ring)
+    for name, budget in BUDGETS.items():
+        context_parallel.exchange.budget = budget
+        q, k, v, dout = (split.shard(x, rank).requires_grad_() for x in whole)
+        out = context_parallel.replace(Attend("reference"))(q, k, v, mask)
+        results[name] = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    return results
+
+
+@pytest.mark.parametrize("window", [0, 11])
+@pytest.mark.parametrize("split", SPLITS)
+def test_steps_and_rounds(split, window):
+    (q, k, v, dout), start = tensors()
+    mask = KeyIntervals.documents(start)
+    mask = mask.window(window, "cpu") if window else mask
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, mask, implementation="reference")[0]
+    expected = [out, *torch.autograd.grad(out, inputs, dout)]
+    of_ranks, split = (
+        run_on_ranks(4, in_blocks, window, SPLITS[split]),
+        load_balance._of_owners(SPLITS[split], LENGTH, 4),
+    )
+    for name in BUDGETS:
+        for rank, results in enumerate(of_ranks):
+            for found, whole in zip(results[name], expected, strict=True):
+                torch.testing.assert_close(found, split.shard(whole, rank), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("is_straight", list(itertools.product([False, True], repeat=6)))
+def test_no_buffer_is_overwritten_before_it_has_left(is_straight):
+    """Steps whose gradients kernels store at their owners and others in between: buffers alternate among the others."""
+    copied = [number for number, straight in enumerate(is_straight) if not straight]
+    found = blockwise.handovers(list(is_straight))
+    assert [one.buffer is None for one in found] == list(is_straight)
+    for place, number in enumerate(copied):
+        assert found[number] == (place % 2, copied[place - 2] if place >= 2 else None)
+
+
+def as_on_hopper(q, k, v, mask, options, part) -> None:
+    """What the kernel does for each tile of rows, by its merge flags."""
+    found, found_lse = reference.attention_forward(q, k, v, mask, options)
+    for tile, flags in enumerate(part.merge_flags[0].tolist()):
+        rows = slice(tile * tiles.TILE, (tile + 1) * tiles.TILE)
+        result, lse = found[:, rows], found_lse[:, :, rows]
+        if flags & tiles.HAS_BEFORE:
+            result, lse = reference.merge(part.sums[:, rows], part.lse[:, :, rows], result, lse)
+        if flags:
+            part.lse[:, :, rows] = lse
+            (part.sums if flags & tiles.HAS_AFTER else part.out)[:, rows] = result
+
+
+@pytest.mark.parametrize("masked", ["documents", "window"])
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_rows_are_written_once_by_their_merge_flags(size, masked, poisoned_memory, monkeypatch):
+    """Of all ranks, an owner a step, with steps without keys: what comes out is attention over the whole sequence."""
+    monkeypatch.setattr(passes.hopper_forward, "forward_on_hopper", as_on_hopper)
+    length, generator = 256 * size, torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, length, 1, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    start, split, options = torch.zeros(1, length, dtype=torch.int64), zigzag(length, size), Options(0.3)
+    for border in (70, 200, 201, 3 * length // 4) if masked == "documents" else ():
+        start[0, border:] = border
+    mask = split.mask(start, torch.device("cpu"))
+    mask = mask.windowed(100, torch.device("cpu")) if masked == "window" else mask
+    expected_out, expected_lse = reference.attention_forward(q, k, v, mask.mask, options)
+    empty_steps = 0
+    for rank in range(size):
+        rows = split.held(rank)
+        schedule = blockwise.schedule_of(mask, rank, 1, 1, torch.device("cpu"))
+        attention = passes.PartialForward(split.shard(q, rank), options, "hopper")
+        for number, step in enumerate(schedule.steps):
+            tokens = schedule.plan.tokens(number, rank)
+            assert step.n_keys == len(tokens)
+            empty_steps += not len(tokens)
+            assert bool(step.merge_flags.any()) == bool(len(tokens))  # a step without keys is no block
+            if len(tokens):
+                attention.add(k[:, tokens], v[:, tokens], step.mask, step.merge_flags)
+        out, lse = attention.results()
+        torch.testing.assert_close(out, expected_out[:, rows])
+        torch.testing.assert_close(lse, expected_lse[:, :, rows])
+    assert empty_steps or size == 2
+
+
+def test_blocks_are_served_as_intervals_are():
+    """On GPUs without Hopper's kernels Triton's come before torch's: once the blocks' kind of mask was mistaken."""
+    q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16, device="meta")
+    mask = zigzag(8, 2).mask(torch.zeros(1, 8, dtype=torch.int64), torch.device("cpu"))
+    assert choice.by_speed(q, mask.mask)[:2] == ("hopper", "triton")
+
+
+# on GPUs, in bfloat16 -------------------------------------------------------------------------------------------------
+
+
+def long_case(name: str, masked: str) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """q, k, v and dout, where documents start, and the window.
+
+    Of 4096 tokens every rank has whole tiles, so that kernels write gradients to their owners; of 4608 some have.
+    """
+    batch, length = (2, 4608) if name == "ring, mixed" else (1, 4096)
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(batch, length, heads, 128) for heads in (16, 4, 4, 16)]
+    made = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    start = torch.zeros(batch, length, dtype=torch.int64)
+    for border in (700, 1024, 1025, 3000) if masked == "documents" else ():
+        start[-1, border:] = border
+    return made, start, 300 if masked == "window" else 0
+
+
+def strategy_on_gpu(rank: int, size: int, name: str, masked: str) -> list[torch.Tensor]:
+    """out, dq, dk and dv of this rank."""
+    parallel = ParallelConfig(context=size, strategy=Strategy(name.split(",", maxsplit=1)[0]), ulysses=2)
+    config, device = Config(parallel=parallel), torch.device("cuda", rank)
+    mesh = make_mesh(parallel, size, "cuda")
+    ulysses.FLOPS_OF_A_GROUP = 1.0  # several groups of heads
+    context_parallel = ContextParallel.over(choose_strategy(config, size), mesh, 60)
+    attend = context_parallel.replace(Attend("auto"))
+    whole, start, window = long_case(name, masked)
+    shard = whole[1].nbytes * 2 // size
+    budgets = {"ring, small": Budget(step=shard, inbox=2 * 2 * shard), "ring, mixed": Budget(shard, 8 * 2 * shard)}
+    if name in budgets:  # an owner a step, two slots a round or all in one
+        context_parallel.exchange.budget = budgets[name]
+    split = zigzag(start.shape[1], size)
+    mask = split.mask(start, device)
+    mask = mask.windowed(window, device) if window else mask
+    q, k, v, dout = (split.shard(x, rank).to(device).requires_grad_() for x in whole)
+    for _ in range(3):  # the buffers are used again
+        out = attend(q, k, v, mask)
+        results = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+    torch.cuda.synchronize()
+    assert set(context_parallel.identity()["transports"]) == {"SymmetricMemory"}
+    return [x.float() for x in results]
+
+
+@pytest.mark.parametrize("masked", ["causal", "documents", "window"])
+@pytest.mark.parametrize("strategy", ["ring", "ring, small", "ring, mixed", "gather", "ulysses", "ulysses_ring"])
+@pytest.mark.parametrize("size", [pytest.param(n, marks=pytest.mark.gpu(n)) for n in (2, 4, 8)])
+def test_strategies_on_gpus(size, strategy, masked):
+    """The error against float64 is at most 1.5 x one GPU's, whatever the number of GPUs."""
+    whole, start, window = long_case(strategy, masked)
+    mask = KeyIntervals.documents(start).to("cuda")
+    mask = mask.window(window, "cuda") if window else mask
+
+    def on_one(dtype: torch.dtype, implementation: str) -> list[torch.Tensor]:
+        q, k, v, dout = (x.to("cuda", dtype).requires_grad_() for x in whole)
+        out = attention(q, k, v, mask, implementation=implementation)[0]
+        return [x.double().cpu() for x in (out, *torch.autograd.grad(out, (q, k, v), dout))]
+
+    truth, single = on_one(torch.float64, "reference"), on_one(torch.bfloat16, "auto")
+    of_ranks = run_on_ranks(size, strategy_on_gpu, size, strategy, masked, device="cuda")
+    to_sequence = torch.argsort(zigzag(start.shape[1], size).order)
+    for parts, true, alone in zip(zip(*of_ranks, strict=True), truth, single, strict=True):
+        found = torch.cat(parts, 1)[:, to_sequence].double()
+        assert float((found - true).norm()) <= 1.5 * float((alone - true).norm())
+
+
+def as_whole(rank: int, strategy: Strategy, options: dict) -> list[torch.Tensor]:
+    """out, dq, dk and dv of this rank, for an `Attend` with options."""
+    whole, start = tensors()
+    split = zigzag(LENGTH, 2)
+    attend = made_over_all(strategy).replace(Attend("reference", **options))
+    q, k, v, dout = (split.shard(x, rank).requires_grad_() for x in whole)
+    out = attend(q, k, v, split.mask(start, torch.device("cpu")))
+    return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.7}, {"softcap": 1.5}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("strategy", [Strategy.ring, Strategy.gather, Strategy.ulysses])
+def test_options_of_an_attend_reach_the_split_attention(strategy, options):
+    (q, k, v, dout), start = tensors()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*inputs, KeyIntervals.documents(start), implementation="reference", **options)[0]
+    expected = [out, *torch.autograd.grad(out, inputs, dout)]
+    split = zigzag(LENGTH, 2)
+    for rank, results in enumerate(run_on_ranks(2, as_whole, strategy, options)):
+        for found, whole in zip(results, expected, strict=True):
+            torch.testing.assert_close(found, split.shard(whole, rank), rtol=2e-5, atol=2e-6)
+
+
+def test_an_option_reaches_the_split_attention_or_is_refused():
+    """Each that `attention` has, and each that it will have: none is lost in silence."""
+    others = ("q", "k", "v", "mask", "implementation")
+    options = [name for name in inspect.signature(attention).parameters if name not in others]
+    assert set(SUPPORTED_OPTIONS) == set(options) & set(inspect.signature(make_options).parameters) - {
+        "alibi_slopes", "dropout", "seed",
+    }  # fmt: skip
+    for name in options:
+        made = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), [])
+        if name in SUPPORTED_OPTIONS:
+            assert made.replace(Attend("reference", **{name: 1})).options == {name: 1}
+            continue
+        with pytest.raises(ValueError, match=f"attention with {name} cannot be split over ranks"):
+            made.replace(Attend("reference", **{name: 1}))
+
+
+def test_a_mask_that_is_not_split_is_refused():
+    attend = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), []).replace(Attend("reference"))
+    x = torch.zeros(1, 8, 1, 4)
+    with pytest.raises(TypeError, match="KeyIntervals: a split sequence has a SplitMask, as Split.mask makes it"):
+        attend(x, x, x, KeyIntervals.causal(16))
+
+
+def chosen(_rank: int) -> str:
+    return transport.make_transport(torch.distributed.group.WORLD).description
+
+
+def test_without_symmetric_memory_messages_are_sent():
+    expected = "sends and receives (no symmetric memory: not all ranks have a GPU)"
+    assert run_on_ranks(2, chosen) == [expected] * 2
+
+
+def waited(rank: int) -> float:
+    """Seconds that are counted as waiting while the other rank comes half a second late."""
+    made = transport.Messages(torch.distributed.group.WORLD)
+    made.is_timed = True
+    shard, into = made.share("x", (1, 1, 4, 2), torch.ones(1)), torch.zeros(1, 4, 2)
+    shard.fill_(rank)
+    time.sleep(0.5 * rank)
+    moves = [key_exchange.Move(1 - reader, 0, reader, 0, 0, 4) for reader in range(2)]
+    made.get("x", moves, lambda _move: 0, into)()
+    assert bool((into == 1 - rank).all())
+    return made.take_waited_s()
+
+
+def test_waiting_for_others_is_measured():
+    early, late = run_on_ranks(2, waited)
+    assert 0.4 < early < 5
+    assert late < 0.3
+
+
+# the check before a run ----------------------------------------------------------------------------------------------
+
+
+def verified(_rank: int, parallel: ParallelConfig, broken: str, compute=ComputeDtype.float32) -> float | str:
+    if broken == "dropped hop":
+        within = key_exchange._within
+        key_exchange._within = lambda run, ranges: [] if run.owner == 1 else within(run, ranges)
+    config = Config(model=GQA, parallel=parallel)
+    config.precision.compute = compute
+    mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
+    model, _ = parallelize(config, mesh, torch.distributed.get_world_size(), torch.device("cpu"))
+    try:
+        return verify_layout(model, config, mesh, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+
+
+LAYOUTS = {
+    "ring": ParallelConfig(context=2, strategy=Strategy.ring),
+    "gather, tensor": ParallelConfig(context=2, tensor=2, strategy=Strategy.gather),
+    "ulysses, shard": ParallelConfig(context=2, shard=2, strategy=Strategy.ulysses),
+    "ulysses x ring": ParallelConfig(context=4, strategy=Strategy.ulysses_ring, ulysses=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_right_layout_is_verified(name):
+    ranks = 2 if name == "ring" else 4
+    assert all(0 < found < 1e-4 for found in run_on_ranks(ranks, verified, LAYOUTS[name], ""))
+
+
+def test_what_rounding_explains_is_no_error():
+    """Gradients of the first layers' keys are mostly noise in bfloat16; once a layout was refused for that."""
+    differences = run_on_ranks(2, verified, LAYOUTS["ring"], "", ComputeDtype.bfloat16)
+    assert all(1e-3 < found < 1 for found in differences)
+
+
+@pytest.mark.parametrize("compute", [ComputeDtype.float32, ComputeDtype.bfloat16])
+def test_a_wrong_layout_is_refused(compute):
+    for message in run_on_new_ranks(2, verified, LAYOUTS["ring"], "dropped hop", compute):
+        assert "of a batch split over 2 ranks differs from that of the whole batch" in message
+        assert "use another parallel.strategy, or parallel.context=1" in message

@@ -1,0 +1,91 @@
+"""Validation and samples are the same numbers and words in every layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from longctx.config import DataConfig, ParallelConfig
+from longctx.data.loader import Copies
+from longctx.data.packing import IGNORE_INDEX
+from longctx.evaluate import generate, recall
+from runs import small_config, trainer_of
+
+
+def look(_rank, config):
+    with trainer_of(config) as trainer:
+        for _ in range(3):
+            trainer.train_step()
+        words = generate(trainer.model, [[5, 6, 7], [9]], 6, trainer.mesh, torch.device("cpu"), 8192)
+        return trainer.validate(), words
+
+
+def test_layouts_agree(tmp_path, corpus):
+    config = small_config(tmp_path / "1", corpus, validation__sequences=3)
+    single, words = run_on_ranks(1, look, config)[0]
+    for parallel, ranks in (
+        (ParallelConfig(), 2),
+        (ParallelConfig(context=2), 2),
+        (ParallelConfig(context=2, tensor=2), 4),
+    ):
+        config.folder, config.parallel = str(tmp_path / f"{ranks}{parallel.context}"), parallel
+        for results, other_words in run_on_ranks(ranks, look, config):
+            assert results == pytest.approx(single, rel=1e-5)
+            assert results["recall/32"] == single["recall/32"]
+            assert other_words == words
+
+
+def test_validation_by_hand(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, validation__sequences=3)
+    with trainer_of(config) as trainer:
+        results = trainer.validate()
+        nats, tokens, text_bytes, first = 0.0, 0, 0, []
+        for number in range(3):
+            sequence = trainer.validation.source.sequence(number)
+            start = torch.from_numpy(sequence.document_start).unsqueeze(0)
+            from longctx.kernels.attention.key_intervals import KeyIntervals
+
+            inputs = [torch.from_numpy(x).unsqueeze(0) for x in sequence[:3]]
+            with torch.no_grad():
+                losses = trainer.model(inputs[0], inputs[2], KeyIntervals.documents(start), inputs[1])
+            valid = inputs[1] != IGNORE_INDEX
+            nats += float(losses[valid].sum())
+            tokens += int(valid.sum())
+            text_bytes += int(trainer.tokens.token_bytes[inputs[1][valid].numpy()].sum())
+            first += losses[valid & (inputs[2] == 0)].tolist()
+    assert results["loss/val"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert results["loss/val_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert results["loss/pos/1"] == pytest.approx(sum(first) / len(first), rel=1e-6)
+
+
+class RecallsUpTo(torch.nn.Module):
+    """Knows a token that was seen at most `far` tokens before it, and no other."""
+
+    def __init__(self, far):
+        super().__init__()
+        self.far = far
+
+    def forward(self, tokens, _positions, _mask, targets):
+        index = torch.arange(tokens.shape[1])
+        distance = index.unsqueeze(1) + 1 - index  # of a target to a token
+        is_there = (targets[0].unsqueeze(1) == tokens) & (distance > 0) & (distance <= self.far)
+        return torch.where(is_there.any(1), 0.69, 0.70).unsqueeze(0)  # log 2 = 0.693
+
+
+def test_recall_by_distance(tmp_path, corpus):
+    probes = Copies(DataConfig(sequence_length=1024), 1 << 30, seed=1)
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        found = recall(RecallsUpTo(200), probes, 3, trainer.mesh, torch.device("cpu"))
+        assert found == {"recall/32": 1.0, "recall/64": 1.0, "recall/128": 1.0, "recall/256": 0.0, "recall/512": 0.0}
+        assert recall(RecallsUpTo(200), probes, 0, trainer.mesh, torch.device("cpu")) == {}
+
+
+def test_samples_stay_inside_the_tokenizer(tmp_path, corpus):
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        words = generate(trainer.model, [[1, 2]], 20, trainer.mesh, torch.device("cpu"), vocab_size=50, temperature=5.0)
+    assert words[0][:2] == [1, 2]
+    assert len(words[0]) == 22
+    assert max(words[0]) < 50

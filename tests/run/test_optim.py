@@ -1,0 +1,98 @@
+"""Schedules, and optimizers that take the same step in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, Schedule
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.optim import Optimizers, global_norm
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.schedule import schedule
+from runs import TINY
+
+
+def test_schedules():
+    optim = OptimConfig(steps=110, warmup_steps=10, final_lr_fraction=0.1)
+    assert [schedule(s, optim) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule(10, optim) == 1
+    assert schedule(60, optim) == pytest.approx(0.55)
+    assert schedule(109, optim) == pytest.approx(0.1, abs=3e-4)
+    wsd = OptimConfig(steps=100, warmup_steps=0, schedule=Schedule.wsd, decay_fraction=0.2, final_lr_fraction=0.0)
+    assert [schedule(s, wsd) for s in (0, 80, 90, 100)] == pytest.approx([1, 1, 0.5, 0])
+    assert schedule(1000, OptimConfig(steps=10, schedule=Schedule.constant)) == 1
+
+
+def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
+    """Norms of the gradient and the parameters after three steps."""
+    world_size = torch.distributed.get_world_size()
+    mesh = make_mesh(parallel, world_size, "cpu")
+    config = Config(model=TINY, parallel=parallel, optim=OptimConfig(optimizer=optimizer, warmup_steps=0, lr=1e-2))
+    config.precision.compute = config.precision.compute.float32
+    model, _ = parallelize(config, mesh, 1, torch.device("cpu"))
+    optimizers = Optimizers(model, config.optim)
+    tokens = torch.randint(8192, (4, 32), generator=torch.Generator().manual_seed(0))
+    mine = tokens.chunk(mesh.readers)[mesh.reader]
+    positions = torch.arange(32).expand_as(mine)
+    norms = []
+    for step in range(3):
+        (model(mine, positions, KeyIntervals.causal(32), mine).sum() / tokens.numel()).backward()
+        norm = global_norm(list(model.parameters()))
+        torch.nn.utils.clip_grads_with_norm_(list(model.parameters()), 0.5, norm)
+        norms.append(norm)
+        optimizers.step(step)
+        optimizers.zero_grad()
+    return torch.stack(norms), {name: p.full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_steps_do_not_depend_on_the_layout(optimizer):
+    norms, parameters = run_on_ranks(1, take_steps, ParallelConfig(), optimizer)[0]
+    # Adam's first steps are signs, and Muon lifts small singular values in bfloat16: the order of a sum shows
+    tolerance = 1e-4 if optimizer == Optimizer.adamw else 0.1
+    for parallel, ranks in (
+        (ParallelConfig(), 2),
+        (ParallelConfig(replicate=2), 2),
+        (ParallelConfig(tensor=2), 2),
+        (ParallelConfig(tensor=2), 4),
+    ):
+        other_norms, other = run_on_ranks(ranks, take_steps, parallel, optimizer)[0]
+        torch.testing.assert_close(other_norms, norms, rtol=5e-5 if optimizer == Optimizer.adamw else 1e-3, atol=0)
+        for name, value in parameters.items():
+            difference = float((other[name] - value).norm() / value.norm())
+            assert difference < tolerance, (name, difference)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    with torch.device("meta"):
+        from longctx.model.transformer import Transformer
+
+        model = Transformer(TINY)
+    adamw, muon = Optimizers(model, OptimConfig(optimizer=Optimizer.muon)).optimizers
+    names = {p: n for n, p in model.named_parameters()}
+    by_muon = {names[p] for g in muon.param_groups for p in g["params"]}
+    by_adamw = {names[p]: g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert by_muon == {n for n in names.values() if n.startswith("blocks.") and "norm" not in n}
+    assert by_adamw["embedding.weight"] == 0.1
+    assert by_adamw["final_norm.weight"] == by_adamw["blocks.0.mlp_norm.weight"] == 0
+    assert by_muon | set(by_adamw) == set(names.values())
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_state_is_made_without_changing_parameters(optimizer):
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 6)])
+    model.embedding = torch.nn.Embedding(5, 4)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizers = Optimizers(model, OptimConfig(optimizer=optimizer))
+    state = optimizers.state()
+    assert all(float(s.abs().sum()) == 0 for s in state.values())
+    assert "exp_avg.embedding.weight" in state
+    assert ("momentum_buffer.blocks.0.weight" in state) == (optimizer == Optimizer.muon)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert optimizers.updates == 0
+    optimizers.updates = 7
+    assert optimizers.updates == 7

@@ -1,0 +1,374 @@
+"""The files of a run: one writer, one folder for all machines, and nothing in them that ends a run without need."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from longctx import checkpoint, runtime
+from longctx import run_folder as run_folder_module
+from longctx import trainer as trainer_module
+from longctx.checkpoint import CheckpointError, Checkpoints, list_checkpoints, read_manifest, verify_files
+from longctx.config import Config, LoggingConfig, WandbMode
+from longctx.errors import UserError
+from longctx.files import write_manifest
+from longctx.metrics import Metrics, has_wandb_key, read_metrics, wandb_mode
+from longctx.run_folder import RunFolder
+from runs import ROOT, run_info, small_config, train, trainer_of
+
+
+def go(config: Config):
+    return train(config)
+
+
+# one writer, one folder ----------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from longctx import runtime
+from longctx.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]), runtime.start(60))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_of_one_name_are_noticed(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(config.run_folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(
+        UserError, match=f"another run writes it: process {holder.pid} on .*; wait for it, end it, or give"
+    ):
+        go(config)
+    holder.kill()
+    holder.wait()
+    assert go(config).is_complete  # a killed one's lock is taken over
+
+
+def folders_of_two_machines(rank, folder):
+    """Rank 1 sees another folder under the same path."""
+    if rank == 1:
+        (folder / "of machine 1" / "checkpoints").mkdir(parents=True)
+        run_folder_module._find_word, find = (
+            lambda path, *rest: find(folder / "of machine 1", *rest),
+            (run_folder_module._find_word),
+        )
+    try:
+        RunFolder(folder / "run", runtime.start(60))
+    except UserError as error:
+        return str(error)
+
+
+def test_folders_that_machines_do_not_share_are_refused_at_start(tmp_path):
+    for message in run_on_ranks(2, folders_of_two_machines, tmp_path):
+        assert "is not the one that rank 0 writes, so each machine would keep a part of every checkpoint" in message
+    assert not list((tmp_path / "run").glob(".word*"))
+
+
+def save_where_rank_1_writes_elsewhere(rank, folder):
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    checkpoints = Checkpoints(folder / "run", 2, runtime.start(60))
+    tensors = {"a": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])}
+    if rank == 1:
+        write = checkpoint._write
+
+        def elsewhere(tensors, work, group):
+            names = write(tensors, work, group)
+            (folder / "elsewhere").mkdir()
+            for name in names:
+                shutil.move(work / name, folder / "elsewhere" / name)
+            return names
+
+        checkpoint._write = elsewhere
+    try:
+        checkpoints.save(1, tensors, {})
+    except UserError as error:
+        return str(error)
+
+
+def test_a_save_that_one_machine_does_not_see_is_no_checkpoint(tmp_path):
+    for message in run_on_ranks(2, save_where_rank_1_writes_elsewhere, tmp_path):
+        assert "was written by another rank and is not seen by rank 0 (1 are not)" in message
+    assert list_checkpoints(tmp_path / "run") == []
+
+
+def saved(folder: Path, steps: int = 1, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep, runtime.start(60))
+    for step in range(1, steps + 1):
+        checkpoints.save(step, {"a": torch.arange(6.0), "b": torch.ones(2, 3)}, {"step": step})
+    return checkpoints
+
+
+def test_half_of_the_shards_are_not_every_byte(tmp_path):
+    """What an earlier version has committed on machines that shared no folder: all that is named is there."""
+    saved(tmp_path)
+    manifest = read_manifest(tmp_path / "step_1")
+    write_manifest(tmp_path / "step_1" / "manifest.json", manifest | {"tensors": {"a": "float32 [12]"}})
+    with pytest.raises(CheckpointError, match="its files hold 6 of the 12 numbers of a: a part was not saved here"):
+        verify_files(tmp_path / "step_1")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/abs/x"])
+def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path, name):
+    saved(tmp_path)
+    manifest = read_manifest(tmp_path / "step_1")
+    [facts] = manifest["files"].values()
+    write_manifest(tmp_path / "step_1" / "manifest.json", manifest | {"files": {name: facts}})
+    with pytest.raises(CheckpointError, match=f"its manifest names '{name}', which is no file of this folder"):
+        verify_files(tmp_path / "step_1")
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    saved(tmp_path)
+    [shard] = (tmp_path / "step_1").glob("*.safetensors")
+    shutil.move(shard, tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link out of its folder, and is not read"):
+        verify_files(tmp_path / "step_1")
+
+
+# what is in the way --------------------------------------------------------------------------------------------------
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_end_a_run(tmp_path, monkeypatch, capsys):
+    checkpoints = saved(tmp_path, steps=2, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_2"]
+    shutil.move(tmp_path / "step_2", tmp_path / "other disk")
+    (tmp_path / "step_2").symlink_to(tmp_path / "other disk")
+    checkpoints.save(3, {"a": torch.ones(1)}, {})
+    assert (
+        f"the old checkpoint {tmp_path}/step_2 is not removed: it is a link to another place" in capsys.readouterr().out
+    )
+    (tmp_path / "step_2").unlink()
+
+    def refuses(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    checkpoints.save(4, {"a": torch.ones(1)}, {})
+    assert f"the old checkpoint {tmp_path}/step_3 is not removed: Permission denied" in capsys.readouterr().out
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_4"]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch, capsys):
+    def refuses(*_arguments):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuses)
+    checkpoints = saved(tmp_path, steps=2)
+    assert "latest does not point to step_2: Operation not permitted" in capsys.readouterr().out
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest[0].name == "step_2"
+
+
+@pytest.mark.parametrize(
+    "damage", [b"[" * 200_000, b"null", b"\xff\xfe", b""], ids=["brackets", "null", "bytes", "empty"]
+)
+def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path, damage, capsys):
+    checkpoints = saved(tmp_path, steps=2)
+    (tmp_path / "step_1" / "manifest.json").write_bytes(damage)
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest[0].name == "step_2"
+    (tmp_path / "step_2" / "manifest.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be used"):
+        checkpoints.newest()
+    assert f"checkpoint refused: {tmp_path}/step_1/manifest.json: " in capsys.readouterr().out
+    checkpoints.save(3, {"a": torch.ones(1)}, {})
+    assert checkpoints.newest()[0].name == "step_3"  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_the_last_checkpoint_before_the_rate_falls_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, runtime.start(60), undecayed_until=3)
+    for step in range(1, 7):
+        checkpoints.save(step, {"a": torch.ones(1)}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_3", "step_6"]
+
+
+@pytest.mark.parametrize("history", [b"null", b"[]", b'{"restarts": "two"}', b"\xff", b'{"started_at": 1e400}'])
+def test_files_of_a_run_that_cannot_be_read_are_set_aside(tmp_path, corpus, history, capsys):
+    config = small_config(tmp_path, corpus, optim__steps=4)
+    with trainer_of(config) as trainer:
+        trainer.metrics.log(1, trainer.train_step()[0])
+        trainer.save()
+    folder = config.run_folder
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": "x"}\n{"step": 2')
+    (folder / "history.json").write_bytes(history)
+    assert go(config).is_complete
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: 3 lines cannot be read; they are in " in said
+    [aside] = folder.glob("metrics.unreadable-*.jsonl")
+    assert aside.read_bytes() == b'\xff\xfe\n{"step": "x"}\n{"step": 2\n'
+    assert [int(r["step"]) for r in read_metrics(folder / "metrics.jsonl") if "loss/train" in r] == [1, 2, 3, 4]
+    assert "history.json: holds no history of a run; it is " in said
+    assert [path.read_bytes() for path in folder.glob("history.unreadable-*.json")] == [history]
+
+
+# consoles and disks that take no more --------------------------------------------------------------------------------
+
+
+def in_shell(corpus: Path, folder: Path, command: str) -> subprocess.CompletedProcess:
+    words = (
+        f"recipe=gpt_tiny name=a data=prepared data.folder={corpus} model.width=32 model.layers=1 logging=no_wandb "
+        "data.sequence_length=64 validation.sample_tokens=0 logging.every_steps=1 optim.steps=3"
+    )
+    command = command.replace("TRAIN", f"{sys.executable} {ROOT / 'train.py'} {words}")
+    return subprocess.run(["/bin/bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["TRAIN | head -1", "TRAIN 2>&-", "TRAIN >&-", "TRAIN > /dev/full"],
+    ids=["closed pipe", "no stderr", "no stdout", "full disk under the log"],
+)
+def test_a_console_that_takes_no_more_does_not_end_a_run(tmp_path, corpus, command):
+    result = in_shell(corpus, tmp_path, command)
+    assert "Traceback" not in result.stderr
+    assert "Error" not in result.stderr
+    rows = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert [r["step"] for r in rows if "loss/train" in r] == [1, 2, 3]
+    assert verify_files(tmp_path / "runs" / "a" / "checkpoints" / "step_3")["step"] == 3
+
+
+def test_a_disk_that_is_full_at_the_report_ends_nothing(tmp_path, corpus, monkeypatch, capsys):
+    def full(path, *_arguments, **_words):
+        raise OSError(28, "No space left on device", str(path))
+
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert go(config).is_complete
+    said = capsys.readouterr().out
+    assert f"no report: {config.run_folder}/report.html: No space left on device" in said
+    assert f"{config.run_folder}/tokenizer.json: not written, so exports have to name a tokenizer" in said
+
+
+def test_a_folder_that_is_renamed_ends_a_run_with_a_message(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, checkpoint__every_steps=2)
+
+    def rename_and_train():
+        with trainer_of(config) as trainer:
+            trainer.train_step()
+            config.run_folder.rename(tmp_path / "renamed")
+            trainer.run()
+
+    with pytest.raises(UserError, match="No such file or directory"):
+        rename_and_train()
+
+
+# wandb ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode"),
+    [
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_DISABLED": "true", "WANDB_API_KEY": "k"}, "disabled"),
+    ],
+    ids=str,
+)
+def test_wandbs_own_variables_decide(tmp_path, monkeypatch, variables, mode):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(LoggingConfig()) == mode
+    assert wandb_mode(LoggingConfig(wandb=WandbMode.online)) == "online"  # the configuration, where it says something
+
+
+def test_a_key_of_another_server_counts(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "netrc").write_text("machine wandb.company.com login user password " + "0" * 40 + "\n")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.company.com")
+    assert has_wandb_key()
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.company.com\n")
+    assert has_wandb_key()
+
+
+class FakeRun:
+    """Of wandb: what was logged, and how it ended."""
+
+    def __init__(self) -> None:
+        self.rows, self.codes, self.words, self.config = [], [], {}, self
+
+    def update(self, *_arguments, **_words) -> None:
+        pass
+
+    def log(self, values, step) -> None:
+        self.rows.append((step, values["loss/train"]))
+
+    def finish(self, exit_code) -> None:
+        self.codes.append(exit_code)
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    import wandb
+
+    run = FakeRun()
+    monkeypatch.setattr(wandb, "init", lambda **words: run.words.update(words) or run)
+    return run
+
+
+def test_an_offline_run_that_resumes_has_all_steps(tmp_path, monkeypatch, fake_wandb):
+    """Two folders of wandb with one id: a sync keeps the last, so it must hold what the first did."""
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    config = Config(name="a", folder=str(tmp_path), logging=LoggingConfig(wandb=WandbMode.offline))
+    config.run_folder.mkdir()
+    first = Metrics(run_info(config), 0, True)
+    first.log(1, {"loss/train": 3.0})
+    first.log(2, {"loss/train": 2.0})
+    first.close()
+    fake_wandb.rows.clear()
+    second = Metrics(run_info(config), 2, True)
+    second.log(3, {"loss/train": 1.0})
+    second.close(exit_code=1)
+    assert fake_wandb.rows == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert fake_wandb.codes == [0, 1]
+    assert fake_wandb.words["project"] == "p"
+
+
+def test_a_run_that_fails_has_failed(tmp_path, corpus, fake_wandb, monkeypatch):
+    config = small_config(tmp_path, corpus, optim__max_skipped_steps=1, logging__wandb=WandbMode.offline)
+    build = trainer_module.parallelize
+
+    def broken(*arguments):
+        model, context_parallel = build(*arguments)
+        model.head.register_forward_hook(lambda _m, _i, out: out * float("nan"))
+        return model, context_parallel
+
+    monkeypatch.setattr(trainer_module, "parallelize", broken)
+    with pytest.raises(UserError, match="1 steps in a row were not finite"):
+        train(config)
+    assert fake_wandb.codes == [1]
+    assert (config.run_folder / "report.html").exists()
+    [line] = (config.run_folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss/train"] is None
+    assert json.loads(line)["optim/skipped_steps"] == 1

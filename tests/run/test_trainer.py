@@ -1,0 +1,321 @@
+"""A run from start to end: what it writes, how it resumes; what goes wrong is in test_faults.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors import safe_open
+
+from longctx import trainer as trainer_module
+from longctx.config import (
+    AttentionImplementation,
+    ComputeDtype,
+    DataSource,
+    FusedImplementation,
+    ModelConfig,
+    Optimizer,
+    ParallelConfig,
+    Strategy,
+)
+from longctx.errors import UserError
+from longctx.metrics import read_metrics
+from runs import ROOT, TORCHRUN, losses_of, small_config, train, trainer_of
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": AttentionImplementation.triton}, r"model.attention=triton: .*cannot serve this call"),
+        ({"fused_ops": FusedImplementation.triton}, r"model.fused_ops=triton: .*interpreter computes bfloat16 wrong"),
+    ],
+)
+def test_an_implementation_that_cannot_serve_is_refused_at_the_start(tmp_path, corpus, change, message):
+    config = small_config(tmp_path, corpus)
+    config.model = dataclasses.replace(config.model, **change)
+    config.precision.compute = ComputeDtype.bfloat16
+    with pytest.raises(UserError, match=message), trainer_of(config):
+        pass
+
+
+@pytest.mark.interpreter
+def test_training_on_fused_ops(tmp_path, corpus):
+    """The same losses as with the reference, step by step."""
+    losses = []
+    for implementation in (FusedImplementation.reference, FusedImplementation.triton):
+        config = small_config(tmp_path, corpus, name=str(implementation), model__fused_ops=implementation)
+        losses.append(losses_of(config, 4))
+    assert losses[0][0] - losses[0][3] > 0.05
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_whole_run(tmp_path, corpus, capsys):
+    config = small_config(
+        tmp_path, corpus, validation__every_steps=4, checkpoint__every_steps=4, validation__sample_tokens=5,
+        logging__peak_tflops=1.0, logging__trace_step=6,
+    )  # fmt: skip
+    train(config, ["recipe=gpt_tiny", "optim.lr=3e-3"])
+    out = capsys.readouterr().out
+    assert "step 8/8  loss " in out
+    assert out.count("--- sample ---\n") == 3
+    assert f"report: {tmp_path}/test/report.html" in out
+    assert "python train.py recipe=gpt_tiny optim.lr=3e-3 name=test optim.steps=16" in out
+
+    rows = read_metrics(tmp_path / "test" / "metrics.jsonl")
+    steps = [row for row in rows if "loss/train" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert steps[-1]["loss/train"] < steps[0]["loss/train"] - 0.3
+    assert steps[-1]["data/tokens"] == 8 * 4 * 64
+    assert {
+        "optim/lr", "optim/grad_norm", "optim/skipped_steps", "perf/tokens_per_s", "perf/tokens_per_s_per_gpu",
+        "perf/step_s", "perf/tflops_per_gpu", "perf/mfu", "perf/mfu_palm", "time/data_s", "time/checkpoint_stall_s",
+        "data/documents_per_sequence", "mem/peak_alloc_gib", "data/attention_imbalance",
+    } <= set(steps[-1])  # fmt: skip
+    assert steps[-1]["data/documents_per_sequence"] > 1
+    validations = [row for row in rows if "loss/val" in row]
+    assert [row["step"] for row in validations] == [4, 8]
+    assert "loss/val_bits_per_byte" in validations[0]
+    assert {"loss/pos/1", "loss/pos/16", "recall/32"} <= set(validations[0])
+    report = (tmp_path / "test" / "report.html").read_text()
+    assert report.count("<svg") == 8
+    assert "_backward" in (tmp_path / "test" / "trace_step_6.txt").read_text()
+    assert json.loads(gzip.decompress((tmp_path / "test" / "trace_step_6.json.gz").read_bytes()))["traceEvents"]
+    assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
+    assert {p.name for p in (tmp_path / "test" / "checkpoints").iterdir()} == {"step_4", "step_8", "latest", "best"}
+
+
+def run_steps(_rank, config, steps):
+    return losses_of(config, steps)
+
+
+STRATEGIES = [
+    Strategy.ring, Strategy.ulysses_ring,
+    *(pytest.param(Strategy(name), marks=pytest.mark.slow) for name in ("auto", "gather", "ulysses")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_curve_in_every_layout(tmp_path, corpus, strategy):
+    config = small_config(tmp_path / "one", corpus)
+    single = run_on_ranks(1, run_steps, config, 8)[0]
+    for parallel, ranks in (
+        (ParallelConfig(context=2, strategy=strategy), 2),
+        (ParallelConfig(), 2),
+        (ParallelConfig(context=2, strategy=strategy), 4),
+    ):
+        config = dataclasses.replace(config, folder=str(tmp_path / f"{ranks}{parallel.context}"), parallel=parallel)
+        losses = run_on_ranks(ranks, run_steps, config, 8)
+        assert losses[0] == losses[-1]
+        assert losses[0] == pytest.approx(single, rel=1e-5)
+
+
+def run_and_save(_rank, config, steps):
+    with trainer_of(config) as trainer:
+        losses = [trainer.train_step()[0]["loss/train"] for _ in range(steps)]
+        trainer.save()
+        return losses
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "context"),
+    [
+        (Optimizer.adamw, 1),
+        (Optimizer.muon, 2),
+        pytest.param(Optimizer.muon, 1, marks=pytest.mark.slow),
+        pytest.param(Optimizer.adamw, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_bit_equal(tmp_path, corpus, optimizer, context):
+    parallel, ranks = ParallelConfig(context=context), context
+    config = small_config(tmp_path / "whole", corpus, optim__steps=30, optim__optimizer=optimizer, parallel=parallel)
+    whole = run_on_ranks(ranks, run_steps, config, 30)[0]
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    first = run_on_ranks(ranks, run_and_save, config, 10)[0]
+    second = run_on_ranks(ranks, run_steps, config, 20)[0]
+    assert first + second == whole
+
+
+def verifications(_rank, config) -> tuple[int, float]:
+    """How often a run has compared split and whole sequences, and how long it then waited for others, in seconds."""
+    calls = []
+    original = trainer_module.verify_layout
+    trainer_module.verify_layout = lambda *arguments: calls.append(1) or original(*arguments)
+    with trainer_of(config) as trainer:
+        waited_s = trainer.train_step()[0]["time/context_exposed_s"]
+        trainer.save()
+        return len(calls), waited_s
+
+
+def test_a_layout_is_verified_once(tmp_path, corpus):
+    parallel = ParallelConfig(context=2, strategy=Strategy.ring)
+    for changed, expected in (
+        (parallel, 1),
+        (parallel, 0),  # resumed
+        (dataclasses.replace(parallel, strategy=Strategy.ulysses), 1),
+        (dataclasses.replace(parallel, verify=False), 0),
+    ):
+        config = small_config(tmp_path, corpus, parallel=changed)
+        for calls, waited_s in run_on_ranks(2, verifications, config):
+            assert calls == expected
+            assert 0 < waited_s < 30
+
+
+def validate_and_save(_rank, config):
+    """The float32 masters before, and the checkpoint written right after a validation."""
+    with trainer_of(config) as trainer:
+        trainer.train_step()
+        masters = {f"model.{n}": p.detach().full_tensor().clone() for n, p in trainer.parameters.items()}
+        trainer.validate()
+        trainer.save()
+        manifest = trainer.saving.checkpoints.verify(trainer.saving.checkpoints.committed()[-1])
+        return masters, manifest["tensors"]
+
+
+def test_a_checkpoint_after_a_validation_holds_the_float32_masters(tmp_path, corpus):
+    """Without a backward pass the model's own parameters are left as the gathered bfloat16 copies."""
+    config = small_config(tmp_path, corpus, precision__compute=ComputeDtype.bfloat16)
+    masters, kinds = run_on_ranks(2, validate_and_save, config)[0]
+    assert {kind.split()[0] for kind in kinds.values()} == {"float32"}
+    folder = tmp_path / "test" / "checkpoints" / "step_1"
+    saved = [safe_open(file, framework="pt") for file in sorted(folder.glob("*.safetensors"))]
+    weight = torch.cat([file.get_tensor("model.embedding.weight") for file in saved])
+    assert torch.equal(weight, masters["model.embedding.weight"])
+
+
+def test_another_order_of_sequences_is_refused(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=1))
+    with pytest.raises(
+        UserError, match=r"seed was 0, is 1; data.sequence_length was 64, is 32\. Some would be read twice"
+    ):
+        train(small_config(tmp_path, corpus, optim__steps=2, seed=1, data__sequence_length=32))
+
+
+def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=4, checkpoint__every_steps=2))
+    start = tmp_path / "test" / "checkpoints" / "step_2"
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=3, seed=5, checkpoint__resume=str(start))
+    with trainer_of(branch) as trainer:
+        assert trainer.step == 2
+        trainer.run()
+    branch.optim.steps = 5
+    with trainer_of(branch) as trainer:  # as a restart does it, with the same words
+        assert trainer.step == 3
+
+    again = small_config(tmp_path, corpus, optim__steps=3, checkpoint__resume=str(start))
+    train(again)  # in the same folder: step 4 was another future
+    names = sorted(p.name for p in start.parent.iterdir())
+    assert [n.rsplit("_", 1)[0] for n in names if n.startswith("abandoned")] == ["abandoned_step_4"]
+    assert {"step_2", "step_3"} <= set(names)
+
+
+def sequences_and_losses(rank, config, steps):
+    """Numbers of the sequences that this rank reads in each step, and the loss; saved at the end."""
+    with trainer_of(config) as trainer:
+        read: list[int] = []
+        source = trainer.loader.source
+        trainer.loader.source = SimpleNamespace(sequence=lambda number: read.append(number) or source.sequence(number))
+        found = []
+        for _ in range(steps):
+            read.clear()
+            loss = trainer.train_step()[0]["loss/train"]
+            found.append((trainer.mesh.reader, tuple(read), loss))
+        trainer.save()
+        return found
+
+
+def test_another_layout_after_each_resume(tmp_path, corpus):
+    """shard 4, then shard 2 x context 2, then context 4, then one process: the same sequences, and the same losses."""
+    config = small_config(tmp_path / "whole", corpus, optim__steps=12)
+    whole = run_on_ranks(1, sequences_and_losses, config, 12)[0]
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    losses, numbers = [], []
+    for parallel, ranks in (
+        (ParallelConfig(), 4),
+        (ParallelConfig(context=2), 4),
+        (ParallelConfig(context=4), 4),
+        (ParallelConfig(), 1),
+    ):
+        config.parallel = parallel
+        of_ranks = run_on_ranks(ranks, sequences_and_losses, config, 3)
+        for step in zip(*of_ranks, strict=True):
+            assert len({loss for _, _, loss in step}) == 1
+            losses.append(step[0][2])
+            readers = {reader: read for reader, read, _ in step}  # ranks of a context axis read the same
+            assert all(readers[reader] == read for reader, read, _ in step)
+            numbers.append(sorted(number for read in readers.values() for number in read))
+    assert numbers == [list(range(4 * step, 4 * step + 4)) for step in range(12)]
+    assert numbers == [sorted(read) for _, read, _ in whole]
+    assert losses == pytest.approx([loss for *_, loss in whole], rel=1e-6)
+
+
+def test_metrics_of_steps_taken_again_are_dropped(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    train(config)
+    path = tmp_path / "test" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 9, "loss/train": 1}\n{"step": 4, "loss/tr')
+    config.optim.steps = 5
+    train(config)
+    assert [r["step"] for r in read_metrics(path) if "loss/train" in r] == [1, 2, 3, 4, 5]
+
+
+def test_restarts_and_what_they_cost(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    train(config)
+    path = tmp_path / "test" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "loss/train": 1}\n')  # then it was killed
+    first = read_metrics(path)[2]
+    assert (first["run/restarts"], first["run/lost_steps"]) == (0, 0)
+    config.optim.steps = 4
+    started_at = json.loads((tmp_path / "test" / "history.json").read_text())["started_at"]
+    train(config)
+    last = [r for r in read_metrics(path) if "loss/train" in r][-1]
+    trained = sum(r["perf/step_s"] for r in read_metrics(path) if "perf/step_s" in r)
+    assert (last["run/restarts"], last["run/lost_steps"]) == (1, 2)
+    assert trained / (time.time() - started_at) <= last["run/ettr"] < 1
+
+
+@pytest.mark.slow
+def test_two_jobs_of_one_multirun(tmp_path, corpus):
+    """`torchrun train.py -m`: the process group is made once and serves both jobs."""
+    words = [
+        "recipe=gpt_tiny", "name=a,b", f"folder={tmp_path}", "data=prepared",
+        f"data.folder={corpus}", "logging=no_wandb", "data.sequence_length=64", "optim.steps=2",
+        "validation.sample_tokens=0", "model.width=32", "logging.every_steps=1",
+    ]  # fmt: skip
+    result = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node", "2", "train.py", "-m", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("a", "b"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows if "loss/train" in r] == [1, 2]
+    assert not {"outputs", "multirun", "multirun.yaml", "train.log"} & {p.name for p in ROOT.iterdir()}
+
+
+@pytest.mark.slow
+def test_recall_loss_falls_with_context(tmp_path):
+    """A key's first value costs log(values) nats; a model that uses its context pays less at later positions."""
+    config = small_config(
+        tmp_path, tmp_path, data__source=DataSource.recall, data__folder="", data__sequence_length=128,
+        data__sequences_per_step=16, data__sequences_per_micro_batch=16, validation__sequences=32,
+        data__recall__keys=4, data__recall__values=16,
+        model=ModelConfig(vocab_size=20, layers=2, width=64, heads=4, kv_heads=4, head_dim=16, mlp_width=128),
+        optim__steps=240, optim__lr=1e-2, optim__optimizer=Optimizer.muon, logging__every_steps=50,
+    )  # fmt: skip
+    train(config)
+    last = [r for r in read_metrics(tmp_path / "test" / "metrics.jsonl") if "loss/val" in r][-1]
+    assert last["loss/pos/1"] > 0.8 * math.log(16)
+    assert last["loss/pos/64"] < 0.1
+    assert min(last[f"recall/{distance}"] for distance in (2, 4, 8)) > 0.95

@@ -1,0 +1,164 @@
+"""Compiles the kernels of a call for a GPU that need not be there, and reads what ptxas says of them.
+
+A launch on `meta` tensors reaches `JITFunction.run` with all its arguments; instead of launching, the kernel is
+compiled for the architecture asked for. Not in a process where TRITON_INTERPRET is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
+
+from longctx.kernels import hardware
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+            torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # of a program
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+CACHE = Path(__file__).parents[2] / ".pytest_cache" / "compiled"
+
+
+def kernels_of(script: str, *arguments: str, packages: Path | None = None) -> list[dict]:
+    """What a script of this folder prints: a JSON line for each kernel. It runs where nothing is interpreted.
+
+    `packages`: a folder whose packages come before the installed ones. The answer is kept, and given again as long as
+    the kernels, these scripts and the compiler are the same.
+    """
+    kept = CACHE / f"{_identity(script, arguments, packages)}.jsonl"
+    if not kept.exists():
+        text = _run(script, arguments, packages)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        beside.write_text(text)
+        beside.replace(kept)
+    return [json.loads(line) for line in kept.read_text().splitlines() if line.startswith("{")]
+
+
+def _identity(script: str, arguments: tuple[str, ...], packages: Path | None) -> str:
+    root = Path(__file__).parents[2]
+    found = hashlib.sha256(repr((script, arguments, str(packages), triton.__version__, torch.__version__)).encode())
+    sources = [
+        *(root / "kernels").rglob("*.py"),
+        *(root / "kernels").rglob("*.json"),
+        *Path(__file__).parent.glob("*.py"),
+    ]
+    for path in sorted(sources):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:32]
+
+
+def _run(script: str, arguments: tuple[str, ...], packages: Path | None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [Path(__file__).parents[2], *([] if packages is None else [packages])]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, reversed(paths)))
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+class Compiled(NamedTuple):
+    """One kernel of a call: what it takes of a multiprocessor."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    assembly: str
+    binary: bytes
+    warnings: list[str]  # of ptxas
+
+
+def compile_launches(call: Callable[[], object], architecture: str) -> list[Compiled]:
+    """The kernels that `call` launches on `meta` tensors, for `architecture`: sm_80, sm_90, ... or AMD's gfx942."""
+    compiled: list[Compiled] = []
+    is_nvidia = architecture.startswith("sm_")
+    target = GPUTarget("cuda", int(architecture[3:]), 32) if is_nvidia else GPUTarget("hip", architecture, 64)
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        compiled.append(_compile(kernel, args, kwargs, target))
+
+    pretended = architecture if is_nvidia else "hip"
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(hardware, "architecture", return_value=pretended),
+    ):
+        call()
+    return compiled
+
+
+def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> Compiled:
+    names = kernel.arg_names
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+    declared_constant = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = values[name]
+        if (
+            name in declared_constant
+            or value is None
+            or (isinstance(value, int) and value == 1 and name not in general)
+        ):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in general:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, signature, constants, attributes)
+    result = triton.compile(source, target=target, options=options)
+    assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    binary = result.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    registers, spills, warnings = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
+    return Compiled(kernel.__name__, registers, spills, result.metadata.shared, assembly, binary, warnings)
+
+
+def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int, list[str]]:
+    """(vector registers a thread, bytes spilled, nothing)."""
+    found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", assembly)}
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"], []
+
+
+def _ptxas(ptx: str, capability: int) -> tuple[int, int, list[str]]:
+    """(registers a thread, bytes spilled, what it warns of)."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+        said = subprocess.run(
+            [PTXAS, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    warnings = [line for line in said.splitlines() if "Potential Performance Loss" in line or "warning" in line]
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), sum(spills), warnings

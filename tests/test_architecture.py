@@ -1,0 +1,186 @@
+"""The folders, the two links, and who may import whom: design decisions that memory does not hold."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    p
+    for folder in ("longctx", "kernels", "tools")
+    for p in (ROOT / folder).rglob("*.py")
+    if "longctx/kernels" not in str(p)
+]
+
+# layer (a folder or a file of longctx) -> the other layers that it may import
+MAY_IMPORT: dict[str, set[str]] = {
+    # the foundation: the standard library, and what is named here
+    "errors": set(), "console": set(), "machine": set(), "batch": set(), "config": set(), "step_counters": set(),
+    "files": set(), "trace": set(), "local_part": set(),
+    "config_checks": {"config", "errors"},
+    "suggest": {"config"},
+    "plan": {"config"},
+    "schedule": {"config"},
+    "run_info": {"config"},
+    "stopping": {"console"},
+    "watchdog": {"machine"},
+    "command_line": {"config", "errors", "schedule"},
+    "resume": {"config", "errors"},
+    "runtime": {"config", "console", "errors", "files", "plan", "stopping"},
+    "run_folder": {"console", "errors", "runtime"},
+    "straggler": {"machine", "runtime"},
+    # ops, which know nothing of all that
+    "kernels": set(),
+    "ops": {"kernels"},
+    # the model, and what spreads it over ranks from outside
+    "model": {"config", "errors", "kernels", "plan"},
+    "parallel": {"batch", "config", "errors", "kernels", "local_part", "machine", "model"},
+    # what is read and written
+    "data": {"batch", "config", "errors", "files"},
+    "sources": {"config", "data", "errors", "runtime"},
+    "optim": {"config", "schedule"},
+    "checkpoint": {"errors", "files", "local_part", "runtime"},
+    "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model"},
+    "metrics": {"config", "console", "run_info"},
+    "report": {"metrics"},
+    # the run
+    "evaluate": {"config", "data", "errors", "parallel", "runtime"},
+    "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
+    "throughput": {
+        "batch", "config", "metrics", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
+    },
+    "saving": {
+        "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",
+    },
+    "trainer": {
+        "batch", "config", "data", "errors", "hugging_face", "metrics", "model", "optim", "parallel", "run_folder",
+        "run_info", "runtime", "saving", "schedule", "sources", "step_counters", "stopping", "throughput", "trace",
+        "validation",
+    },
+    "run": {
+        "command_line", "config", "config_checks", "evaluate", "metrics", "report", "run_info", "runtime", "stopping",
+        "throughput", "trainer", "watchdog",
+    },
+}  # fmt: skip
+STANDARD_LIBRARY_ALONE = (
+    "config",
+    "config_checks",
+    "suggest",
+    "errors",
+    "console",
+    "machine",
+    "run_info",
+    "command_line",
+)
+ONLY_IN = {
+    "wandb": ("metrics",), "matplotlib": ("report", "data"), "pyarrow": ("data",), "tqdm": ("metrics", "data"),
+    "omegaconf": ("resume", "hugging_face"),
+}  # fmt: skip
+NOWHERE = ("train", "tools", "tests", "kernels", "pickle", "hydra")  # `kernels` loads every module twice
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "longctx":
+            found |= {f"longctx.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+    return found
+
+
+def layer_of(path: Path) -> str:
+    name = path.relative_to(ROOT).with_suffix("").parts
+    return name[1] if name[0] == "longctx" else name[0]
+
+
+def test_links():
+    assert (ROOT / "longctx" / "kernels").readlink() == Path("../kernels")
+    assert (ROOT / "configs" / "recipe").readlink() == Path("../recipes")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_every_layer_is_known():
+    layers = {layer_of(path) for path in SOURCES} - {"tools", "__init__"}
+    assert layers == set(MAY_IMPORT)
+
+
+def test_imports_run_one_way():
+    """No layer can be reached from itself."""
+    done: list[str] = []
+
+    def visit(layer: str, above: tuple[str, ...]) -> None:
+        assert layer not in above, f"{' -> '.join((*above, layer))}"
+        for lower in MAY_IMPORT[layer] if layer not in done else ():
+            visit(lower, (*above, layer))
+        done.append(layer)
+
+    for layer in MAY_IMPORT:
+        visit(layer, ())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(path):
+    name, layer = str(path.relative_to(ROOT)), layer_of(path)
+    for module in imports(path):
+        package, _, rest = module.partition(".")
+        assert package not in NOWHERE, f"{name} imports {module}"
+        if package == "longctx" and layer in MAY_IMPORT:
+            other = rest.split(".")[0]
+            assert other == layer or other in MAY_IMPORT[layer], f"{name} imports {module}"
+        elif package in ONLY_IN and layer != "tools":
+            assert layer in ONLY_IN[package], f"{name} imports {module}"
+        elif layer in STANDARD_LIBRARY_ALONE:
+            assert package in sys.stdlib_module_names, f"{name} imports {module}"
+        assert layer not in ("kernels", "model") or not module.startswith("torch.distributed"), (
+            f"{name} imports {module}"
+        )
+
+
+def test_kernels_need_little():
+    """`longctx.ops` is for those who have neither Hydra nor wandb nor pyarrow: only torch, triton and numpy."""
+    code = (
+        "import sys\n"
+        "others = 'hydra', 'omegaconf', 'wandb', 'pyarrow', 'tokenizers', 'safetensors', 'matplotlib', 'tqdm'\n"
+        "sys.modules.update(dict.fromkeys(others))\n"  # none of them can be imported
+        "import torch\n"
+        "from longctx import ops\n"
+        "q = torch.ones(1, 4, 2, 8)\n"
+        "print(ops.attention(q, q, q, ops.KeyIntervals.causal(4))[0].sum().item(), len(ops.__all__))\n"
+        "print(sorted(name for name in sys.modules if name.startswith('longctx.') and '.kernels' not in name))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["64.0 24", "['longctx.ops']"]
+
+
+def test_nothing_that_executes_what_it_reads():
+    for path in SOURCES:
+        text = path.read_text()
+        for word in ("torch.load", "import pickle", "instantiate(", "allow_pickle=True", "eval("):
+            assert word not in text.replace(".eval(", ""), f"{path}: {word}"
+
+
+def test_files_stay_readable():
+    for path in SOURCES:
+        assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_every_kernel_has_a_name_of_its_own():
+    """It is the kernel's name in profiles, whose tables group by it: it says the op, the pass and what it runs on."""
+    names = []
+    for path in (ROOT / "kernels").rglob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            is_kernel = isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(d) for d in node.decorator_list)
+            if is_kernel and f"{node.name}[" in text:  # launched, rather than called by another
+                names.append(node.name)
+    assert len(names) == len(set(names)) >= 17
+    assert all(name.endswith(("_triton", "_hopper")) and not name.startswith("_") for name in names), names
