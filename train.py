@@ -1,6 +1,6 @@
 """Trains a model: `torchrun --nproc-per-node N train.py recipe=gpt_32k optim.lr=1e-3`.
 
-`python train.py` alone lists the recipes, `python train.py recipe=gpt_32k --help` the groups. Hydra composes the
+`python train.py` alone lists the recipes, `python train.py --help` every key and the groups. Hydra composes the
 configuration, `longctx.run` does the rest. Nothing heavy is imported before a run starts, so completion and
 `--cfg job` stay instant.
 """
@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx.command_line import as_typed, name_of_job, refuse_foreign_launchers
+from longctx.command_line import as_typed, help_of_keys, name_of_job, refuse_foreign_launchers
 from longctx.config import Config
 from longctx.errors import ConfigError, UserError
 from longctx.suggest import all_keys, explain_unknown_key, text_keys
@@ -167,6 +167,10 @@ if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
     if sys.stderr is not None:
         faulthandler.enable()  # tells where a rank stood when the system ended it (SIGBUS of a file that was cut short)
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_of_keys(Config()))
+        if not any(word.startswith("recipe=") for word in sys.argv):
+            sys.argv.append("recipe=gpt_tiny")  # Hydra composes before it helps
     try:
         sys.argv[1:] = typed(sys.argv[1:])
         main()

@@ -1,4 +1,4 @@
-"""Words of the command line: strings taken as they were typed, names of a multirun's jobs, the command that resumes."""
+"""Words of the command line: help, strings taken as they were typed, names of a multirun's jobs, how to resume."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
-from longctx.config import Config
+from longctx.config import Config, keys
 from longctx.errors import ConfigError
 from longctx.schedule import schedule
 
@@ -135,6 +137,22 @@ def how_to_go_on(
 def _is_plain(value: str) -> bool:
     """Whether a value can stand in a command as it is: words as they are typed are taken so."""
     return value != "null" and bool(re.fullmatch(r"[\w./+=@: -]+", value))
+
+
+def help_of_keys(config: Config) -> str:
+    """Every key with its default, its limits or choices, and what it means: as they stand at the fields of `Config`."""
+    lines, group = [], None
+    for key in keys(config):
+        head = key.path.rpartition(".")[0]
+        if head != group:
+            group = head
+            lines.append(f"\n== {group or 'the run'} ==")
+        value = "null" if key.value is None else str(key.value).lower() if isinstance(key.value, bool) else key.value
+        allowed = ", ".join(type(key.value)) if isinstance(key.value, StrEnum) else str(key.limits)
+        text = f"{key.help}{f' ({allowed})' if allowed else ''}"
+        lines.append(f"  {key.path}={value}")
+        lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:

@@ -45,10 +45,12 @@ class Limits(NamedTuple):
         return f"must be above {self.above}"
 
     def __str__(self) -> str:
-        """As an interval, for help."""
-        low = f"[{self.least}" if self.least is not None else f"({self.above}" if self.above is not None else "("
-        high = f"{self.most}]" if self.most is not None else f"{self.below})" if self.below is not None else ")"
-        return "" if self == Limits() else f"{low}, {high}"
+        """In few words, for help."""
+        words = (
+            (self.least, f"at least {self.least}"), (self.above, f"above {self.above}"),
+            (self.most, f"at most {self.most}"), (self.below, f"below {self.below}"),
+        )  # fmt: skip
+        return ", ".join(word for limit, word in words if limit is not None)
 
 
 def knob(

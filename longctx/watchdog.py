@@ -63,7 +63,10 @@ class Watchdog:
         # it is noticed up to two periods late, and no collective must give up before
         self.silence_s = timeout_seconds - 4 * self.period_s
         self.ended = threading.Event()
-        self.size, self.progress_at = size, self.clock()
+        self.size, self.beats = size, 0
+        self.progress_at = self.seen_at = self.clock()
+        self.shown_at = 0.0  # when this rank has shown where it stands; 0: not since it last got on
+        self.seen = ""  # the last heartbeat of the other rank
         self.store = None
         if size > 1 and "MASTER_PORT" in os.environ:
             store = TCPStore(
@@ -75,10 +78,6 @@ class Watchdog:
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
 
-    def _look_for_progress(self) -> None:
-        if (beat := self.heartbeat()) != self.last_beat:
-            self.last_beat, self.progress_at = beat, self.clock()
-
     def stop(self) -> None:
         """This rank is done: from now on nobody misses it."""
         if self.store is None:
@@ -86,28 +85,37 @@ class Watchdog:
         self.ended.set()
         self.thread.join()
 
+    def look(self) -> None:
+        """What the thread does once a period: beats, and looks for progress here and for the other's heartbeat."""
+        assert self.store is not None
+        self._look_for_progress()
+        self.beats += 1
+        self._beat(self.beats)
+        now = self.clock()
+        if self.shown_at and self.progress_at > self.shown_at:
+            self.shown_at = 0.0
+            self.store.delete_key(f"stack/{self.rank}")
+        elif not self.shown_at and self.progress_at < now - self.silence_s:
+            self.shown_at = now
+            self._show_where_ranks_stand()
+        found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
+        if found != self.seen or found in ("", LEFT):
+            self.seen, self.seen_at = found, self.clock()
+        elif self.clock() - self.seen_at > self.silence_s:
+            self._end(self.seen, self.clock() - self.seen_at)
+
     def _run(self) -> None:
         assert self.store is not None
-        sign, seen_at, number, shown_at = "", self.clock(), 0, 0.0
         try:
             while not self.clock.wait(self.period_s, self.ended):
-                number += 1
-                self._look_for_progress()
-                self._beat(number)
-                if shown_at and self.progress_at > shown_at:
-                    shown_at = 0.0
-                    self.store.delete_key(f"stack/{self.rank}")
-                elif not shown_at and self.progress_at < self.clock() - self.silence_s:
-                    shown_at = self.clock()
-                    self._show_where_ranks_stand()
-                found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
-                if found != sign or found in ("", LEFT):
-                    sign, seen_at = found, self.clock()
-                elif self.clock() - seen_at > self.silence_s:
-                    self._end(sign, self.clock() - seen_at)
+                self.look()
             self.store.set(str(self.rank), LEFT)
         except (DistError, RuntimeError):  # the store is gone, and with it the job
             pass
+
+    def _look_for_progress(self) -> None:
+        if (beat := self.heartbeat()) != self.last_beat:
+            self.last_beat, self.progress_at = beat, self.clock()
 
     def _beat(self, number: int) -> None:
         assert self.store is not None

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
-from longctx.config import attention_span
+from longctx.command_line import help_of_keys
+from longctx.config import Config, attention_span, keys
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.suggest import explain_unknown_key
@@ -188,3 +189,26 @@ def test_mixtures_and_curricula():
     train.refuse_unknown_keys(OmegaConf.structured(config))
     with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):
         check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)
+
+
+def test_help_tells_every_key_with_its_limits():
+    said = help_of_keys(Config())
+    for key in keys(Config()):
+        assert f"\n  {key.path}=" in said
+        assert key.help, key.path
+    assert "  optim.beta2=0.95\n      AdamW's decay of the squared gradient's mean (at least 0, below 1)\n" in said
+    assert "(auto, ring, gather, ulysses, ulysses_ring)" in said.replace("\n      ", " ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data.validation_sequences", "validation.sequences"),
+        ("data.recall_sequences", "validation.recall_sequences"),
+        ("logging.validate_every_steps", "validation.every_steps"),
+        ("logging.sample_prompts", "validation.sample_prompts"),
+        ("logging.sample_tokens", "validation.sample_tokens"),
+    ],
+)
+def test_keys_that_have_moved_are_refused_with_their_new_name(old, new):
+    assert explain_unknown_key(old) == f"{old} is no key of the configuration; here it is {new}"
