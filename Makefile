@@ -22,7 +22,7 @@ test: .venv/.dev ## the test suite, in 10 minutes on two CPU cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-all: .venv/.dev ## that and the long tests, before a release
-	LONGCTX_KILLS=200 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	LONGCTX_KILLS=17 LONGCTX_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.dev ## ruff and pyright
 	$(BIN)/ruff check .

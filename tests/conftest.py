@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:  # where several workers run, one of them has the tests of many ranks
         if any(hasattr(item.module, name) for name in SEVERAL_PROCESSES):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif "machine_code" in item.path.parts:  # a file's kernels are compiled once
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
     def gpus_needed(item) -> int:
         marker = item.get_closest_marker("gpu")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.kernels import hardware
 from longctx.kernels.addressing import padded
-from longctx.kernels.hardware import architecture, memory_class
 
 
 class AttentionBlocks(NamedTuple):
@@ -131,7 +131,7 @@ def attention_backward(q: Tensor, is_block_sparse: bool = False) -> AttentionBlo
 
 def _attention_blocks(table: _Table, q: Tensor, is_block_sparse: bool) -> AttentionBlocks:
     """Looking up a layout takes registers and its list of tiles a stage: block-sparse has a small GPU's blocks."""
-    memory = memory_class(architecture(q.device))
+    memory = hardware.memory_class(hardware.architecture(q.device))
     if is_block_sparse and memory.endswith("KiB"):
         memory = "64 KiB"
     return table.get(memory, table["99 KiB"])[padded(q.shape[-1])]

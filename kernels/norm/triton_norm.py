@@ -20,7 +20,6 @@ from torch import Tensor
 from longctx.kernels import addressing, hardware
 from longctx.kernels.addressing import RowBlocks, padded
 from longctx.kernels.dropout import dropout_threshold
-from longctx.kernels.hardware import architecture, multiprocessors, shared_memory
 from longctx.kernels.triton_math import kept_of_rows, wide
 
 
@@ -39,9 +38,9 @@ def _backward_blocks(x: Tensor, groups: int) -> tuple[RowBlocks, int]:
     columns = min(padded(x.shape[-1]), 8192)
     rows = max(1, 4096 // columns)
     stage = 3 * rows * columns * x.element_size()  # gradients of output and residual, and the input
-    stages = 3 if 3 * stage <= shared_memory(architecture(x.device)) else 1
+    stages = 3 if 3 * stage <= hardware.shared_memory(hardware.architecture(x.device)) else 1
     blocks = RowBlocks(rows, columns, max(8, rows * columns // 1024), stages)
-    resident = multiprocessors(x.device) * (2 if rows * columns <= 4096 else 1)
+    resident = hardware.multiprocessors(x.device) * (2 if rows * columns <= 4096 else 1)
     return blocks, groups * max(1, resident // groups)
 
 

@@ -172,6 +172,7 @@ def test_srun_alone_does_not_train(tmp_path, corpus):
 # going on ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_from_elsewhere_with_names_as_typed(tmp_path, corpus):
     """Two names that are one number, and a command that resumes in any folder."""
     for name in ("1.1", "1.10"):
@@ -187,6 +188,7 @@ def test_runs_from_elsewhere_with_names_as_typed(tmp_path, corpus):
     assert "step 4/4" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     """One that diverges does not end the others, and is told at the end; a finished one is complete."""
     words = [

@@ -121,11 +121,15 @@ def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess:
     ("words", "message"),
     [
         ([], "You must specify 'recipe'"),
-        (["recipe=gpt_33k"], "Could not find 'recipe/gpt_33k'"),
+        pytest.param(["recipe=gpt_33k"], "Could not find 'recipe/gpt_33k'", marks=pytest.mark.slow),
         (["recipe=gpt_tiny", "optim.lrr=1"], "did you mean optim.lr?"),
-        (["recipe=gpt_tiny", "+optim.lrr=1"], "did you mean optim.lr?"),
+        pytest.param(["recipe=gpt_tiny", "+optim.lrr=1"], "did you mean optim.lr?", marks=pytest.mark.slow),
         (["recipe=gpt_tiny", "optim.lr=fast"], "Value 'fast' of type 'str' could not be converted to Float"),
-        (["recipe=gpt_tiny", "optim.schedule=linear"], "expected one of [cosine, wsd, constant]"),
+        pytest.param(
+            ["recipe=gpt_tiny", "optim.schedule=linear"],
+            "expected one of [cosine, wsd, constant]",
+            marks=pytest.mark.slow,
+        ),
         (["recipe=gpt_tiny", "parallel.context=3"], "parallel.context=3 does not divide the 1 ranks"),
     ],
 )
@@ -157,6 +161,7 @@ def test_completion_of_recipes():
     assert {"recipe=gpt_tiny", "recipe=gpt_32k", "recipe=gpt_128k"} <= set(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_multirun_over_a_glob_composes_each_recipe():
     result = run_train("-m", "recipe=glob(llama*)", "optim.steps=0")
     assert "optim.steps=0 is less than 1" in result.stderr

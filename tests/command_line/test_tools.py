@@ -48,6 +48,7 @@ def test_prepare_data_names_a_missing_input(tmp_path):
     assert f"{tmp_path}/no: no such file or folder" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_bench_attention(tmp_path):
     """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
@@ -89,6 +90,7 @@ def test_tools_for_gpus_say_so(tool, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_bench_ops(tmp_path):
     """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""

@@ -10,6 +10,7 @@ import pytest
 from corpora import Documents, find_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import examples
 from tokenizers import Tokenizer
 
 from longctx.config import DataConfig
@@ -276,7 +277,7 @@ def test_distances_of_recall():
 
 
 @given(length=st.integers(1, 3000), vocab_size=st.integers(2, 50000), number=st.integers(0, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_copies_can_be_read_off(length, vocab_size, number):
     data = DataConfig(sequence_length=length)
     sequence, distance = Copies(data, vocab_size, seed=1).probe(number)

@@ -9,6 +9,7 @@ import pytest
 from corpora import Documents, make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import examples
 from tokenizers import Tokenizer
 
 from longctx.config import DataConfig
@@ -55,7 +56,7 @@ def test_every_sequence_of_a_source_once_and_in_order():
     assert places != [MixedTokens(source.sources, source.counts, seed=2).place(n) for n in range(2 * BLOCK)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(
     st.lists(
         st.tuples(st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2]), st.sampled_from([12, 24, 60])),

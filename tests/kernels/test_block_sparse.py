@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import examples
 
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.block_mask import BlockMask, tile_lists
@@ -65,7 +66,7 @@ def test_against_dense(n_queries, n_keys, block_q, block_k, per_head, causal, im
     )  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(st.data())
 def test_any_layout(data):
     torch.manual_seed(data.draw(st.integers(0, 100)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.kernels.compat.liger import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -65,7 +66,7 @@ def test_cross_entropy(name, reduction, inplace, dtype):
     assert_precise(mine, plain, [3 * random(7, 9000, dtype=dtype)], ulps=2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     rows=st.integers(0, 5), classes=st.integers(20, 200), skip=st.integers(0, 3), name=st.sampled_from(list(OPTIONS)),
     reduction=st.sampled_from(["none", "sum", "mean"]),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DTYPES, assert_precise, random
+from thorough import examples
 
 from longctx.kernels.compat.norms import (
     CohereLayerNorm,
@@ -156,7 +157,7 @@ def test_dropout_depends_on_the_rows_numbers(implementation):
     assert not torch.equal(without, part)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     rows=st.integers(0, 9), width=st.integers(8, 300), step=st.integers(1, 3), skip=st.integers(0, 5),
     subtract_mean=st.booleans(),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 
 from longctx.kernels import rotary
 from longctx.kernels.rotary import apply_rotary, apply_rotary_to_both
@@ -50,7 +51,7 @@ def test_reference_turns_complex_numbers():
         )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     batch=st.integers(1, 3), sequence=st.integers(0, 20), heads=st.integers(1, 40), head_dim=st.integers(2, 70),
     shared=st.booleans(), interleaved=st.booleans(), transposed=st.booleans(),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 
 from longctx.kernels.compat.apex import scaled_masked_softmax, scaled_upper_triang_masked_softmax
 from longctx.kernels.softmax import softmax
@@ -79,7 +80,7 @@ def test_rows_of_which_nothing_takes_part(implementation):
     assert not gradient.isnan().any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(
     batch=st.integers(0, 2),
     rows=st.integers(1, 7),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DTYPES, assert_precise, random
+from thorough import examples
 
 from longctx.kernels.swiglu import swiglu
 
@@ -30,7 +31,7 @@ def test_swiglu(shape, dtype):
     assert_precise(lambda x: swiglu(x, implementation="triton"), plain_packed, [packed])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(rows=st.integers(0, 5), columns=st.integers(1, 40), skip=st.integers(0, 3), step=st.integers(1, 2))
 def test_any_strides(rows, columns, skip, step):
     gate, up = (random(rows, (columns + skip) * step, seed=seed)[:, skip * step :: step] for seed in (0, 1))

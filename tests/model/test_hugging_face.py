@@ -108,9 +108,17 @@ def plain(model: ModelConfig) -> dict:
     return json.loads(json.dumps(asdict(model)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize(
-    ("parallel", "ranks"), [(ParallelConfig(tensor=2), 4), (ParallelConfig(), 3)], ids=["shard 2 x tensor 2", "shard 3"]
+    ("name", "parallel", "ranks"),
+    [
+        ("qwen3", ParallelConfig(tensor=2), 4),
+        ("gpt2", ParallelConfig(), 3),
+        pytest.param("llama", ParallelConfig(), 3, marks=pytest.mark.slow),
+        pytest.param("qwen3", ParallelConfig(), 3, marks=pytest.mark.slow),
+        pytest.param("gpt2", ParallelConfig(tensor=2), 4, marks=pytest.mark.slow),
+        pytest.param("llama", ParallelConfig(tensor=2), 4, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corpus, name, parallel, ranks):
     expected = make(tmp_path / "hf", name, max_shard_size="300KB")

@@ -248,7 +248,7 @@ def check_cases(found: list[list[dict]]) -> None:
             assert result["placements"] == [[str(p)] for p in case.outputs + case.gradients], (name, result)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_on_ranks(ranks):
     check_cases(run_on_ranks(ranks, on_one_axis, "cpu"))
 

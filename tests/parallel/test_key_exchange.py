@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import examples
 
 from longctx.config import Config, ModelConfig, ParallelConfig, Strategy
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -64,7 +65,7 @@ def test_one_document_stays_in_two_chunks_a_rank():
     assert balanced(torch.arange(1, 4097), 4).order.equal(zigzag(4096, 4).order)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 4, 8]), st.sampled_from([1, 2, 99]), st.booleans())
 def test_a_plan_brings_every_key_that_a_row_sees_once(seed, size, shards_of_a_step, is_balanced):
     length = 2 * size * TILE * 4

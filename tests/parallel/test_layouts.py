@@ -139,9 +139,10 @@ def test_window_layers(strategy):
 )  # fmt: skip
 def test_triton_kernels_under_context_parallelism(strategy, ranks):
     """The ring's kernels merge into one out and lse and add to one dq. Their products sum one term after the other."""
-    inputs, triton = make_inputs(DOCUMENTS), dataclasses.replace(GQA, attention=AttentionImplementation.triton)
+    plain = dataclasses.replace(GQA, layers=1)  # one layer proves what two do, in half of the interpreter's time
+    inputs, triton = make_inputs(DOCUMENTS), dataclasses.replace(plain, attention=AttentionImplementation.triton)
     layout = run_on_ranks(ranks, on_layout, "cpu", triton, ParallelConfig(context=ranks, strategy=strategy), inputs)[0]
-    ratio, name = compare(layout, one_process(triton, inputs, torch.float32), one_process(GQA, inputs, torch.float64))
+    ratio, name = compare(layout, one_process(triton, inputs, torch.float32), one_process(plain, inputs, torch.float64))
     assert ratio < 1.5, (ratio, name)
 
 
@@ -166,7 +167,7 @@ FUSED_LAYOUTS = {
 )
 def test_fused_ops_in_triton(name, layout):
     """Norms, rotary positions, SwiGLU and losses as kernels; under tensor parallelism on DTensors."""
-    model = {"qwen3": QWEN, "gpt2": GPT2}[name]
+    model = dataclasses.replace({"qwen3": QWEN, "gpt2": GPT2}[name], layers=1)
     (parallel, ranks), inputs = FUSED_LAYOUTS[layout], make_inputs(DOCUMENTS)
     triton = dataclasses.replace(model, fused_ops=FusedImplementation.triton)
     results = run_on_ranks(ranks, on_layout, "cpu", triton, parallel, inputs)[0]
@@ -245,10 +246,10 @@ def compiled(_rank, parallel: ParallelConfig, inputs: Batch, model: ModelConfig)
 @pytest.mark.parametrize(
     ("strategy", "recompute", "forwards"),
     [
-        (Strategy.ring, Recompute.none, 4),
+        pytest.param(Strategy.ring, Recompute.none, 4, marks=pytest.mark.slow),
         (Strategy.ring, Recompute.attention_saved, 4),
         (Strategy.ring, Recompute.full, 8),
-        (Strategy.gather, Recompute.attention_saved, 4),
+        pytest.param(Strategy.gather, Recompute.attention_saved, 4, marks=pytest.mark.slow),
         (Strategy.ulysses, Recompute.attention_saved, 4),
     ],
 )
@@ -262,10 +263,11 @@ def test_compiled_blocks(strategy, recompute, forwards):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(context=2)], ids=["tensor", "context"])
-def test_compiled_blocks_with_fused_ops(parallel):
+@pytest.mark.parametrize("axis", ["tensor", pytest.param("context", marks=pytest.mark.slow)])
+def test_compiled_blocks_with_fused_ops(axis):
     """One graph a block, the kernels' custom ops and DTensors in it. The embedding's gradient was once lost there."""
-    triton = dataclasses.replace(QWEN, fused_ops=FusedImplementation.triton)
+    parallel = ParallelConfig(**{axis: 2})
+    triton = dataclasses.replace(QWEN, layers=1, fused_ops=FusedImplementation.triton)
     for (plain, _), (fast, _) in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), triton):
         for a, b in zip(plain, fast, strict=True):
             assert float((a - b).norm()) <= 1e-5 * float(a.norm())

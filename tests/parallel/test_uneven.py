@@ -42,7 +42,7 @@ def train_and_go_on(_rank, config, save):
     ("axes", "tied"),
     [
         ({"tensor": 2, "context": 3}, False),
-        ({"tensor": 2, "replicate": 2, "shard": 2}, True),
+        pytest.param({"tensor": 2, "replicate": 2, "shard": 2}, True, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -277,6 +277,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, corpus):
     """It runs, and gives signs of life, but comes to no collective."""
     (tmp_path / "hangs.py").write_text(HANGS)

@@ -236,8 +236,12 @@ def in_shell(corpus: Path, folder: Path, command: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize(
     "command",
-    ["TRAIN | head -1", "TRAIN 2>&-", "TRAIN >&-", "TRAIN > /dev/full"],
-    ids=["closed pipe", "no stderr", "no stdout", "full disk under the log"],
+    [
+        pytest.param("TRAIN | head -1", id="closed pipe"),
+        pytest.param("TRAIN 2>&-", id="no stderr", marks=pytest.mark.slow),
+        pytest.param("TRAIN >&-", id="no stdout", marks=pytest.mark.slow),
+        pytest.param("TRAIN > /dev/full", id="full disk under the log", marks=pytest.mark.slow),
+    ],
 )
 def test_a_console_that_takes_no_more_does_not_end_a_run(tmp_path, corpus, command):
     result = in_shell(corpus, tmp_path, command)

@@ -121,6 +121,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, corpus):
     assert job.saved() == [1, 2]
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_is_gone_save_and_end(tmp_path, corpus):
     """torchrun -9: nobody watches the ranks or ends them."""
     job = Job(tmp_path, corpus, 2, "parallel.context=2", seconds=8)

@@ -11,6 +11,7 @@ from attention_checks import LARGE_MASKS, MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES, relative_error
+from thorough import examples
 
 from longctx.kernels.attention import passes
 from longctx.kernels.attention.custom_op import Call
@@ -52,7 +53,7 @@ def test_values_and_gradients(name, implementation, dtype):
     check(MASKS[name], dtype, implementation=implementation, factor=3 if implementation == "sdpa" else 1.5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.data())
 def test_any_monotone_intervals(data):
     """With torch's kernels, which cut the mask into runs of rows."""
@@ -127,7 +128,7 @@ def test_two_halves_of_the_keys_are_the_whole(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["triton", pytest.param("hopper", marks=pytest.mark.hopper)])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, *(pytest.param(d, marks=pytest.mark.slow) for d in (128, 256))])
 def test_deterministic_gradients_are_the_same_bits(implementation, head_dim):
     mask, n = MASKS["documents"], 45
     if not ON_CPU:

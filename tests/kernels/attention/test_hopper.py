@@ -14,6 +14,7 @@ from attention_checks import LARGE_MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, relative_error
+from thorough import examples
 
 from longctx.kernels import hardware
 from longctx.kernels.attention import hopper, hopper_backward, hopper_scheduler, passes, tiles, triton_backward
@@ -52,7 +53,7 @@ def test_options(option):
 
 
 @on_hopper
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.data())
 def test_any_intervals_shapes_and_strides(data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))

@@ -14,6 +14,7 @@ from attention_checks import MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import DEVICE, DTYPES
+from thorough import examples
 
 from longctx.kernels import addressing
 from longctx.kernels.attention import (
@@ -68,7 +69,7 @@ def test_options(option, mask, dtype):
     check(MASKS[mask], dtype, **OPTIONS[option])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.data())
 def test_any_intervals_shapes_and_strides(data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -95,7 +96,7 @@ def test_any_intervals_shapes_and_strides(data):
 # tiles ----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.data())
 def test_tiles_are_what_the_mask_touches(data):
     n_queries, n_keys = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 30))
@@ -126,7 +127,7 @@ def test_tiles_are_what_the_mask_touches(data):
                 assert tile.shape == (block_q, block_k)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_merge_flags_of_rows_in_parts_of_the_keys(data):
     """Whoever sees keys of a part takes part, knows of those before and after, and writes once, with the last."""
