@@ -37,6 +37,7 @@ def corpus(tmp_path_factory):
 SEVERAL_PROCESSES = ("run_on_ranks", "run_on_new_ranks", "started_ranks", "TORCHRUN")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:  # where several workers run, one of them has the tests of many ranks
         if any(hasattr(item.module, name) for name in SEVERAL_PROCESSES):
