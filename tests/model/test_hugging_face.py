@@ -112,7 +112,7 @@ def plain(model: ModelConfig) -> dict:
     ("name", "parallel", "ranks"),
     [
         ("qwen3", ParallelConfig(tensor=2), 4),
-        ("gpt2", ParallelConfig(), 3),
+        pytest.param("gpt2", ParallelConfig(), 3, marks=pytest.mark.slow),
         pytest.param("llama", ParallelConfig(), 3, marks=pytest.mark.slow),
         pytest.param("qwen3", ParallelConfig(), 3, marks=pytest.mark.slow),
         pytest.param("gpt2", ParallelConfig(tensor=2), 4, marks=pytest.mark.slow),

@@ -157,10 +157,10 @@ FUSED_LAYOUTS = {
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("qwen3", "context 2 x tensor 2, recompute"),
-        ("gpt2", "tensor 2"),
+        ("qwen3", "tensor 2"),
+        pytest.param("qwen3", "context 2 x tensor 2, recompute", marks=pytest.mark.slow),
         pytest.param("qwen3", "context 2", marks=pytest.mark.slow),
-        pytest.param("qwen3", "tensor 2", marks=pytest.mark.slow),
+        pytest.param("gpt2", "tensor 2", marks=pytest.mark.slow),
         pytest.param("gpt2", "context 2", marks=pytest.mark.slow),
         pytest.param("gpt2", "context 2 x tensor 2, recompute", marks=pytest.mark.slow),
     ],
@@ -263,7 +263,8 @@ def test_compiled_blocks(strategy, recompute, forwards):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("axis", ["tensor", pytest.param("context", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "context"])
 def test_compiled_blocks_with_fused_ops(axis):
     """One graph a block, the kernels' custom ops and DTensors in it. The embedding's gradient was once lost there."""
     parallel = ParallelConfig(**{axis: 2})

@@ -141,11 +141,11 @@ def run_and_save(_rank, config, steps):
 )
 def test_resume_is_bit_equal(tmp_path, corpus, optimizer, context):
     parallel, ranks = ParallelConfig(context=context), context
-    config = small_config(tmp_path / "whole", corpus, optim__steps=30, optim__optimizer=optimizer, parallel=parallel)
-    whole = run_on_ranks(ranks, run_steps, config, 30)[0]
+    config = small_config(tmp_path / "whole", corpus, optim__steps=12, optim__optimizer=optimizer, parallel=parallel)
+    whole = run_on_ranks(ranks, run_steps, config, 12)[0]
     config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
-    first = run_on_ranks(ranks, run_and_save, config, 10)[0]
-    second = run_on_ranks(ranks, run_steps, config, 20)[0]
+    first = run_on_ranks(ranks, run_and_save, config, 5)[0]
+    second = run_on_ranks(ranks, run_steps, config, 7)[0]
     assert first + second == whole
 
 

@@ -62,9 +62,14 @@ OPTIONS["all"] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+OPTION_CASES = [  # in 16 bits all at once; each alone in `make test-all`
+    (option, dtype) if dtype == torch.float32 or option == "all" else pytest.param(option, dtype, marks=pytest.mark.slow)
+    for option in OPTIONS for dtype in DTYPES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "dtype"), OPTION_CASES, ids=str)
 @pytest.mark.parametrize("mask", ["causal, more keys", "zigzag hop", "sequences, causal"])
-@pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, mask, dtype):
     check(MASKS[mask], dtype, **OPTIONS[option])
 
