@@ -63,7 +63,8 @@ OPTIONS["all"] = {
 
 
 OPTION_CASES = [  # in 16 bits all at once; each alone in `make test-all`
-    (option, dtype) if dtype == torch.float32 or option == "all" else pytest.param(option, dtype, marks=pytest.mark.slow)
+    (option, dtype) if dtype == torch.float32 or option == "all"
+    else pytest.param(option, dtype, marks=pytest.mark.slow)
     for option in OPTIONS for dtype in DTYPES
 ]  # fmt: skip
 
