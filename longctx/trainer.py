@@ -95,14 +95,10 @@ class Trainer:
         self.runtime.say(f"started with the weights of {folder}{other}")
 
     def _verify_layout(self) -> None:
-        difference = verify_layout(self.model, self.config, self.mesh, self.runtime.device)
-        self.runtime.say(
-            f"split and whole sequences agree: gradients differ by {difference:.1e} of their norm, as rounded"
-        )
+        found = verify_layout(self.model, self.config, self.mesh, self.runtime.device)
+        self.runtime.say(f"split and whole sequences agree: gradients differ by {found:.1e} of their norm, as rounded")
         if self.runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-
-    # the loop ---------------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -164,8 +160,6 @@ class Trainer:
                 f"{self.progress.skipped_in_row} steps in a row were not finite (optim.max_skipped_steps); stopping at "
                 f"step {self.step}. Lower optim.lr, or resume from an earlier checkpoint (checkpoint.resume=PATH)"
             )
-
-    # the step ---------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> tuple[dict[str, float], Largest]:
         """One step: fetch, forward, backward, clip, update. Returns its metrics, and what was asked for meanwhile."""
@@ -265,8 +259,6 @@ class Trainer:
         if self.parts_done and self.runtime.device.type == "cpu":  # a GPU's are counted when they are launched
             expected = elapsed / self.parts_done * self.loader.accumulation
         return max(0.0, expected - elapsed)
-
-    # around it --------------------------------------------------------------------------------------------------------
 
     def heartbeat(self) -> tuple[int, ...]:
         """Numbers of which one grows as long as this rank gets on: what the watchdog looks at."""
