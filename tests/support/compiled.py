@@ -6,6 +6,7 @@ compiled for the architecture asked for. Not in a process where TRITON_INTERPRET
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -44,12 +45,13 @@ def kernels_of(script: str, *arguments: str, packages: Path | None = None) -> li
     the kernels, these scripts and the compiler are the same.
     """
     kept = CACHE / f"{_identity(script, arguments, packages)}.jsonl"
-    if not kept.exists():
-        text = _run(script, arguments, packages)
-        CACHE.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_suffix(f".{os.getpid()}")
-        beside.write_text(text)
-        beside.replace(kept)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker that asks for the same waits for the answer
+        if not kept.exists():
+            beside = kept.with_suffix(".new")
+            beside.write_text(_run(script, arguments, packages))
+            beside.replace(kept)
     return [json.loads(line) for line in kept.read_text().splitlines() if line.startswith("{")]
 
 
