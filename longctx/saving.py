@@ -49,6 +49,7 @@ class Saving:
         config = run.config
         undecayed = decay_start(config.optim) if config.optim.schedule == Schedule.wsd else None
         self.checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep, runtime, undecayed)
+        self.say = runtime.say  # that of the metrics, once there are any
         self.saved_step: int | None = None
         self.origin: str | None = None  # the checkpoint of which this run is a branch
         self.stall_s = 0.0  # that training has waited for checkpoints, since it was last asked
@@ -121,14 +122,14 @@ class Saving:
     def wait(self) -> None:
         """Until the checkpoint being written is there, which is then said. Raises `UserError` if it failed."""
         if path := self.checkpoints.wait():
-            self.runtime.say(f"saved {path}")
+            self.say(f"saved {path}")
 
     def record_loss(self, loss: float) -> None:
         """Adds the validation loss to the last checkpoint, which is written before the loss is known."""
         try:
             self.checkpoints.record(self.checkpoints.folder / f"step_{self.progress.step}", {BEST_BY: loss})
         except UserError as error:
-            self.runtime.say(f"the validation loss is not in the checkpoint: {error}")
+            self.say(f"the validation loss is not in the checkpoint: {error}")
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint of this run, or from the one that `checkpoint.resume` names.

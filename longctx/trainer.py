@@ -54,6 +54,8 @@ class Trainer:
         try:
             self._set_up()
         except BaseException:
+            if hasattr(self, "context_parallel"):
+                self.context_parallel.close()
             self.folder.close()
             raise
 
@@ -83,7 +85,8 @@ class Trainer:
         self.context_parallel.start_timing()
         self.metrics = runtime.run_on_all_ranks(lambda: Metrics(self.run_info, progress.step, runtime.is_main))
         self.expected_s = self.throughput.expected_s(say_so=progress.step < config.optim.steps)
-        self.stop.say, self.stop.left_s = self.metrics.say, self.left_s
+        self.stop.say = self.saving.say = self.validation.say = self.metrics.say
+        self.stop.left_s = self.left_s
         self.saving.prepare()
 
     def _start_from_pretrained(self, folder: Path) -> None:
@@ -125,7 +128,8 @@ class Trainer:
                 break
             if self._is_due(config.validation.every_steps):
                 self.validate()
-            if not self.is_stopped and (self._is_due(config.checkpoint.every_steps) or asked.save_asked):
+            is_asked = asked.save_asked and self.step < config.optim.steps
+            if not self.is_stopped and (self._is_due(config.checkpoint.every_steps) or is_asked):
                 self.save(config.checkpoint.asynchronous)
             if self.saving.checkpoints.has_ended and not self.saving.checkpoints.has_failed:
                 self.saving.wait()

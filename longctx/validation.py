@@ -20,6 +20,7 @@ class Validation:
     def __init__(self, config: Config, tokens: Mixture | None, model: nn.Module, mesh: Mesh, runtime: Runtime) -> None:
         """Says so if there is too little text to validate with."""
         self.config, self.model, self.mesh, self.runtime = config, model, mesh, runtime
+        self.say = runtime.say  # that of the metrics, once there are any
         self.source = validation_source(config, tokens, runtime)
         self.probes = probes(config, tokens)
         self.token_bytes = tokens.token_bytes if tokens else None
@@ -50,5 +51,5 @@ class Validation:
         """How fast ranks are beside each other; a slow one is said. Collective."""
         speeds, message = compare_ranks(self.runtime) if self.runtime.world_size > 1 else ({}, None)
         if message:
-            self.runtime.say(message)
+            self.say(message)
         return speeds

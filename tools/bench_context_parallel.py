@@ -121,8 +121,10 @@ def ours(name: str) -> Iterator[Attention]:
     if form:
         made.close()
         made = ContextParallel(made.choice, [transport.Messages(group) for group in made.groups])
-    yield made.replace(Attend("auto"))
-    made.close()
+    try:
+        yield made.replace(Attend("auto"))
+    finally:
+        made.close()
 
 
 def inputs(case: Case, size: int, seed: int) -> list[Tensor]:

@@ -245,6 +245,3 @@ def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n
             f"cu_seqlens_q of {cu_seqlens_q.numel() - 1} sequences on {cu_seqlens_q.device} and cu_seqlens_k of "
             f"{cu_seqlens_k.numel() - 1} on {cu_seqlens_k.device}: must be the same sequences on one device"
         )
-
-
-# what is computed once a mask -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """GPT-2, Llama and Qwen 3 as Hugging Face names them: `config.json` and the tensors of its safetensors files.
 
 Pure functions of a `ModelConfig`; reading and writing files is in `load.py` and
-`longctx/export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is permuted;
+`export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is permuted;
 GPT-2 stores matrices transposed, and query, key and value as one.
 """
 
