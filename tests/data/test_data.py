@@ -7,12 +7,11 @@ import json
 
 import numpy as np
 import pytest
-from corpora import Documents, find_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thorough import examples
 from tokenizers import Tokenizer
 
+from corpora import Documents, find_pieces
 from longctx.config import DataConfig
 from longctx.data import builtin
 from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
@@ -21,6 +20,7 @@ from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Document
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError
+from thorough import examples
 
 VOCAB = 8192
 TEXTS = ["def f(x):\n    return x\n", "import os\n" * 7, "ü €\n", "class A:\n    pass\n"]

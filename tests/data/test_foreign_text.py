@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import byte_tokenizer, documents_of, find_pieces, make_corpus, prepared
-from ranks import run_on_ranks
 from tokenizers import AddedToken, Tokenizer, models, processors
 
+from corpora import byte_tokenizer, documents_of, find_pieces, make_corpus, prepared
 from longctx.config import DataConfig, TokenDtype
 from longctx.data import tokenizer as tokenizer_module
 from longctx.data import tokens
@@ -26,6 +25,7 @@ from longctx.data.tokenizer import as_trained, count_bytes, document_frame, open
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError, UserError
 from longctx.files import sha256, write_manifest
+from ranks import run_on_ranks
 from runs import ROOT, small_config, trainer_of
 
 END = 0  # of a document, in the shipped tokenizer

@@ -6,12 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from corpora import Documents, make_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thorough import examples
 from tokenizers import Tokenizer
 
+from corpora import Documents, make_corpus
 from longctx.config import DataConfig
 from longctx.data.loader import Loader, RecallStream
 from longctx.data.mixture import BLOCK, MixedTokens, Mixture, shares
@@ -21,6 +20,7 @@ from longctx.data.text import Document
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError, UserError
 from runs import losses_of, small_config, trainer_of
+from thorough import examples
 
 
 class Named:

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import Documents, find_pieces
 
+from corpora import Documents, find_pieces
 from longctx.data import text
 from longctx.data.lengths import draw_lengths, length_histogram, length_table, share_of_long
 from longctx.data.prepare import prepare

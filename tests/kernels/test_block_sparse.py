@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thorough import examples
 
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.block_mask import BlockMask, tile_lists
@@ -17,6 +16,7 @@ from longctx.kernels.compat.block_sparse import (
     convert_blockmask,
     flash_blocksparse_attn_func,
 )
+from thorough import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from precision import DEVICE, DTYPES, assert_precise, random
 
 from longctx.kernels.dense import FusedDense, FusedMLP, fused_dense, fused_mlp
+from precision import DEVICE, DTYPES, assert_precise, random
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, DTYPES, assert_precise, random
-from thorough import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.kernels.compat.liger import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -20,6 +18,8 @@ from longctx.kernels.loss import linear_cross_entropy as module
 from longctx.kernels.loss import triton_cross_entropy
 from longctx.kernels.loss.cross_entropy import cross_entropy
 from longctx.kernels.loss.linear_cross_entropy import cast_in_place, linear_cross_entropy
+from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 IMPLEMENTATIONS = ["triton", "reference"]

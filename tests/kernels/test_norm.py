@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DTYPES, assert_precise, random
-from thorough import examples
 
 from longctx.kernels.compat.norms import (
     CohereLayerNorm,
@@ -20,6 +18,8 @@ from longctx.kernels.compat.norms import (
 from longctx.kernels.dropout import dropout_threshold, kept_of_rows
 from longctx.kernels.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
 from longctx.kernels.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
+from precision import DTYPES, assert_precise, random
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = [(4, 3, 64), (1, 33), (37, 130), (5, 1), (3, 1000)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, DTYPES, assert_precise, random
-from thorough import examples
 
 from longctx.kernels import rotary
 from longctx.kernels.rotary import apply_rotary, apply_rotary_to_both
+from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 
 
 def angles(batch: int, sequence: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, DTYPES, assert_precise, random
-from thorough import examples
 
 from longctx.kernels.compat.apex import scaled_masked_softmax, scaled_upper_triang_masked_softmax
 from longctx.kernels.softmax import softmax
+from precision import DEVICE, DTYPES, assert_precise, random
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

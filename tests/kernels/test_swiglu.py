@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DTYPES, assert_precise, random
-from thorough import examples
 
 from longctx.kernels.swiglu import swiglu
+from precision import DTYPES, assert_precise, random
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

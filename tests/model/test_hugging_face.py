@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from corpora import byte_tokenizer, documents_of, prepared
 from omegaconf import OmegaConf
-from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from corpora import byte_tokenizer, documents_of, prepared
 from longctx.config import ModelConfig, ParallelConfig, RotaryConfig, RotaryScaling
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
@@ -25,6 +24,7 @@ from longctx.hugging_face.load import PretrainedWeights
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.model.rotary import attention_factor, frequencies
 from longctx.model.transformer import build
+from ranks import run_on_ranks
 from runs import ROOT, small_config, train, trainer_of
 
 LLAMA3 = {

@@ -8,8 +8,6 @@ import time
 
 import pytest
 import torch
-from ranks import run_on_new_ranks, run_on_ranks
-from small_models import DOCUMENTS, GQA, LENGTH, make_inputs
 
 from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy
 from longctx.errors import UserError
@@ -27,6 +25,8 @@ from longctx.parallel.parallelize import parallelize
 from longctx.parallel.strategy import Choice, choose_strategy
 from longctx.parallel.transport import make_transport
 from longctx.parallel.verify import verify_layout
+from ranks import run_on_new_ranks, run_on_ranks
+from small_models import DOCUMENTS, GQA, LENGTH, make_inputs
 
 SHARD = LENGTH // 4 * 2 * 2 * 8 * 4  # bytes of the keys and values of two sequences on one of 4 ranks, in float32
 BUDGETS = {

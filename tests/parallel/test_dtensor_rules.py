@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import run_on_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -23,6 +22,7 @@ from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.softmax import softmax
 from longctx.kernels.swiglu import swiglu
 from longctx.parallel import dtensor_rules  # noqa: F401  registers the rules
+from ranks import run_on_ranks
 
 R, BATCH, SEQUENCE, HEADS, LAST = Replicate(), Shard(0), Shard(1), Shard(2), Shard(2)
 

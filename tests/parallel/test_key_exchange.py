@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thorough import examples
 
 from longctx.config import Config, ModelConfig, ParallelConfig, Strategy
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -16,6 +15,7 @@ from longctx.parallel.key_exchange import make_exchange_plan, spans_of
 from longctx.parallel.load_balance import TOLERANCE, SplitMask, balanced, imbalance, in_order, zigzag
 from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.ulysses import Heads
+from thorough import examples
 
 
 def document_starts(length: int, median: int, seed: int) -> torch.Tensor:

@@ -7,8 +7,6 @@ from functools import partialmethod
 
 import pytest
 import torch
-from ranks import run_on_new_ranks, run_on_ranks
-from small_models import BATCH, DOCUMENTS, GPT2, GQA, IGNORE, LENGTH, ONE_DOCUMENT, QWEN, WINDOW, make_inputs
 from torch.distributed.tensor import distribute_tensor
 
 from longctx.batch import Batch
@@ -31,6 +29,8 @@ from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from ranks import run_on_new_ranks, run_on_ranks
+from small_models import BATCH, DOCUMENTS, GPT2, GQA, IGNORE, LENGTH, ONE_DOCUMENT, QWEN, WINDOW, make_inputs
 
 KNOWN: dict[tuple[str, Batch, torch.dtype], dict[str, torch.Tensor]] = {}
 

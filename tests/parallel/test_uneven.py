@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from longctx.config import ParallelConfig
 from longctx.local_part import part
+from ranks import run_on_ranks
 from runs import TINY, small_config, trainer_of
 
 VOCABULARY = 8197  # rows: 4099 and 4098 over two, 1367, 1367, 1365 and 1366, 1366, 1366 of those over three

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks, started_ranks
 from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -30,6 +29,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from ranks import run_on_ranks, started_ranks
 from runs import ROOT, TINY
 
 

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from longctx.config import DataConfig, ParallelConfig
 from longctx.data.loader import Copies
 from longctx.data.packing import IGNORE_INDEX
 from longctx.evaluate import generate, recall
+from ranks import run_on_ranks
 from runs import small_config, trainer_of
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from longctx import runtime, straggler, validation
 from longctx import trainer as trainer_module
@@ -23,6 +22,7 @@ from longctx.config import ModelConfig, ParallelConfig, WandbMode
 from longctx.errors import ConfigError, DataError, UserError
 from longctx.metrics import read_metrics
 from longctx.trainer import Trainer
+from ranks import run_on_ranks
 from runs import ROOT, TORCHRUN, small_config, train, trainer_of
 
 

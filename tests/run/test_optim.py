@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, Schedule
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -12,6 +11,7 @@ from longctx.optim import Optimizers, global_norm
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.schedule import schedule
+from ranks import run_on_ranks
 from runs import TINY
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import checkpoint, runtime
@@ -23,6 +22,7 @@ from longctx.errors import UserError
 from longctx.files import write_manifest
 from longctx.metrics import Metrics, has_wandb_key, read_metrics, wandb_mode
 from longctx.run_folder import RunFolder
+from ranks import run_on_ranks
 from runs import ROOT, run_info, small_config, train, trainer_of
 
 

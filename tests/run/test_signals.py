@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from longctx import stopping, straggler, throughput, validation
 from longctx import trainer as trainer_module
@@ -19,6 +18,7 @@ from longctx.checkpoint import list_checkpoints, verify_files
 from longctx.config import OnUsr1, ParallelConfig
 from longctx.metrics import Metrics
 from longctx.stopping import StopSignals
+from ranks import run_on_ranks
 from runs import ROOT, TORCHRUN, run_info, small_config, train, trainer_of
 
 # each forward pass from the third step on takes long, and Python is not asked meanwhile

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_on_ranks
 from safetensors import safe_open
 
 from longctx import trainer as trainer_module
@@ -30,6 +29,7 @@ from longctx.config import (
 )
 from longctx.errors import UserError
 from longctx.metrics import read_metrics
+from ranks import run_on_ranks
 from runs import ROOT, TORCHRUN, losses_of, small_config, train, trainer_of
 
 

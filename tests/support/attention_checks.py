@@ -8,12 +8,12 @@ terms, and plain torch may be right by luck: the error may be 1.5 x what roundin
 from __future__ import annotations
 
 import torch
-from precision import DEVICE, relative_error
 
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
+from precision import DEVICE, relative_error
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
 

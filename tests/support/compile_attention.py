@@ -9,8 +9,8 @@ import json
 import sys
 
 import torch
-from compiled import compile_launches
 
+from compiled import compile_launches
 from longctx.kernels.attention import triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.key_intervals import KeyIntervals

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-from compiled import compile_launches
 
+from compiled import compile_launches
 from longctx.kernels import dense, rotary, softmax, swiglu
 from longctx.kernels.attention import key_gradients
 from longctx.kernels.loss import triton_cross_entropy

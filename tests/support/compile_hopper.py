@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import sass
 import torch
 import triton
-from compiled import compile_launches
 
+import sass
+from compiled import compile_launches
 from longctx.kernels.attention import hopper_backward, hopper_forward
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved

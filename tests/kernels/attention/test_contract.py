@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import LARGE_MASKS, MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, DTYPES, relative_error
-from thorough import examples
 
+from attention_checks import LARGE_MASKS, MASKS, check
 from longctx.kernels.attention import passes
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.tiles import TILE, merge_flags
+from precision import DEVICE, DTYPES, relative_error
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

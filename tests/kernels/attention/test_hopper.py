@@ -10,12 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from attention_checks import LARGE_MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, relative_error
-from thorough import examples
 
+from attention_checks import LARGE_MASKS, check
 from longctx.kernels import hardware
 from longctx.kernels.attention import hopper, hopper_backward, hopper_scheduler, passes, tiles, triton_backward
 from longctx.kernels.attention.block_mask import BlockMask
@@ -23,6 +21,8 @@ from longctx.kernels.attention.hopper_forward import forward_on_hopper
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
+from precision import DEVICE, relative_error
+from thorough import examples
 
 DTYPES = [torch.bfloat16, torch.float16]
 on_hopper = pytest.mark.hopper

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from precision import DEVICE
 
 from longctx.kernels.attention.key_gradients import add_up
+from precision import DEVICE
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])

@@ -10,12 +10,10 @@ import math
 
 import pytest
 import torch
-from attention_checks import MASKS, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from precision import DEVICE, DTYPES
-from thorough import examples
 
+from attention_checks import MASKS, check
 from longctx.kernels import addressing
 from longctx.kernels.attention import (
     choice,
@@ -30,6 +28,8 @@ from longctx.kernels.attention import (
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
+from precision import DEVICE, DTYPES
+from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from compile_attention import cases
 from compiled import SHARED_MEMORY, kernels_of
 

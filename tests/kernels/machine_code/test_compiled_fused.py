@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from compile_fused import CASES
 from compiled import SHARED_MEMORY, kernels_of
 

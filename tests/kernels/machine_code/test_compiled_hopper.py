@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from compiled import SHARED_MEMORY, kernels_of
 
 OLDER_TRITON = Path(__file__).parents[3] / ".venv/triton-3.6.0"  # of torch 2.11; `make` puts it there
