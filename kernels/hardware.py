@@ -50,9 +50,6 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*capability(device))
 
 
-# the choice between a fused op and its reference ----------------------------------------------------------------------
-
-
 def triton_or_reference(implementation: str, x: Tensor) -> str:
     """`triton` or `reference` for an op on tensors like `x`; raises ValueError if the one asked for cannot serve it."""
     if implementation == "auto":
@@ -64,16 +61,10 @@ def triton_or_reference(implementation: str, x: Tensor) -> str:
     return implementation
 
 
-# ops on rows ----------------------------------------------------------------------------------------------------------
-
-
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; two where kernels are interpreted or compiled for another machine."""
+    """Streaming multiprocessors of a GPU; two where kernels are interpreted or compiled for another machine."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-# attention -----------------------------------------------------------------------------------------------------------
 
 
 def shared_memory(architecture: str) -> int:

@@ -237,7 +237,7 @@ class ModelConfig:
     full_attention_every: int = knob(
         0, "with `window`: of so many layers the last sees all keys; 0: none does", least=0
     )
-    logit_softcap: float | None = knob(None, "logits are squashed to +- this by tanh; null: not", above=0)
+    logit_softcap: float | None = knob(None, "logits are squashed to +- this by tanh; null: no limit", above=0)
     init_std: float = knob(
         0.02, "standard deviation of initial weights; output projections: divided by sqrt(2 * layers)", above=0
     )

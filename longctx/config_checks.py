@@ -42,7 +42,9 @@ def _check_limits(config: Config) -> tuple[list[str], list[str]]:
         if value is None or not limits:
             continue
         if problem := limits.problem(value):
-            (sizes if limits.is_least_alone else others).append(f"{key.path}={value} {problem}")
+            _, may_be_null, meaning = key.help.partition("null: ")
+            or_null = f", or null: {meaning}" if may_be_null else ""
+            (sizes if limits.is_least_alone else others).append(f"{key.path}={value} {problem}{or_null}")
     return sizes, others
 
 

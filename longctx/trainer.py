@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -51,15 +51,12 @@ class Trainer:
         self.is_stopped, self.has_failed = False, False
         self.began, self.parts_done = 0.0, 0  # of the step in progress: when, 0: none; its micro-batches done
         self.folder = RunFolder(run.folder, runtime)
-        try:
-            self._set_up()
-        except BaseException:
-            if hasattr(self, "context_parallel"):
-                self.context_parallel.close()
-            self.folder.close()
-            raise
+        with ExitStack() as if_it_fails:
+            if_it_fails.callback(self.folder.close)
+            self._set_up(if_it_fails)
+            if_it_fails.pop_all()  # from here on `close` does it
 
-    def _set_up(self) -> None:
+    def _set_up(self, if_it_fails: ExitStack) -> None:
         config, runtime, progress = self.config, self.runtime, self.progress
         self.tokens = open_tokens(config, runtime)
         runtime.run_on_rank_0(lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime))
@@ -69,6 +66,7 @@ class Trainer:
         self.attention = attention_implementation(config.model, runtime.device, compute)
         self.fused_ops = fused_implementation(config.model, runtime.device, compute)
         self.model, self.context_parallel = parallelize(config, self.mesh, runtime.ranks_of_a_machine, runtime.device)
+        if_it_fails.callback(self.context_parallel.close)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = Optimizers(self.model, config.optim)
         self.saving = Saving(

@@ -120,7 +120,7 @@ def ours(name: str) -> Iterator[Attention]:
     made = ContextParallel.over(choose_strategy(Config(parallel=parallel), size), mesh, timeout_seconds=60)
     if form:
         made.close()
-        made = ContextParallel(made.choice, [transport.Messages(group) for group in made.groups])
+        made = ContextParallel(made.choice, [transport.Messages(of.group) for of in made.transports])
     try:
         yield made.replace(Attend("auto"))
     finally:

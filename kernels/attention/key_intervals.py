@@ -139,9 +139,7 @@ class KeyIntervals:
 
     def window(self, size: int, device: torch.device | str) -> KeyIntervals:
         """The same mask where each row sees only the last `size` keys up to its own position (that included)."""
-        if size < 1:
-            raise ValueError(f"window of {size} keys: a window holds at least the row's own key, so give 1 or more")
-        return self.band(size - 1, None, device)
+        return self.band(_left_of_window(size), None, device)
 
     def band(self, left: int | None, right: int | None, device: torch.device | str) -> KeyIntervals:
         """The same mask where a row at position p sees only the keys p - left to p + right; None: no limit there.
@@ -158,7 +156,7 @@ class KeyIntervals:
 
     def windowed(self, size: int, device: torch.device) -> KeyIntervals:
         """As `window`: for the same mask and size the same tensors each time, which caches know."""
-        return _windowed(self, size, device)
+        return banded(self, _left_of_window(size), None, device)
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` over the same keys: ascending ones, such as one rank's, for a kernel."""
@@ -200,9 +198,11 @@ def banded(mask: KeyIntervals, left: int | None, right: int | None, device: torc
     return mask.band(left, right, device)
 
 
-@cached_per_mask
-def _windowed(mask: KeyIntervals, size: int, device: torch.device) -> KeyIntervals:
-    return mask.window(size, device)
+def _left_of_window(size: int) -> int:
+    """How many keys before its own a row of a window sees."""
+    if size < 1:
+        raise ValueError(f"window of {size} keys: a window holds at least the row's own key, so give 1 or more")
+    return size - 1
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:

@@ -35,7 +35,6 @@ class ContextParallel:
     def __init__(self, choice: Choice, transports: Sequence[Transport]) -> None:
         """`transports`: over the context axis, or over its inner and its outer part; none where the axis has size 1."""
         self.choice, self.transports = choice, tuple(transports)
-        self.groups = [transport.group for transport in transports]
         self.exchange = _exchange(choice.strategy, self.transports) if self.transports else None
         self.name = f"context {next(_numbers)}"
         _open[self.name] = self

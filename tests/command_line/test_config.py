@@ -50,6 +50,18 @@ def test_all_problems_at_once():
     }
 
 
+def test_a_key_that_may_be_null_says_what_null_means():
+    config = composed("recipe=gpt_tiny")
+    config.optim.warmup_steps, config.model.logit_softcap, config.logging.peak_tflops = -1, 0, -2
+    with pytest.raises(ConfigError) as caught:
+        check(config, 2)
+    assert set(caught.value.problems) == {
+        "optim.warmup_steps=-1 is less than 0; give 0 or more, or null: a twentieth of the steps, at most 100",
+        "model.logit_softcap=0 must be above 0, or null: no limit",
+        "logging.peak_tflops=-2 must be above 0, or null: known for common GPUs",
+    }
+
+
 def test_problems_of_different_parts_at_once():
     config = composed(
         "recipe=gpt_tiny", "model.heads=3", "data.sequence_length=7", "parallel=auto", "parallel.tensor=2"

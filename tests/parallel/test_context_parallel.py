@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy
 from longctx.errors import UserError
 from longctx.kernels.attention import choice, passes, reference, tiles
+from longctx.kernels.attention.hopper_backward import GradientTargets
 from longctx.kernels.attention.interface import attention, make_options
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
@@ -85,18 +87,82 @@ def test_steps_and_rounds(split, window):
                 torch.testing.assert_close(found, split.shard(whole, rank), rtol=2e-5, atol=2e-6)
 
 
+class LateTransport:
+    """One rank's: a copy is made when it is waited for, so what has been overwritten by then is lost."""
+
+    reaches_others, generation, rank, size = True, 0, 0, 8
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+        self.waiting: list[int] = []
+
+    def scratch(self, name, shape, like, dtype) -> torch.Tensor:
+        return self.buffers.setdefault(name, torch.empty(shape, dtype=dtype))
+
+    share = scratch
+
+    def put(self, name, moves, piece_of, source):
+        number = moves[0].owner
+        self.waiting.append(number)
+
+        def wait() -> None:
+            self.waiting.remove(number)
+            self.buffers[name][piece_of(moves[0])] += source
+
+        return wait
+
+    def addresses(self, name, moves, piece_of) -> list[tuple[int, int]]:
+        return [(self.buffers[name][piece_of(moves[0])].data_ptr(), moves[0].length)]
+
+    def barrier(self) -> None:
+        assert not self.waiting
+
+
+class FilledGradient:
+    """In place of `PartialBackward`: the gradients of the keys of step n are all n + 1."""
+
+    writes_to_targets = True
+
+    def __init__(self, inbox_of: LateTransport) -> None:
+        self.transport = inbox_of
+
+    def add(self, k, _v, _mask, targets) -> None:
+        if not isinstance(targets, GradientTargets):
+            for part in targets:
+                part.add_(k)
+            return
+        inbox = self.transport.buffers["inbox"]
+        slot = [piece.data_ptr() for piece in inbox].index(int(targets.addresses[0]))
+        inbox[slot] += k
+
+
 @pytest.mark.parametrize("is_straight", list(itertools.product([False, True], repeat=6)))
-def test_no_buffer_is_overwritten_before_it_has_left(is_straight):
-    """Steps whose gradients kernels store at their owners and others in between: buffers alternate among the others."""
-    copied = [number for number, straight in enumerate(is_straight) if not straight]
-    found = blockwise.handovers(list(is_straight))
-    assert [one.buffer is None for one in found] == list(is_straight)
-    for place, number in enumerate(copied):
-        assert found[number] == (place % 2, copied[place - 2] if place >= 2 else None)
+def test_gradients_of_all_steps_reach_the_inbox(is_straight):
+    """Steps whose gradients kernels store at their owners and others, whose copies leave as late as they may."""
+    steps = [
+        SimpleNamespace(
+            moves=[key_exchange.Move(number, 0, 0, 0, 0, tiles.TILE)], n_keys=tiles.TILE, mask=None,
+            tiles_have_one_owner=straight, gradient_targets={},
+        )
+        for number, straight in enumerate(is_straight)
+    ]  # fmt: skip
+    plan = SimpleNamespace(size=8, distances=[range(number, number + 1) for number in range(len(steps))])
+    made, shard = LateTransport(), torch.zeros(1, tiles.TILE, 2, 1, 4)
+    made.share("inbox", (len(steps), *shard.shape), shard, shard.dtype).zero_()
+    keys = SimpleNamespace(
+        transport=made, shard=shard, schedule=SimpleNamespace(plan=plan, steps=steps),
+        of_step=lambda number: (number + 1, number + 1),
+    )  # fmt: skip
+    blockwise._give_gradients(range(len(steps)), keys, FilledGradient(made))
+    for number, slot in enumerate(made.buffers["inbox"]):
+        assert torch.equal(slot, torch.full_like(slot, number + 1))
+    if not all(is_straight):  # and two buffers are used, so that one is filled while the other leaves
+        assert len(made.buffers) == 1 + min(2, is_straight.count(False))
 
 
 def as_on_hopper(q, k, v, mask, options, part) -> None:
     """What the kernel does for each tile of rows, by its merge flags."""
+    assert k.shape[1]  # no kernel is launched for a block without keys
     found, found_lse = reference.attention_forward(q, k, v, mask, options)
     for tile, flags in enumerate(part.merge_flags[0].tolist()):
         rows = slice(tile * tiles.TILE, (tile + 1) * tiles.TILE)
@@ -122,18 +188,28 @@ def test_rows_are_written_once_by_their_merge_flags(size, masked, poisoned_memor
     mask = mask.windowed(100, torch.device("cpu")) if masked == "window" else mask
     expected_out, expected_lse = reference.attention_forward(q, k, v, mask.mask, options)
     empty_steps = 0
+
+    class WholeKeys:
+        """The keys of each step out of the whole sequence, in place of those that other ranks send."""
+
+        def __init__(self, _k, _v, schedule, transport) -> None:
+            self.schedule, self.rank = schedule, transport.rank
+
+        def of_step(self, number):
+            nonlocal empty_steps
+            tokens = self.schedule.plan.tokens(number, self.rank)
+            step = self.schedule.steps[number]
+            assert step.n_keys == len(tokens)
+            assert bool(step.merge_flags.any()) == bool(len(tokens))  # a step without keys is no block
+            empty_steps += not len(tokens)
+            return k[:, tokens], v[:, tokens]
+
+    monkeypatch.setattr(blockwise, "_Keys", WholeKeys)
     for rank in range(size):
         rows = split.held(rank)
-        schedule = blockwise.schedule_of(mask, rank, 1, 1, torch.device("cpu"))
-        attention = passes.PartialForward(split.shard(q, rank), options, "hopper")
-        for number, step in enumerate(schedule.steps):
-            tokens = schedule.plan.tokens(number, rank)
-            assert step.n_keys == len(tokens)
-            empty_steps += not len(tokens)
-            assert bool(step.merge_flags.any()) == bool(len(tokens))  # a step without keys is no block
-            if len(tokens):
-                attention.add(k[:, tokens], v[:, tokens], step.mask, step.merge_flags)
-        out, lse = attention.results()
+        shards = [split.shard(x, rank) for x in (q, k, v)]
+        an_owner_a_step = blockwise.Blockwise(SimpleNamespace(rank=rank), Budget(step=0, inbox=0))
+        out, lse = an_owner_a_step.forward(*shards, blockwise.SplitCall(mask, options, "hopper"))
         torch.testing.assert_close(out, expected_out[:, rows])
         torch.testing.assert_close(lse, expected_lse[:, :, rows])
     assert empty_steps or size == 2
