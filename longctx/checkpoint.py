@@ -67,6 +67,7 @@ class Checkpoints:
         self.has_gpu = has_gpu
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", **device)
         self.pending: Future[Path | None] | None = None
+        self.speed: dict[str, float] = {}  # of the last save, as metrics
 
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Makes room in host memory for what `save_in_background` will copy, in the background.
@@ -135,6 +136,7 @@ class Checkpoints:
 
         On any failure every rank raises `UserError`, and earlier checkpoints are as they were.
         """
+        began = time.perf_counter()
         target = self.folder / f"step_{step}"
         work = Path(self.runtime.run_on_rank_0(lambda: str(self._make_work_folder(target))))
         try:
@@ -146,6 +148,8 @@ class Checkpoints:
         finally:
             if self.runtime.is_main and work.exists():
                 shutil.rmtree(work, ignore_errors=True)
+        seconds, size = time.perf_counter() - began, sum(file["bytes"] for file in hashes.values())
+        self.speed = {"checkpoint/save_s": seconds, "checkpoint/gib_per_s": size / 2.0**30 / seconds}
         return target
 
     def record(self, path: Path, facts: dict[str, Any]) -> None:

@@ -386,6 +386,16 @@ class LoggingConfig:
     every_steps: int = knob(1, "steps between lines of metrics", least=1)
     wandb: WandbMode = knob(WandbMode.auto, "auto: as WANDB_MODE says; without it online with an API key, else offline")
     wandb_project: str = knob("", "empty: as WANDB_PROJECT says; without it longctx")
+    wandb_entity: str = knob("", "user or team of W&B; empty: as WANDB_ENTITY says")
+    wandb_group: str = knob("", "runs that belong together; empty: as WANDB_RUN_GROUP says")
+    wandb_tags: list[str] = knob(help="empty: as WANDB_TAGS says", factory=list)
+    wandb_notes: str = knob("", "what the run is for; empty: as WANDB_NOTES says")
+    wandb_job_type: str = knob("", "such as pretrain; empty: as WANDB_JOB_TYPE says")
+    wandb_system_metrics: bool = knob(True, "utilisation, power and temperature, by W&B itself, of rank 0's machine")
+    alerts: bool = knob(
+        False, "W&B tells those who follow the run that it has failed, was not finite, has a slow rank or became slow"
+    )
+    alert_below: float = knob(0.7, "share of the run's median tokens/s that is slow for `alerts`", above=0, most=1)
     wandb_timeout_seconds: int = knob(20, "a server that has not answered by then is left alone", least=1)
     peak_tflops: float | None = knob(None, "of one device, for MFU; null: known for common GPUs", above=0)
     trace_step: int = knob(0, "number of a step whose timeline rank 0 writes into the run's folder; 0: none", least=0)

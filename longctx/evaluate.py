@@ -93,8 +93,9 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
-    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them. Every rank
-    gets the same numbers, whatever the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
+    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them, and
+    `loss/last_octave_minus_1k` that of the largest 2^k minus that of 1024. Every rank gets the same numbers, whatever
+    the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
     Raises `StoppedError` between two sequences if `must_stop` says so on some rank.
     """
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
@@ -113,6 +114,9 @@ def validate(
     results = {"loss/val": nats / tokens}
     if text_bytes:
         results["loss/val_bits_per_byte"] = nats / math.log(2) / text_bytes
+    first, last = "loss/pos/1024", max(positions, key=lambda name: int(name.rpartition("/")[2]))
+    if first in positions and last != first:
+        results["loss/last_octave_minus_1k"] = positions[last] - positions[first]
     return results | positions
 
 

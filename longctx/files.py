@@ -27,6 +27,13 @@ def sync(path: Path) -> Path:
     return path
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Gives a file another content, at once or not at all."""
+    beside = path.with_suffix(".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 def readable_as_its_folder(path: Path) -> None:
     """Lets those read and write a file who may do so in its folder: safetensors makes files for their owner alone."""
     path.chmod(path.parent.stat().st_mode & 0o666)

@@ -1,67 +1,57 @@
-"""What a run shows: the console, `metrics.jsonl`, wandb; and the units of work (MFU).
-
-wandb is fed from a thread of its own: a server that does not answer can neither stop nor slow the run, and
-`metrics.jsonl` has every number anyway.
-"""
+"""What a run shows: the console, `metrics.jsonl`, and W&B."""
 
 from __future__ import annotations
 
-import configparser
-import contextlib
 import json
 import math
-import netrc
-import os
-import queue
 import sys
-import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
-from urllib.parse import urlparse
 
-import torch
 from tqdm import tqdm
 
-from longctx.config import LoggingConfig, WandbMode
 from longctx.console import say
-from longctx.run_info import RunInfo
+from longctx.files import replace_file
+from longctx.metrics_file import is_number, read_row
+from longctx.run_facts import RunRecord
+from longctx.run_info import COMPLETE, Ending, RunInfo
+from longctx.wandb_log import WandbThread, wandb_mode
 
 SILENCE_S = 60  # inside a step, after which its progress is printed
-
-# dense bfloat16 TFLOP/s of one device without sparsity, by a part of its name, from the makers' data sheets
-PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 311.9, "L40S": 362.1,
-    "RTX 4090": 165.2, "MI300X": 1307.4,
-}  # fmt: skip
-
-
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """The rate MFU is a share of: the one given, else that of the device's data sheet, else None."""
-    if given is not None or device.type != "cuda":
-        return given
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+STEPS_OF_P95, STEPS_OF_MEDIAN = 100, 500
+SLOW_STEPS = 3  # in a row, of which an alert tells
 
 
 class Metrics:
     """Collects the numbers of each step on rank 0; on the other ranks it does nothing."""
 
-    def __init__(self, run: RunInfo, start: int, is_main: bool) -> None:
-        """`start`: the step from which the run goes on."""
-        logging, steps = run.config.logging, run.config.optim.steps
-        self.is_main, self.steps = is_main, steps
+    def __init__(self, run: RunInfo, facts: dict[str, Any], start: int, is_main: bool) -> None:
+        """`facts`: see `run_facts.collect`; `start`: the step from which the run goes on."""
+        steps = run.config.optim.steps
+        self.is_main, self.steps, self.logging = is_main, steps, run.config.logging
+        self.wandb: WandbThread | None = None
         if not is_main:
             return
+        is_on_gpus = facts["device"] != "CPU"  # ranks on CPUs share one machine, whose speed is that of all
+        self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
         self.history = History(run.folder / "history.json", self._last_step(), start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
-        self.wandb = None
-        mode = wandb_mode(logging)
+        self.since_line = (0.0, 0.0)  # tokens, and seconds of the steps that trained on them
+        self.step_seconds: deque[float] = deque(maxlen=STEPS_OF_P95)
+        self.speeds: deque[float] = deque(maxlen=STEPS_OF_MEDIAN)
+        self.slow_steps = 0  # in a row
+        self.record = RunRecord(run, facts)
+        mode = wandb_mode(self.logging)
         if mode != "disabled":
-            self.wandb = WandbThread(logging, mode, run.folder, run.config.name, run.config_yaml)
+            shown = self.record.record["configuration"] | {"run": facts}
+            self.wandb = WandbThread(run, mode, shown, self.say)
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
 
@@ -69,11 +59,11 @@ class Metrics:
         """The last step that an earlier start of the run has logged; lines that cannot be read are set aside."""
         if not self.path.exists():
             return None
-        rows = [(line, _row(line)) for line in self.path.read_bytes().split(b"\n") if line]
+        rows = [(line, read_row(line)) for line in self.path.read_bytes().split(b"\n") if line]
         if unread := [line for line, row in rows if row is None]:
             beside = _aside(self.path)
             beside.write_bytes(b"\n".join(unread) + b"\n")
-            _replace(self.path, b"".join(line + b"\n" for line, row in rows if row is not None))
+            replace_file(self.path, b"".join(line + b"\n" for line, row in rows if row is not None))
             say(f"{self.path}: {len(unread)} lines cannot be read; they are in {beside} now")
         return max((int(row["step"]) for _, row in rows if row is not None), default=None)
 
@@ -85,8 +75,8 @@ class Metrics:
             self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
             return
         lines = self.path.read_bytes().split(b"\n")
-        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= start]
-        _replace(self.path, b"".join(line + b"\n" for line in kept))
+        kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] <= start]
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Writes the numbers of one step; `step` counts from 1. A disk that takes no more does not end the run.
@@ -104,13 +94,41 @@ class Metrics:
         if self.wandb:
             self.wandb.log(step, values)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """The console line of a step."""
+    def log_step(self, step: int, values: dict[str, float], is_due: bool) -> None:
+        """The numbers of every step; those that are due are written, and shown as a line of the console.
+
+        The speed of a line is the mean since the line before.
+        """
         if not self.is_main:
             return
-        self.say(console_line(step, self.steps, values))
+        speed, seconds = values["perf/tokens_per_s"], values["perf/step_s"]
+        tokens_since, seconds_since = self.since_line
+        self.since_line = tokens_since + speed * seconds, seconds_since + seconds
+        self.step_seconds.append(seconds)
+        self._look_at_speed(step, speed)
+        if not is_due:
+            return
+        self.log(step, values | {"perf/step_s_p95": percentile_95(self.step_seconds)})
+        tokens, seconds = self.since_line
+        self.since_line = 0.0, 0.0
+        self.say(console_line(step, self.steps, values, tokens / seconds / self.devices, self.unit))
         if self.bar:
             self.bar.update(step - self.bar.n)
+
+    def _look_at_speed(self, step: int, speed: float) -> None:
+        """Alerts, once, of a run that has become slow: below a share of its own median several steps in a row."""
+        self.speeds.append(speed)
+        if not self.logging.alerts:
+            return
+        usual = median(self.speeds)
+        self.slow_steps = self.slow_steps + 1 if speed < self.logging.alert_below * usual else 0
+        if self.slow_steps == SLOW_STEPS:
+            self.alert("slow", f"{speed:,.0f} tokens/s at step {step}, where the median is {usual:,.0f}")
+
+    def alert(self, title: str, text: str) -> None:
+        """A message of W&B to those who follow the run, if `logging.alerts` asks for them."""
+        if self.wandb and self.logging.alerts:
+            self.wandb.alert(title, text)
 
     def show_progress(self, step: int, done: int, parts: int) -> None:
         """Inside a step: its micro-batches, in the bar, or as a line if nothing was printed for a while."""
@@ -132,15 +150,32 @@ class Metrics:
         with self.bar.external_write_mode():
             say(message)
 
-    def close(self, exit_code: int = 0, seconds: float | None = None) -> None:
-        """`exit_code`: what wandb is told, 1 for a run that has failed; `seconds`: the most that is waited for it."""
+    def attach(self, report: Path | None, samples: list[tuple[str, str]]) -> None:
+        """Hands W&B what there is to be seen beside numbers, and says where it is. On rank 0."""
+        if self.wandb:
+            self.wandb.attach(report, samples, sorted(self.path.parent.glob("trace_step_*.json.gz")))
+            self.say(f"wandb: {self.wandb.how_to_see_it()}")
+
+    def record_end(self, ending: Ending) -> None:
+        """Writes into `run.json` how the run ends. On rank 0."""
+        where = {"wandb": self.wandb.how_to_see_it()} if self.wandb else {}
+        try:
+            self.record.end(ending.words, where)
+        except OSError as error:
+            self.say(f"{self.record.path}: not written: {error}")
+
+    def close(self, ending: Ending = COMPLETE, seconds: float | None = None) -> None:
+        """`seconds`: the most that is waited for W&B; None: `logging.wandb_timeout_seconds`."""
         if not self.is_main:
             return
         if self.bar:
             self.bar.close()
         self.file.close()
+        self.record_end(ending)
+        if ending.exit_code == 1:
+            self.alert("failed", ending.words)
         if self.wandb:
-            self.wandb.close(exit_code, seconds)
+            self.wandb.close(ending, seconds)
 
 
 class History:
@@ -155,7 +190,7 @@ class History:
             self.restarts = int(earlier.get("restarts", 0)) + 1
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
         facts = {"started_at": self.started_at, "restarts": self.restarts, "lost_steps": self.lost_steps}
-        _replace(path, json.dumps(facts).encode() + b"\n")
+        replace_file(path, json.dumps(facts).encode() + b"\n")
 
     def values(self, trained_s: float) -> dict[str, float]:
         """`trained_s`: seconds of all steps up to now that counted, those before a restart included.
@@ -178,7 +213,7 @@ def _read_history(path: Path) -> dict[str, float]:
         return {}
     except (ValueError, RecursionError):
         found = None
-    if isinstance(found, dict) and all(_is_number(value) for value in found.values()):
+    if isinstance(found, dict) and all(is_number(value) for value in found.values()):
         return found
     beside = _aside(path)
     path.rename(beside)
@@ -186,54 +221,23 @@ def _read_history(path: Path) -> dict[str, float]:
     return {}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _aside(path: Path) -> Path:
     """A name for what cannot be read of a file."""
     return path.with_name(f"{path.stem}.unreadable-{time.time_ns()}{path.suffix}")
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Gives a file another content, at once or not at all."""
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+def percentile_95(values: Sequence[float]) -> float:
+    """The value that 95 % are at most, interpolated; of a single one itself."""
+    return quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, with NaN for what is not a number; lines that cannot be read are left out."""
-    rows = (_row(line) for line in path.read_bytes().split(b"\n"))
-    return [row for row in rows if row is not None]
+def console_line(step: int, steps: int, values: dict[str, float], speed: float, unit: str) -> str:
+    """`step 12/200  loss 5.432  norm 0.81  lr 3.0e-04  12,345 tokens/s/GPU  MFU 41.2 %  3.1 GiB  0:42 left`
 
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or not _is_number(row.get("step")):
-        return None
-    return {key: math.nan if value is None else value for key, value in row.items()}
-
-
-def is_validated(path: Path, step: int) -> bool:
-    """Whether a `metrics.jsonl` has the validation after `step`."""
-    rows = read_metrics(path) if path.exists() else []
-    return any(row["step"] == step and "loss/val" in row for row in rows)
-
-
-def last_validation_loss(path: Path) -> float:
-    """Of the last validation that a `metrics.jsonl` has; NaN if it has none."""
-    rows = read_metrics(path) if path.exists() else []
-    return next((row["loss/val"] for row in reversed(rows) if "loss/val" in row), math.nan)
-
-
-def console_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """`step 12/200  loss 5.432  norm 0.81  12,345 tokens/s/GPU  MFU 41.2 %  3.1 GiB  0:42 left`"""
+    `speed` in `unit`: tokens/s a GPU.
+    """
     parts = [f"step {step}/{steps}", f"loss {values['loss/train']:.4f}", f"norm {values['optim/grad_norm']:.3f}"]
-    parts.append(f"{values['perf/tokens_per_s_per_gpu']:,.0f} tokens/s/GPU")
+    parts += [f"lr {values['optim/lr']:.1e}", f"{speed:,.0f} {unit}"]
     if "perf/mfu" in values:
         parts.append(f"MFU {100 * values['perf/mfu']:.1f} %")
     if values.get("mem/peak_alloc_gib"):
@@ -241,96 +245,3 @@ def console_line(step: int, steps: int, values: dict[str, float]) -> str:
     left = round(values["time/left_s"])
     parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
     return "  ".join(parts)
-
-
-class WandbThread:
-    """Starts wandb and hands it the metrics, all in a background thread."""
-
-    def __init__(self, logging: LoggingConfig, mode: str, folder: Path, name: str, config_yaml: str) -> None:
-        self.timeout_seconds, self.folder, self.exit_code = logging.wandb_timeout_seconds, folder, 0
-        self.mode: Any = mode
-        self.queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
-        self.problem: str | None = None
-        project = logging.wandb_project or os.environ.get("WANDB_PROJECT") or "longctx"
-        # wandb keeps an offline run a folder; of two with one id the server keeps the steps of the last, so it has all
-        earlier = read_metrics(folder / "metrics.jsonl") if mode == "offline" else []
-        arguments = (project, folder, name, config_yaml, earlier)
-        self.thread = threading.Thread(target=self._run, args=arguments, daemon=True)
-        self.thread.start()
-
-    def _run(self, project: str, folder: Path, name: str, config_yaml: str, earlier: list[dict[str, Any]]) -> None:
-        try:
-            import wandb
-
-            settings = wandb.Settings(
-                init_timeout=self.timeout_seconds, silent=True, console="off", x_disable_stats=True
-            )
-            run: Any = wandb.init(
-                project=project, name=name, id=_run_id(folder), resume="allow", dir=str(folder), mode=self.mode,
-                settings=settings,
-            )  # fmt: skip
-            run.config.update({"configuration": config_yaml}, allow_val_change=True)
-            for row in earlier:
-                run.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
-            while (item := self.queue.get()) is not None:
-                run.log(item[1], step=item[0])
-            run.finish(exit_code=self.exit_code)
-        except Exception as error:  # whatever happens to wandb must not happen to the run
-            self.problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.queue.put((step, values))
-
-    def close(self, exit_code: int = 0, seconds: float | None = None) -> None:
-        """Waits for wandb for a bounded time and says so if it did not finish."""
-        self.exit_code = exit_code
-        self.queue.put(None)
-        seconds = self.timeout_seconds if seconds is None else seconds
-        self.thread.join(seconds)
-        if self.thread.is_alive():
-            self.problem = f"no answer within {seconds} s"
-        if self.problem:
-            say(f"wandb ({self.mode}): {self.problem}; every number is in {self.folder / 'metrics.jsonl'}")
-
-
-def _run_id(folder: Path) -> str:
-    """One wandb run for a run folder, however often it resumes."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        path.write_text(f"{time.time_ns():x}")
-    return path.read_text()
-
-
-def wandb_mode(logging: LoggingConfig) -> str:
-    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by the key."""
-    if logging.wandb != WandbMode.auto:
-        return str(logging.wandb)
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on", "t", "y"):
-        return "disabled"
-    asked = {"run": "online", "dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", "").lower(), mode)
-    if asked in ("online", "offline", "disabled"):
-        return asked
-    return "online" if has_wandb_key() else "offline"
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb would find an API key: in the environment, or in the netrc file for its server."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        found = netrc.netrc(path).authenticators(urlparse(_wandb_server()).hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return found is not None
-
-
-def _wandb_server() -> str:
-    """The server that wandb talks to: of its variable, of the settings that `wandb login --host` writes, or its own."""
-    if given := os.environ.get("WANDB_BASE_URL"):
-        return given
-    settings = configparser.ConfigParser()
-    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    with contextlib.suppress(configparser.Error):
-        settings.read(Path(folder).expanduser() / "settings")
-    return settings.get("default", "base_url", fallback="https://api.wandb.ai")

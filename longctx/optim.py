@@ -51,6 +51,14 @@ class Optimizers:
                 _gather_gradients(optimizer)
             optimizer.step()
 
+    def rates(self, step: int) -> dict[str, float]:
+        """The learning rates of step number `step`, as metrics."""
+        fraction = schedule(step, self.config)
+        rates = {"optim/lr": self.config.lr * fraction}
+        if self.config.optimizer == Optimizer.muon:
+            rates["optim/muon_lr"] = self.config.muon_lr * fraction
+        return rates
+
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

@@ -1,123 +1,221 @@
-"""`report.html`: one self-contained page with the curves of a run."""
+"""`report.html`: what a run was, the figures that count, its curves, and everything else folded."""
 
 from __future__ import annotations
 
 import html
-import io
+import math
+import time
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import yaml
 
-from longctx.metrics import read_metrics
+from longctx.metric_names import metric_of
+from longctx.metrics_file import read_metrics
+from longctx.page import Chart, charts, figures, folded, page, smoothed, table
+from longctx.plan import in_words
+from longctx.run_facts import read_record
+from longctx.summary import summary
 
-mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}}
-svg{{width:100%;height:auto}} table{{border-collapse:collapse}} td,th{{padding:.2em .8em;text-align:left}}
-tr:nth-child(even){{background:#f3f3f3}} pre{{background:#f6f6f6;padding:1em;overflow:auto}}</style>
-<h1>{title}</h1><h2>At the end</h2>{table}{figures}{samples}
-<details><summary>Configuration</summary><pre>{configuration}</pre></details></html>
-"""
+Rows = list[dict[str, float]]
+PARTS_OF_A_STEP = {  # by what a stack of shares calls them; what is left of the step is `other`
+    "data": "time/data_s", "forward": "time/forward_s", "backward": "time/backward_s", "optimizer": "time/optimizer_s",
+    "checkpoint": "time/checkpoint_stall_s",
+}  # fmt: skip
 
 
-def write_report(folder: Path, name: str, configuration: str, samples: list[str]) -> Path:
-    """Draws `metrics.jsonl` of a run folder; returns the page's path. Values that were never logged are left out."""
-    by_step: dict[float, dict[str, float]] = {}
-    for row in read_metrics(folder / "metrics.jsonl"):  # training and validation of a step are lines of their own
-        by_step[row["step"]] = by_step.get(row["step"], {}) | row
-    rows = list(by_step.values())
-    last: dict[str, float] = {}
-    for row in rows:
-        last |= row
-    figures = [
-        _figure("Loss over tokens", lambda axes: _loss(axes, rows), any("loss/train" in r for r in rows)),
-        *(
-            _figure(
-                title, lambda axes, of=(key, x, y): _by_octave(axes, rows, *of), any(_octaves(r, key) for r in rows)
-            )
-            for title, key, x, y in (
-                (
-                    "Validation loss by position",
-                    "loss/pos/",
-                    "tokens of the document before the target",
-                    "nats a token",
-                ),
-                ("Recall by distance", "recall/", "tokens back to where it can be read off", "share recalled"),
-            )
-        ),
-        *(
-            _figure(title, lambda axes, key=key, unit=unit: _over_steps(axes, rows, key, unit), key in last)
-            for title, key, unit in (
-                ("Throughput", "perf/tokens_per_s_per_gpu", "tokens/s a GPU"),
-                ("Model FLOPs utilisation", "perf/mfu", "share of the peak"),
-                ("Memory", "mem/peak_alloc_gib", "GiB"),
-                ("Gradient norm", "optim/grad_norm", "before clipping"),
-                ("Learning rate", "optim/lr", ""),
-            )
-        ),
+def write_report(folder: Path, samples: list[str]) -> Path:
+    """Draws what a run's folder holds; returns the page's path. What was never logged is left out."""
+    record, rows = read_record(folder), read_metrics(folder / "metrics.jsonl")
+    traces = sorted(folder.glob("trace_step_*.json.gz"))
+    body = [
+        _what_it_was(record),
+        figures(figures_that_count(rows, record)),
+        _links(record, traces),
+        charts(_charts(rows, record)),
+        *(["<h2>Samples</h2>", *(f"<pre>{html.escape(sample)}</pre>" for sample in samples)] if samples else []),
+        folded("Configuration", f"<pre>{html.escape(yaml.safe_dump(record.get('configuration', {})))}</pre>"),
+        folded("Last value of every metric", _last_values(rows)),
     ]
     path = folder / "report.html"
-    path.write_text(
-        PAGE.format(
-            title=html.escape(name),
-            table=_table(last),
-            figures="".join(figures),
-            samples="".join(
-                ["<h2>Samples</h2>", *(f"<pre>{html.escape(s)}</pre>" for s in samples)] if samples else []
-            ),
-            configuration=html.escape(configuration),
-        )
-    )
+    path.write_text(page(str(record.get("name", folder.name)), "\n".join(body)))
     return path
 
 
-def _figure(title: str, draw, has_data: bool) -> str:
-    if not has_data:
+def _what_it_was(record: dict[str, Any]) -> str:
+    """Four lines: the model, the data, the machines, and when it ran."""
+    facts, configuration = record.get("facts"), record.get("configuration")
+    if not facts or not configuration:
         return ""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    draw(figure.subplots())
-    image = io.StringIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
-    svg = image.getvalue()
-    return f"<h2>{html.escape(title)}</h2>{svg[svg.index('<svg') :]}"
+    model, data = configuration["model"], configuration["data"]
+    axes = " x ".join(f"{axis} {size}" for axis, size in facts["layout"].items() if size > 1) or "one rank"
+    context = "" if facts["strategy"] == "none" else f", {facts['strategy']} by {facts['transport']}"
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["started_at"]))
+    commit = f"commit {facts['commit']}, " if facts["commit"] else ""
+    lines = (
+        f"{facts['parameters'] / 1e6:,.1f}M parameters: {model['layers']} layers of width {model['width']}, "
+        f"{model['heads']} heads of {model['head_dim']} ({model['kv_heads']} for keys and values)",
+        f"{facts['data']}; {facts['tokens_per_step']:,} tokens a step in sequences of {data['sequence_length']:,}",
+        f"{facts['ranks']} x {facts['device']} on {_count(facts['machines'], 'machine')}, {axes}{context}; "
+        f"attention: {facts['attention']}",
+        f"{commit}torch {facts['versions']['torch']}, started {started}; {record['ended']}",
+    )
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
-def _series(rows: list[dict[str, float]], x: str, y: str) -> tuple[list[float], list[float]]:
-    pairs = [(row[x], row[y]) for row in rows if x in row and y in row]
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def speed_of(record: dict[str, Any]) -> tuple[str, str]:
+    """The measure of speed that is meant, and its unit: a GPU's; on CPUs, which ranks share, that of all ranks."""
+    is_gpu = record.get("facts", {}).get("device", "CPU") != "CPU"
+    return ("tokens_per_s_per_gpu", "tokens/s a GPU") if is_gpu else ("tokens_per_s", "tokens/s")
+
+
+def figures_that_count(rows: Rows, record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is asked for first, each with its unit, out of `summary.summary`."""
+    found, (speed, unit) = summary(rows), speed_of(record)
+    shown: list[tuple[str, str, Any]] = [
+        ("best validation loss", "best/loss_val", lambda x: f"{x:.4f} (step {found['best/step']:,.0f})"),
+        ("last validation loss", "last/loss_val", lambda x: f"{x:.4f} nats a token"),
+        ("bits a byte", "last/bits_per_byte", lambda x: f"{x:.4f}"),
+        ("mean speed", f"mean/{speed}", lambda x: f"{x:,.0f} {unit}"),
+        ("MFU", "mean/mfu", lambda x: f"{100 * x:.1f} %"),
+        ("peak memory", "peak/mem_alloc_gib", lambda x: f"{x:.1f} GiB"),
+        ("tokens", "last/tokens", lambda x: f"{x:,.0f}"),
+        ("ETTR", "last/ettr", lambda x: f"{100 * x:.1f} %"),
+        ("skipped steps", "last/skipped_steps", lambda x: f"{x:.0f}"),
+    ]
+    lines = [(name, words(found[key])) for name, key, words in shown if math.isfinite(found.get(key, math.nan))]
+    if record.get("ended_at"):
+        lines.append(("this start took", in_words(record["ended_at"] - record["started_at"])))
+    return lines
+
+
+def _links(record: dict[str, Any], traces: list[Path]) -> str:
+    names = {trace.name: trace.name.split(".")[0].removeprefix("trace_") for trace in traces}
+    links = [f'<a href="{file}">timeline of {name}</a>' for file, name in names.items()]
+    where = html.escape(str(record.get("wandb", "")))
+    if where:
+        links.insert(0, f'<a href="{where}">W&amp;B</a>' if where.startswith("http") else f"W&amp;B: {where}")
+    return f'<p class="faint">{" · ".join(links)}</p>' if links else ""
+
+
+# the curves -----------------------------------------------------------------------------------------------------------
+
+
+def series(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
+    """The finite values of two metrics in the lines that have both."""
+    pairs = [(row.get(x, math.nan), row.get(y, math.nan)) for row in rows]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _loss(axes: Axes, rows: list[dict[str, float]]) -> None:
-    axes.plot(*_series(rows, "data/tokens", "loss/train"), linewidth=0.8, label="training")
-    axes.plot(*_series(rows, "data/tokens", "loss/val"), marker="o", markersize=3, label="validation")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("nats a token")
-    axes.legend()
+def _charts(rows: Rows, record: dict[str, Any]) -> list[Chart]:
+    speed, unit = speed_of(record)
+    mfu = [("MFU", "perf/mfu"), ("as others print it", "perf/mfu_palm")]
+    rates = [("AdamW", "optim/lr"), ("Muon", "optim/muon_lr")]
+    return [
+        _loss(rows),
+        _by_octave(
+            rows, "loss/pos/", "Validation loss by position", "nats a token", "tokens of the document before it",
+            "A curve that goes on falling to the right: the model uses what stands far before.",
+        ),
+        _by_octave(
+            rows, "recall/", "Recall by distance", "share recalled", "tokens back",
+            "How often a token is known that can be read off so many tokens before.",
+        ),
+        _where_a_step_goes(rows),
+        _over_steps(
+            rows, "Throughput", unit, [("speed", f"perf/{speed}")],
+            "Faint: each step; strong: the mean of the last steps.",
+        ),
+        _over_steps(
+            rows, "Model FLOPs utilisation", "share of the peak", mfu,
+            "The FLOPs that the model needs, causal and within documents, over what the GPUs could do.",
+        ),
+        _memory(rows),
+        _over_steps(
+            rows, "Gradient norm", "before clipping", [("norm", "optim/grad_norm")],
+            "A peak is an unusual batch; growth is trouble.",
+        ),
+        _over_steps(rows, "Learning rate", "rate", rates, "As scheduled."),
+    ]  # fmt: skip
 
 
-def _octaves(row: dict[str, float], prefix: str) -> list[tuple[int, float]]:
-    return [(int(key.removeprefix(prefix)), value) for key, value in row.items() if key.startswith(prefix)]
+def _loss(rows: Rows) -> Chart:
+    sentence = "Over tokens read. Faint: each step; strong: the mean of the last steps."
+    chart = Chart("Loss", sentence, "tokens", "nats a token")
+    tokens, loss = series(rows, "data/tokens", "loss/train")
+    chart.faint(tokens, loss, color="C0")
+    chart.line("training", tokens, smoothed(loss), color="C0")
+    chart.line("validation", *series(rows, "data/tokens", "loss/val"), color="C1", marker="o", markersize=3)
+    return chart
 
 
-def _by_octave(axes: Axes, rows: list[dict[str, float]], prefix: str, x: str, y: str) -> None:
-    validations = [row for row in rows if _octaves(row, prefix)]
-    for row in validations[-4:]:
-        axes.plot(*zip(*_octaves(row, prefix), strict=True), marker="o", markersize=3, label=f"step {row['step']}")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend()
+def octaves(row: dict[str, float], prefix: str) -> dict[int, float]:
+    """The values of a validation by octave."""
+    return {int(key.removeprefix(prefix)): value for key, value in row.items() if key.startswith(prefix)}
 
 
-def _over_steps(axes: Axes, rows: list[dict[str, float]], key: str, unit: str) -> None:
-    axes.plot(*_series(rows, "step", key), linewidth=0.8)
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
+def _by_octave(rows: Rows, prefix: str, title: str, y: str, x: str, sentence: str) -> Chart:
+    chart = Chart(title, sentence, x, y, is_log=True)
+    for row in [row for row in rows if octaves(row, prefix)][-4:]:
+        found = octaves(row, prefix)
+        at = sorted(found)
+        chart.line(f"step {row['step']:.0f}", at, [found[k] for k in at], marker="o", markersize=3)
+    if y.startswith("share"):
+        chart.limit(-0.02, 1.02)
+    return chart
 
 
-def _table(last: dict[str, float]) -> str:
-    cells = (f"<tr><td>{html.escape(key)}</td><td>{value:,.6g}</td></tr>" for key, value in sorted(last.items()))
-    return f"<table>{''.join(cells)}</table>"
+def _where_a_step_goes(rows: Rows) -> Chart:
+    steps = [row for row in rows if "time/forward_s" in row]
+    exposed = [row.get("time/context_exposed_s", 0.0) / row["perf/step_s"] for row in steps]
+    sentence = "Shares of a step's seconds on rank 0."
+    if any(exposed):
+        sentence += f" Within forward and backward, {100 * exposed[-1]:.1f} % waited for keys and values of others."
+    chart = Chart("Where a step goes", sentence, "step", "share")
+    whole = [row["perf/step_s"] + row.get("time/checkpoint_stall_s", 0.0) for row in steps]
+    shares = {
+        part: smoothed([row.get(key, 0.0) / seconds for row, seconds in zip(steps, whole, strict=True)])
+        for part, key in PARTS_OF_A_STEP.items()
+        if any(row.get(key) for row in steps)
+    }
+    if shares:
+        chart.limit(0, 1)
+        other = [max(0.0, 1 - sum(values)) for values in zip(*shares.values(), strict=True)]
+        chart.areas([*shares, "other"], [row["step"] for row in steps], [*shares.values(), other])
+    return chart
+
+
+def _memory(rows: Rows) -> Chart:
+    chart = Chart("Memory", "The most of any rank up to the step.", "step", "GiB")
+    for label, key in (("allocated", "peak_alloc"), ("reserved", "peak_reserved"), ("process", "host")):
+        chart.line(label, *series(rows, "step", f"mem/{key}_gib"))
+    last = next((row for row in reversed(rows) if row.get("mem/peak_of_device")), None)
+    if last:
+        held = last["mem/peak_reserved_gib"] + last.get("mem/transport_gib", 0.0)
+        chart.level("the device's", held / last["mem/peak_of_device"])
+    return chart
+
+
+def _over_steps(rows: Rows, title: str, unit: str, lines: list[tuple[str, str]], sentence: str) -> Chart:
+    chart = Chart(title, sentence, "step", unit)
+    for number, (label, key) in enumerate(lines):
+        steps, values = series(rows, "step", key)
+        chart.faint(steps, values, color=f"C{number}")
+        chart.line(label, steps, smoothed(values), color=f"C{number}")
+    return chart
+
+
+def _last_values(rows: Rows) -> str:
+    last: dict[str, float] = {}
+    for row in rows:
+        last |= row
+    lines = []
+    for key, value in sorted(last.items()):
+        known = metric_of(key)
+        lines.append([key, f"{value:,.6g}", known.unit if known else "", known.meaning if known else ""])
+    return table(lines, ["name", "value", "unit", "meaning"])

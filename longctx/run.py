@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
+from pathlib import Path
 from typing import NamedTuple
 
 from longctx import runtime as runtime_module
@@ -11,11 +13,11 @@ from longctx.command_line import how_to_go_on
 from longctx.config import OnUsr1
 from longctx.config_checks import check
 from longctx.evaluate import sample_texts
-from longctx.metrics import is_validated, last_validation_loss
-from longctx.run_info import RunInfo
+from longctx.metrics_file import is_validated, last_validation_loss
+from longctx.parallel.mesh import AXES
+from longctx.run_info import Ending, RunInfo
 from longctx.runtime import check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
-from longctx.throughput import device_name
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
 
@@ -49,10 +51,10 @@ def train(run: RunInfo) -> Outcome:
                     trainer.pass_gate_together(is_open=True)
                     finish(trainer, results)
                     trainer.pass_gate_together(is_open=False)
-            except BaseException:
+            except BaseException as error:
                 if stop.is_abandoning:  # the other ranks have left while this one was waiting for them
                     stop.wait_for_the_end()
-                trainer.has_failed = True
+                trainer.failure = error
                 if runtime.is_main:
                     write_report(trainer, [])
                 raise
@@ -65,16 +67,14 @@ def train(run: RunInfo) -> Outcome:
 
 def introduce(trainer: Trainer) -> None:
     """Says on rank 0 what will run."""
-    config, mesh, runtime = trainer.config, trainer.mesh, trainer.runtime
-    count = sum(p.numel() for p in trainer.parameters.values())
-    axes = " x ".join(f"{axis} {mesh.size(axis)}" for axis in ("replicate", "shard", "context", "tensor"))
-    data = f"{trainer.tokens} ({trainer.tokens.fingerprint()})" if trainer.tokens else "synthetic recall"
-    context = f"context: {trainer.context_parallel}\n" if mesh.size("context") > 1 else ""
+    config, data, runtime, facts = trainer.config, trainer.config.data, trainer.runtime, trainer.facts
+    axes = " x ".join(f"{axis} {facts['layout'][axis]}" for axis in AXES)
+    context = f"context: {trainer.context_parallel}\n" if trainer.mesh.size("context") > 1 else ""
     runtime.say(
-        f"longctx run {config.name}: {count / 1e6:.1f}M parameters, {runtime.world_size} x "
-        f"{device_name(runtime.device)}, {axes}\n"
-        f"data: {data}; {config.data.sequences_per_step} sequences of {config.data.sequence_length} tokens a step, "
-        f"{trainer.loader.accumulation} micro-batches of {config.data.sequences_per_micro_batch}\n"
+        f"longctx run {config.name}: {facts['parameters'] / 1e6:.1f}M parameters, {runtime.world_size} x "
+        f"{runtime.device_name}, {axes}\n"
+        f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
+        f"{trainer.loader.accumulation} micro-batches of {data.sequences_per_micro_batch}\n"
         f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
@@ -105,7 +105,8 @@ def finish(trainer: Trainer, results: dict[str, float]) -> None:
     if results:
         shown = f" ({bits:.4f} bits a byte)" if bits else ""
         trainer.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
-    write_report(trainer, samples)
+    report = write_report(trainer, samples)
+    trainer.metrics.attach(report, list(zip(trainer.config.validation.sample_prompts, samples, strict=False)))
     if trainer.saving.saved_step == trainer.step:
         say_how_to_go_on(trainer, is_complete)
 
@@ -131,23 +132,27 @@ def abandon(trainer: Trainer) -> None:
     except BaseException as error:
         metrics.say(f"the state before step {step} could not be saved: {error}")
         leave(1)
-    metrics.close(exit_code=0, seconds=3)
+    metrics.close(Ending.by_signal(trainer.stop.number or signal.SIGTERM), seconds=3)
     leave(0)
 
 
-def write_report(trainer: Trainer, samples: list[str]) -> None:
-    """On rank 0. A disk that is full is told, and ends nothing."""
+def write_report(trainer: Trainer, samples: list[str]) -> Path | None:
+    """On rank 0: the page, None: it could not be written. A disk that is full is told, and ends nothing."""
     from longctx import report
 
     run, say = trainer.run_info, trainer.metrics.say
     try:
-        say(f"report: {report.write_report(run.folder, run.config.name, run.config_yaml, samples)}")
+        trainer.metrics.record_end(trainer.ending())
+        page = report.write_report(run.folder, samples)
+        say(f"report: {page}")
+        return page
     except OSError as error:
         say(f"no report: {error.filename or run.folder}: {error.strerror}")
     except Exception as error:
-        if not trainer.has_failed:  # else the error that ended the run is the one to be seen
+        if trainer.failure is None:  # else the error that ended the run is the one to be seen
             raise
         say(f"no report: {error}")
+    return None
 
 
 def say_how_to_go_on(trainer: Trainer, is_complete: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from longctx.config import Config
 
@@ -25,3 +27,29 @@ class RunInfo:
     def metrics_file(self) -> Path:
         """A line of numbers for each step."""
         return self.folder / "metrics.jsonl"
+
+
+class Ending(NamedTuple):
+    """How a run ended."""
+
+    exit_code: int  # 0: complete, 1: failed, 128 + n: stopped by signal n, as shells tell it
+    words: str
+
+    @staticmethod
+    def by_signal(number: int) -> Ending:
+        """It was asked to stop, and can go on from what it has saved."""
+        return Ending(128 + number, f"stopped by {signal.Signals(number).name}")
+
+    @staticmethod
+    def by_error(error: BaseException) -> Ending:
+        """It has failed."""
+        lines = str(error).strip().splitlines()
+        return Ending(1, f"failed: {type(error).__name__}: {lines[0] if lines else ''}")
+
+    @property
+    def is_by_signal(self) -> bool:
+        """Whether it was stopped."""
+        return self.exit_code > 128
+
+
+COMPLETE = Ending(0, "complete")

@@ -45,6 +45,11 @@ class Runtime:
         return int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)))
 
     @property
+    def device_name(self) -> str:
+        """As its maker calls it; `CPU` for that."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

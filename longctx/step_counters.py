@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,17 @@ class Summed(NamedTuple):
     unread: float  # 1 if this rank could not read its sequences
 
 
+class Memory(NamedTuple):
+    """Of this rank, at most so far; over all ranks the largest. What a CPU does not have is 0."""
+
+    peak_alloc_gib: float  # transports included; on CPUs of the process
+    transport_gib: float  # shared buffers beside the caching allocator
+    host_gib: float
+    peak_reserved_gib: float = 0.0
+    peak_of_device: float = 0.0  # share
+    alloc_retries: float = 0.0  # times that the caching allocator had to give memory back and try again
+
+
 class Largest(NamedTuple):
     """Of this rank; over all ranks the largest."""
 
@@ -27,13 +38,19 @@ class Largest(NamedTuple):
     stop_signal: float  # number of the signal that asks this rank to stop; 0: none
     save_asked: float  # 1 if this rank was asked for a checkpoint
     save_failed: float  # 1 if this rank knows that the checkpoint being written came to nothing
+    memory: Memory
 
 
-Counters = TypeVar("Counters", Summed, Largest)
-
-
-def reduced(mine: Counters) -> Counters:
-    """The counters over all ranks, each reduced as its type says. Collective, on the CPU: no GPU is waited for."""
+def summed(mine: Summed) -> Summed:
+    """The counters over all ranks. Collective, on the CPU: no GPU is waited for."""
     values = torch.tensor(mine, dtype=torch.float64)
-    dist.all_reduce(values, op=dist.ReduceOp.SUM if isinstance(mine, Summed) else dist.ReduceOp.MAX)
-    return type(mine)(*values.tolist())
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return Summed(*values.tolist())
+
+
+def largest(mine: Largest) -> Largest:
+    """The counters over all ranks. Collective, on the CPU: no GPU is waited for."""
+    values = torch.tensor([*mine[:-1], *mine.memory], dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    own, memory = values[: -len(mine.memory)].tolist(), values[-len(mine.memory) :].tolist()
+    return Largest(*own, memory=Memory(*memory))

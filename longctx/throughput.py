@@ -8,18 +8,31 @@ import torch
 
 from longctx.batch import Batch
 from longctx.config import Config
-from longctx.metrics import peak_tflops
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.load_balance import Split
 from longctx.parallel.mesh import Mesh
 from longctx.plan import in_words
 from longctx.runtime import Runtime
-from longctx.step_counters import Summed
+from longctx.step_counters import Memory, Summed
 from longctx.straggler import product_tflops
 
 GIB = 2.0**30
 LONG_STEP_S = 60  # of which the user is told before
+
+# dense bfloat16 TFLOP/s of one device without sparsity, by a part of its name, from the makers' data sheets
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 311.9, "L40S": 362.1,
+    "RTX 4090": 165.2, "MI300X": 1307.4,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device, given: float | None) -> float | None:
+    """The rate MFU is a share of: the one given, else that of the device's data sheet, else None."""
+    if given is not None or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 class Throughput:
@@ -28,6 +41,8 @@ class Throughput:
     def __init__(self, config: Config, mesh: Mesh, context_parallel: ContextParallel, runtime: Runtime) -> None:
         self.config, self.mesh, self.context_parallel, self.runtime = config, mesh, context_parallel, runtime
         self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
+        is_gpu = runtime.device.type == "cuda"
+        self.device_bytes = torch.cuda.get_device_properties(runtime.device).total_memory if is_gpu else 0
 
     def expected_s(self, say_so: bool) -> float:
         """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many and `say_so`."""
@@ -38,9 +53,9 @@ class Throughput:
         seconds = tflops / self.runtime.world_size / rate
         if seconds > LONG_STEP_S and say_so:
             hint = "" if device.type == "cuda" else "; try recipe=gpt_tiny or data.sequence_length=2048"
-            name = device_name(device)
             self.runtime.say(
-                f"about {in_words(seconds)} a step on this {name} ({tflops:.3g} TFLOP, by its products){hint}"
+                f"about {in_words(seconds)} a step on this {self.runtime.device_name} "
+                f"({tflops:.3g} TFLOP, by its products){hint}"
             )
         return seconds
 
@@ -61,7 +76,7 @@ class Throughput:
         return mine / together / (whole / size)
 
     def of_step(self, seconds: float, counts: Summed) -> dict[str, float]:
-        """Throughput, utilisation and memory of a step that took `seconds`."""
+        """Throughput and utilisation of a step that took `seconds`."""
         config, world_size = self.config, self.runtime.world_size
         copies = self.mesh.ranks_of_a_reader
         tokens = config.data.sequences_per_step * config.data.sequence_length
@@ -77,14 +92,21 @@ class Throughput:
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
             values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}
-        if self.runtime.device.type == "cuda":
-            beside = self.context_parallel.shared_bytes()
-            values["mem/peak_alloc_gib"] = (torch.cuda.max_memory_allocated() + beside) / GIB
-            values["mem/peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-        else:  # of the whole process
-            values["mem/peak_alloc_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         return values
 
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    def memory(self) -> Memory:
+        """Of this rank, up to now."""
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        transport = self.context_parallel.shared_bytes() / GIB
+        if self.runtime.device.type != "cuda":
+            return Memory(peak_alloc_gib=host, transport_gib=transport, host_gib=host)
+        found = torch.cuda.memory_stats(self.runtime.device)
+        reserved = found["reserved_bytes.all.peak"] / GIB
+        return Memory(
+            peak_alloc_gib=found["allocated_bytes.all.peak"] / GIB + transport,
+            transport_gib=transport,
+            host_gib=host,
+            peak_reserved_gib=reserved,
+            peak_of_device=(reserved + transport) * GIB / self.device_bytes,
+            alloc_retries=found["num_alloc_retries"],
+        )

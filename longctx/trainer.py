@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from longctx import run_facts
 from longctx.batch import Batch
 from longctx.config import attention_span
 from longctx.data.loader import Loader
@@ -28,12 +29,12 @@ from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.verify import verify_layout
 from longctx.run_folder import RunFolder
-from longctx.run_info import RunInfo
+from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.runtime import Runtime, raise_together
 from longctx.saving import Progress, Saving
-from longctx.schedule import schedule
 from longctx.sources import keep_tokenizer, open_tokens, training_source
-from longctx.step_counters import Largest, Summed, reduced
+from longctx.step_clock import StepClock
+from longctx.step_counters import Largest, Summed, largest, summed
 from longctx.stopping import StopSignals
 from longctx.throughput import Throughput
 from longctx.trace import traced
@@ -48,7 +49,8 @@ class Trainer:
         self.run_info, self.config, self.runtime, self.stop = run, run.config, runtime, stop
         torch.set_float32_matmul_precision("high" if self.config.precision.tf32 else "highest")
         self.progress = Progress()
-        self.is_stopped, self.has_failed = False, False
+        self.stopped_by = 0  # the number of a signal; 0: of none
+        self.failure: BaseException | None = None
         self.began, self.parts_done = 0.0, 0  # of the step in progress: when, 0: none; its micro-batches done
         self.folder = RunFolder(run.folder, runtime)
         with ExitStack() as if_it_fails:
@@ -72,6 +74,7 @@ class Trainer:
         self.saving = Saving(
             self.run_info, runtime, progress, self.parameters, self.optimizer, self.context_parallel, self.tokens
         )
+        self.clock = StepClock(runtime.device)
         self.throughput = Throughput(config, self.mesh, self.context_parallel, runtime)
         self.validation = Validation(config, self.tokens, self.model, self.mesh, runtime)
 
@@ -81,9 +84,16 @@ class Trainer:
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
             self._verify_layout()
         self.context_parallel.start_timing()
-        self.metrics = runtime.run_on_all_ranks(lambda: Metrics(self.run_info, progress.step, runtime.is_main))
+        implementations = {"attention": self.attention, "fused_ops": self.fused_ops}
+        self.facts = run_facts.collect(
+            config, runtime, self.mesh, self.parameters, self.context_parallel, implementations, self.tokens
+        )
+        self.metrics = runtime.run_on_all_ranks(
+            lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main)
+        )
         self.expected_s = self.throughput.expected_s(say_so=progress.step < config.optim.steps)
         self.stop.say = self.saving.say = self.validation.say = self.metrics.say
+        self.validation.alert = self.metrics.alert
         self.stop.left_s = self.left_s
         self.saving.prepare()
 
@@ -106,6 +116,11 @@ class Trainer:
         """Steps taken so far, skipped ones included."""
         return self.progress.step
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal ends the run here."""
+        return self.stopped_by > 0
+
     def run(self) -> dict[str, float]:
         """Trains to the last step or until a signal, and saves; returns the last validation's results, if there are."""
         config, progress = self.config, self.progress
@@ -120,8 +135,8 @@ class Trainer:
             self._log(values | {"time/left_s": (config.optim.steps - self.step) * a_step})
             self._refuse_to_go_on_skipping()
             if asked.stop_signal:
-                self.is_stopped = True
-                name = signal.Signals(int(asked.stop_signal)).name
+                self.stopped_by = int(asked.stop_signal)
+                name = signal.Signals(self.stopped_by).name
                 self.metrics.say(f"stopping after step {self.step} on signal {name}")
                 break
             if self._is_due(config.validation.every_steps):
@@ -148,9 +163,9 @@ class Trainer:
         every, is_last = self.config.logging.every_steps, self.step == self.config.optim.steps
         if self.runtime.is_main:
             values = values | self.metrics.history.values(self.progress.trained_s)
-        if is_last or self._must_end() or self.step % every == 0:
-            self.metrics.log(self.step, values)
-            self.metrics.show(self.step, values)
+        is_due = is_last or self._must_end() or self.step % every == 0
+        self.metrics.log_step(self.step, values, is_due)
+        if is_due:
             self.saving.stall_s = 0.0
 
     def _must_end(self) -> bool:
@@ -172,56 +187,71 @@ class Trainer:
         fetched = time.perf_counter()
 
         self.stop.gate(is_open=True)  # from here to the next gate the step can be abandoned
-        counts = reduced(self._count(batches, problem))
+        counts = summed(self._count(batches, problem))
         if counts.unread:
             raise_together(problem)
         device = self.runtime.device
         weight = token_weight(counts.valid_targets / self.mesh.ranks_of_a_reader, device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for batch, split in zip(batches, splits, strict=True):
-            loss += forward_backward(self.model, LocalBatch.of(batch, split, self.mesh, device), weight)
+            loss += forward_backward(
+                self.model, LocalBatch.of(batch, split, self.mesh, device), weight, self.clock.part
+            )
             self.parts_done += 1
             self.metrics.show_progress(self.step + 1, self.parts_done, len(batches))
-        norm = global_norm(list(self.parameters.values()))
+        with self.clock.part("optimizer"):
+            norm = global_norm(list(self.parameters.values()))
         loss_value, norm_value = torch.stack((global_loss(loss, self.mesh), norm.double())).tolist()  # waits for a GPU
 
         self.stop.gate(is_open=False)
-        asked = reduced(self._look_around(batches, splits))  # here every rank knows that none abandons the step
+        asked = largest(self._look_around(batches, splits))  # here every rank knows that none abandons the step
         if asked.save_failed:
             self.saving.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
-        lr = self.config.optim.lr * schedule(self.step, self.config.optim)
-        self._update(loss_value, norm_value, norm)
+        rates = self.optimizer.rates(self.step)
+        span = attention_span(self.config.data, self.step)
+        with self.clock.part("optimizer"):
+            is_clipped = self._update(loss_value, norm_value, norm)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.began, self.expected_s = 0.0, seconds
-        return self.throughput.of_step(seconds, counts) | {
+        return {
             "loss/train": loss_value,
             "optim/grad_norm": norm_value,
-            "optim/lr": lr,
+            "optim/clipped": float(is_clipped),
             "optim/skipped_steps": self.progress.skipped,
             "time/data_s": fetched - began,
             "time/checkpoint_stall_s": self.saving.stall_s,
             "data/tokens": self.progress.consumed * self.config.data.sequence_length,
             "data/attention_imbalance": asked.imbalance,
+            **rates,
+            **({} if span is None else {"data/span": float(span)}),
+            **self.throughput.of_step(seconds, counts),
+            **{f"time/{part}_s": part_s for part, part_s in self.clock.take_seconds().items()},
+            **{f"mem/{name}": value for name, value in asked.memory._asdict().items() if value},
+            **self.saving.checkpoints.speed,
         }, asked
 
-    def _update(self, loss: float, norm_value: float, norm: torch.Tensor) -> None:
-        """Clips and updates, or skips: every rank has the same numbers and does the same."""
+    def _update(self, loss: float, norm_value: float, norm: torch.Tensor) -> bool:
+        """Clips and updates, or skips, alike on all ranks, which have the same numbers; returns whether it clipped."""
         progress, clip_norm = self.progress, self.config.optim.clip_norm
+        is_clipped = bool(clip_norm) and math.isfinite(norm_value) and norm_value > clip_norm
         if math.isfinite(loss) and math.isfinite(norm_value):
-            if clip_norm and norm_value > clip_norm:
+            if is_clipped:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
             self.optimizer.step(self.step)
             progress.skipped_in_row = 0
         else:  # parameters and optimizer stay as they were
             progress.skipped += 1
             progress.skipped_in_row += 1
-            self.metrics.say(f"step {self.step + 1} skipped on all ranks: loss {loss}, gradient norm {norm_value}")
+            what = f"step {self.step + 1} skipped on all ranks: loss {loss}, gradient norm {norm_value}"
+            self.metrics.say(what)
+            self.metrics.alert("not finite", what)
         self.optimizer.zero_grad()
         progress.step += 1
         progress.consumed += self.config.data.sequences_per_step
+        return is_clipped
 
     def _fetch(self) -> tuple[list[Batch], UserError | None]:
         """The step's micro-batches, or why they cannot be read here."""
@@ -251,6 +281,7 @@ class Trainer:
             stop_signal=self.stop.number,
             save_asked=self.stop.take_save_asked(),
             save_failed=self.saving.checkpoints.has_failed,
+            memory=self.throughput.memory(),
         )
 
     def left_s(self) -> float:
@@ -279,14 +310,17 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, logged and said; none if there is nothing to validate with."""
+        began = time.perf_counter()
         results = self.validation.run(self.stop)
         if results is None:
-            self.is_stopped = True
+            self.stopped_by = self.stop.number or signal.SIGTERM  # of another rank
             self.metrics.say(f"validation after step {self.step} left on a signal to stop")
             return {}
         if results:
             tokens = self.progress.consumed * self.config.data.sequence_length
-            self.metrics.log(self.step, {"data/tokens": tokens, **results, **self.validation.speeds()})
+            speeds = self.validation.speeds()
+            took = {"time/validation_s": time.perf_counter() - began}
+            self.metrics.log(self.step, {"data/tokens": tokens, **results, **speeds, **took})
             self.context_parallel.take_waited_seconds()  # which no training step has waited
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""
@@ -294,9 +328,15 @@ class Trainer:
             self.progress.validated = self.step, results["loss/val"]
         return results
 
+    def ending(self) -> Ending:
+        """How the run ends, if it ends now."""
+        if self.failure is not None:
+            return Ending.by_error(self.failure)
+        return Ending.by_signal(self.stopped_by) if self.is_stopped else COMPLETE
+
     def close(self) -> None:
         """Ends logging; the run can be resumed from what it has saved."""
         self.context_parallel.close()
         self.saving.checkpoints.close()
-        self.metrics.close(exit_code=int(self.has_failed))
+        self.metrics.close(self.ending())
         self.folder.close()

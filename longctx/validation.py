@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from longctx.config import Config
@@ -21,6 +23,7 @@ class Validation:
         """Says so if there is too little text to validate with."""
         self.config, self.model, self.mesh, self.runtime = config, model, mesh, runtime
         self.say = runtime.say  # that of the metrics, once there are any
+        self.alert: Callable[[str, str], None] = lambda _title, _text: None  # alike
         self.source = validation_source(config, tokens, runtime)
         self.probes = probes(config, tokens)
         self.token_bytes = tokens.token_bytes if tokens else None
@@ -52,4 +55,5 @@ class Validation:
         speeds, message = compare_ranks(self.runtime) if self.runtime.world_size > 1 else ({}, None)
         if message:
             self.say(message)
+            self.alert("slow rank", message)
         return speeds

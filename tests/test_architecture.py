@@ -21,7 +21,8 @@ SOURCES = [
 MAY_IMPORT: dict[str, set[str]] = {
     # the foundation: the standard library, and what is named here
     "errors": set(), "console": set(), "machine": set(), "batch": set(), "config": set(), "step_counters": set(),
-    "files": set(), "trace": set(), "local_part": set(),
+    "files": set(), "trace": set(), "local_part": set(), "metric_names": set(), "metrics_file": set(), "summary": set(),
+    "page": set(), "step_clock": set(),
     "config_checks": {"config", "errors"},
     "suggest": {"config"},
     "plan": {"config"},
@@ -46,25 +47,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"config", "schedule"},
     "checkpoint": {"errors", "files", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model"},
-    "metrics": {"config", "console", "run_info"},
-    "report": {"metrics"},
+    "run_facts": {"config", "data", "files", "machine", "model", "parallel", "run_info", "runtime"},
+    "wandb_log": {"config", "metric_names", "metrics_file", "run_info", "summary"},
+    "metrics": {"console", "files", "metrics_file", "run_facts", "run_info", "wandb_log"},
+    "report": {"metric_names", "metrics_file", "page", "plan", "run_facts", "summary"},
     # the run
     "evaluate": {"config", "data", "errors", "parallel", "runtime"},
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
-        "batch", "config", "metrics", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
+        "batch", "config", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",
     },
     "trainer": {
         "batch", "config", "data", "errors", "hugging_face", "metrics", "model", "optim", "parallel", "run_folder",
-        "run_info", "runtime", "saving", "schedule", "sources", "step_counters", "stopping", "throughput", "trace",
-        "validation",
+        "run_facts", "run_info", "runtime", "saving", "sources", "step_clock", "step_counters", "stopping",
+        "throughput", "trace", "validation",
     },
     "run": {
-        "command_line", "config", "config_checks", "evaluate", "metrics", "report", "run_info", "runtime", "stopping",
-        "throughput", "trainer", "watchdog",
+        "command_line", "config", "config_checks", "evaluate", "metrics_file", "parallel", "report", "run_info",
+        "runtime", "stopping", "trainer", "watchdog",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ALONE = (
@@ -78,7 +81,7 @@ STANDARD_LIBRARY_ALONE = (
     "command_line",
 )
 ONLY_IN = {
-    "wandb": ("metrics",), "matplotlib": ("report", "data"), "pyarrow": ("data",), "tqdm": ("metrics", "data"),
+    "wandb": ("wandb_log",), "matplotlib": ("page", "data"), "pyarrow": ("data",), "tqdm": ("metrics", "data"),
     "omegaconf": ("resume", "hugging_face"),
 }  # fmt: skip
 NOWHERE = ("train", "tools", "tests", "kernels", "pickle", "hydra")  # `kernels` loads every module twice

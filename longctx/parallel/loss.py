@@ -9,12 +9,19 @@ different tokens. The ranks of `tensor` hold the same ones, and each computes th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.mesh import Mesh
+
+
+def _untimed(_name: str) -> AbstractContextManager:
+    return nullcontext()
 
 
 def token_weight(valid_tokens: float, device: torch.device, alike: int = 1) -> Tensor:
@@ -25,10 +32,17 @@ def token_weight(valid_tokens: float, device: torch.device, alike: int = 1) -> T
     return torch.tensor(1 / max(valid_tokens, 1) / alike, dtype=torch.float32, device=device)
 
 
-def forward_backward(model: nn.Module, batch: LocalBatch, weight: Tensor) -> Tensor:
-    """Adds the gradients of a micro-batch to those of the model; returns this rank's part of the loss, float32."""
-    loss = model(*batch, weight)
-    loss.backward()
+def forward_backward(
+    model: nn.Module, batch: LocalBatch, weight: Tensor, part: Callable[[str], AbstractContextManager] = _untimed
+) -> Tensor:
+    """Adds the gradients of a micro-batch to those of the model; returns this rank's part of the loss, float32.
+
+    `part`: around the forward and the backward pass, with their names, to time them.
+    """
+    with part("forward"):
+        loss = model(*batch, weight)
+    with part("backward"):
+        loss.backward()
     return loss.detach()
 
 

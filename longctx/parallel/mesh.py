@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longctx.config import ParallelConfig, resolve_shard
 
+AXES = ("replicate", "shard", "context", "tensor")
+
 
 @dataclass(frozen=True)
 class Mesh:

@@ -19,7 +19,8 @@ from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_forei
 from longctx.config import Config, ParallelConfig, Schedule, warmup_steps
 from longctx.config_checks import check
 from longctx.errors import ConfigError, UserError
-from longctx.metrics import Metrics, read_metrics
+from longctx.metrics import Metrics
+from longctx.metrics_file import read_metrics
 from longctx.plan import in_words, parameters, state_bytes
 from longctx.suggest import explain_unknown_key, text_keys
 from runs import ROOT, TORCHRUN, composed, run_info, small_config
@@ -348,6 +349,6 @@ def test_metrics_have_no_nan(tmp_path, corpus):
     assert [line["loss/train"] for line in lines][-1] is None
     assert (tmp_path / "test" / "report.html").exists()
     before = (tmp_path / "test" / "metrics.jsonl").read_bytes()
-    metrics = Metrics(run_info(config), 3, True)
+    metrics = Metrics(run_info(config), {"device": "CPU", "ranks": 1}, 3, True)
     metrics.close()
     assert (tmp_path / "test" / "metrics.jsonl").read_bytes() == before  # of a run that has resumed, too

@@ -95,7 +95,7 @@ def test_parquet(tmp_path, small_pieces):
     pieces = find_pieces([path], "body")
     assert len(pieces) > 3
     assert texts_of(pieces) == TEXTS
-    assert [d.name for piece in pieces for d in piece.documents()] == [f"a.parquet@{i}" for i in range(60 + 12 * kills)]
+    assert [d.name for piece in pieces for d in piece.documents()] == [f"a.parquet@{i}" for i in range(300)]
     with pytest.raises(DataError, match=r"a.parquet: no column 'text' but body, id; name it with --text-field"):
         texts_of(find_pieces([path]))
     pq.write_table(pa.table({"text": ["a", None]}), path)

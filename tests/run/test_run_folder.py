@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,15 +14,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import checkpoint, runtime
 from longctx import run_folder as run_folder_module
-from longctx import trainer as trainer_module
 from longctx.checkpoint import CheckpointError, Checkpoints, list_checkpoints, read_manifest, verify_files
-from longctx.config import Config, LoggingConfig, WandbMode
+from longctx.config import Config
 from longctx.errors import UserError
 from longctx.files import write_manifest
-from longctx.metrics import Metrics, has_wandb_key, read_metrics, wandb_mode
+from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
 from ranks import run_on_ranks
-from runs import ROOT, run_info, small_config, train, trainer_of
+from runs import ROOT, small_config, train, trainer_of
 
 
 def go(config: Config):
@@ -275,104 +273,3 @@ def test_a_folder_that_is_renamed_ends_a_run_with_a_message(tmp_path, corpus):
 
     with pytest.raises(UserError, match="No such file or directory"):
         rename_and_train()
-
-
-# wandb ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("variables", "mode"),
-    [
-        ({"WANDB_API_KEY": "k"}, "online"),
-        ({}, "offline"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
-        ({"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
-        ({"WANDB_MODE": "disabled"}, "disabled"),
-        ({"WANDB_DISABLED": "true", "WANDB_API_KEY": "k"}, "disabled"),
-    ],
-    ids=str,
-)
-def test_wandbs_own_variables_decide(tmp_path, monkeypatch, variables, mode):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert wandb_mode(LoggingConfig()) == mode
-    assert wandb_mode(LoggingConfig(wandb=WandbMode.online)) == "online"  # the configuration, where it says something
-
-
-def test_a_key_of_another_server_counts(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
-    (tmp_path / "netrc").write_text("machine wandb.company.com login user password " + "0" * 40 + "\n")
-    assert not has_wandb_key()
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.company.com")
-    assert has_wandb_key()
-    monkeypatch.delenv("WANDB_BASE_URL")
-    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.company.com\n")
-    assert has_wandb_key()
-
-
-class FakeRun:
-    """Of wandb: what was logged, and how it ended."""
-
-    def __init__(self) -> None:
-        self.rows, self.codes, self.words, self.config = [], [], {}, self
-
-    def update(self, *_arguments, **_words) -> None:
-        pass
-
-    def log(self, values, step) -> None:
-        self.rows.append((step, values["loss/train"]))
-
-    def finish(self, exit_code) -> None:
-        self.codes.append(exit_code)
-
-
-@pytest.fixture
-def fake_wandb(monkeypatch):
-    import wandb
-
-    run = FakeRun()
-    monkeypatch.setattr(wandb, "init", lambda **words: run.words.update(words) or run)
-    return run
-
-
-def test_an_offline_run_that_resumes_has_all_steps(tmp_path, monkeypatch, fake_wandb):
-    """Two folders of wandb with one id: a sync keeps the last, so it must hold what the first did."""
-    monkeypatch.setenv("WANDB_PROJECT", "p")
-    config = Config(name="a", folder=str(tmp_path), logging=LoggingConfig(wandb=WandbMode.offline))
-    config.run_folder.mkdir()
-    first = Metrics(run_info(config), 0, True)
-    first.log(1, {"loss/train": 3.0})
-    first.log(2, {"loss/train": 2.0})
-    first.close()
-    fake_wandb.rows.clear()
-    second = Metrics(run_info(config), 2, True)
-    second.log(3, {"loss/train": 1.0})
-    second.close(exit_code=1)
-    assert fake_wandb.rows == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert fake_wandb.codes == [0, 1]
-    assert fake_wandb.words["project"] == "p"
-
-
-def test_a_run_that_fails_has_failed(tmp_path, corpus, fake_wandb, monkeypatch):
-    config = small_config(tmp_path, corpus, optim__max_skipped_steps=1, logging__wandb=WandbMode.offline)
-    build = trainer_module.parallelize
-
-    def broken(*arguments):
-        model, context_parallel = build(*arguments)
-        model.head.register_forward_hook(lambda _m, _i, out: out * float("nan"))
-        return model, context_parallel
-
-    monkeypatch.setattr(trainer_module, "parallelize", broken)
-    with pytest.raises(UserError, match="1 steps in a row were not finite"):
-        train(config)
-    assert fake_wandb.codes == [1]
-    assert (config.run_folder / "report.html").exists()
-    [line] = (config.run_folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["loss/train"] is None
-    assert json.loads(line)["optim/skipped_steps"] == 1

@@ -180,7 +180,7 @@ def test_a_long_step_is_told_before_it_begins(tmp_path, corpus, capsys, monkeypa
 def test_progress_inside_a_step_is_printed(tmp_path, corpus, capsys):
     config = small_config(tmp_path, corpus)
     config.run_folder.mkdir()
-    metrics = Metrics(run_info(config), 0, True)
+    metrics = Metrics(run_info(config), {"device": "CPU", "ranks": 1}, 0, True)
     metrics.show_progress(3, 1, 4)
     assert capsys.readouterr().out == ""
     metrics.shown_at -= 61

@@ -28,7 +28,7 @@ from longctx.config import (
     Strategy,
 )
 from longctx.errors import UserError
-from longctx.metrics import read_metrics
+from longctx.metrics_file import read_metrics
 from ranks import run_on_ranks
 from runs import ROOT, TORCHRUN, losses_of, small_config, train, trainer_of
 
@@ -91,7 +91,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert "loss/val_bits_per_byte" in validations[0]
     assert {"loss/pos/1", "loss/pos/16", "recall/32"} <= set(validations[0])
     report = (tmp_path / "test" / "report.html").read_text()
-    assert report.count("<svg") == 8
+    assert report.count("<svg") == 9
     assert "_backward" in (tmp_path / "test" / "trace_step_6.txt").read_text()
     assert json.loads(gzip.decompress((tmp_path / "test" / "trace_step_6.json.gz").read_bytes()))["traceEvents"]
     assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
