@@ -1,0 +1,176 @@
+"""`report.html`: what it says, and how a browser shows it, where there is one."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longctx.page import POINTS, Chart, page, smoothed, thinned
+from longctx.report import write_report
+from longctx.summary import summary
+
+RECORD = {
+    "name": "long <run>", "started_at": 1.79e9, "ended_at": 1.79e9 + 7300, "ended": "stopped by SIGTERM",
+    "wandb": "https://wandb.ai/somebody/longctx/runs/1",
+    "configuration": {
+        "model": {"layers": 12, "width": 768, "heads": 6, "kv_heads": 2, "head_dim": 128},
+        "data": {"sequence_length": 32768},
+    },
+    "facts": {
+        "parameters": 124.4e6, "data": "builtin (0a1b)", "tokens_per_step": 262144, "ranks": 2, "machines": 1,
+        "device": "NVIDIA H200", "layout": {"replicate": 1, "shard": 1, "context": 2, "tensor": 1}, "strategy": "ring",
+        "transport": "one-sided copies", "attention": "hopper", "versions": {"torch": "2.11.0"}, "commit": "abc123",
+    },
+}  # fmt: skip
+
+
+def made_run(folder: Path, steps: int = 1000) -> list[dict[str, float]]:
+    """A run's folder with what a run of two GPUs logs."""
+    rows: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        rows.append({
+            "step": step, "loss/train": 3 + 6 / step, "data/tokens": 262144 * step, "perf/step_s": 1.0 + (step < 3),
+            "perf/tokens_per_s": 262144 / (1.0 + (step < 3)), "perf/tokens_per_s_per_gpu": 131072 / (1.0 + (step < 3)),
+            "perf/mfu": 0.5, "perf/mfu_palm": 0.6, "time/data_s": 0.01, "time/forward_s": 0.3, "time/backward_s": 0.6,
+            "time/optimizer_s": 0.05, "time/context_exposed_s": 0.02, "time/checkpoint_stall_s": 0.0,
+            "mem/peak_alloc_gib": 60.0, "mem/peak_reserved_gib": 70.0, "mem/host_gib": 5.0, "mem/transport_gib": 0.5,
+            "mem/peak_of_device": 0.5, "optim/grad_norm": 1.0, "optim/lr": 1e-3, "optim/muon_lr": 0.02, "run/ettr": 0.9,
+        })  # fmt: skip
+        if step % 250 == 0:
+            rows.append({"step": step, "data/tokens": 262144 * step, "loss/val": 4 - step / 1000 * (step < 1000)})
+            rows[-1] |= {f"loss/pos/{2**k}": 4 - 0.1 * k for k in range(15)}
+            rows[-1] |= {f"recall/{2**k}": 1 - 0.05 * k for k in range(5, 15)}
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.json").write_text(json.dumps(RECORD))
+    (folder / "trace_step_5.json.gz").touch()
+    return rows
+
+
+def test_it_opens_with_what_the_run_was(tmp_path):
+    made_run(tmp_path)
+    text = html.unescape(re.sub(r"<[^>]+>", " ", write_report(tmp_path, ["a <sample>"]).read_text()))
+    for line in (
+        "124.4M parameters: 12 layers of width 768, 6 heads of 128 (2 for keys and values)",
+        "builtin (0a1b); 262,144 tokens a step in sequences of 32,768",
+        "2 x NVIDIA H200 on 1 machine, context 2, ring by one-sided copies; attention: hopper",
+        "commit abc123, torch 2.11.0, started ",
+        "; stopped by SIGTERM",
+        "a <sample>",
+    ):
+        assert line in text
+    figures = dict(re.findall(r"<div>([^<]+)<b>([^<]+)</b></div>", (tmp_path / "report.html").read_text()))
+    assert figures == {
+        "best validation loss": "3.2500 (step 750)", "last validation loss": "4.0000 nats a token",
+        "mean speed": "131,072 tokens/s a GPU", "MFU": "50.0 %", "peak memory": "60.0 GiB", "tokens": "262,144,000",
+        "ETTR": "90.0 %", "this start took": "2 h",
+    }  # fmt: skip
+
+
+def test_a_folder_without_anything_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/train": null}\n')
+    assert "<figure" not in write_report(tmp_path, []).read_text()
+
+
+def test_curves_are_thinned_by_means_and_smoothed_behind():
+    x, y = thinned(list(range(4001)), [1.0] * 4000 + [4.0])
+    assert len(x) == len(y) == 364 <= POINTS
+    assert (x[0], y[-1]) == (5.0, 1.375)  # means of 11 points, and of the last 8
+    assert smoothed([0.0] * 30 + [10.0] * 30)[29:34] == [0.0, pytest.approx(10 / 3), pytest.approx(20 / 3), 10.0, 10.0]
+
+
+def test_the_first_steps_of_a_start_are_no_measure_of_speed():
+    rows = [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 0} for s in range(1, 4)]
+    rows += [{"step": float(s), "perf/step_s": 1.0, "perf/tokens_per_s": 10.0, "run/restarts": 0} for s in range(4, 7)]
+    rows += [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 1} for s in range(7, 10)]
+    rows += [{"step": 10.0, "perf/step_s": 2.0, "perf/tokens_per_s": 5.0, "run/restarts": 1}]
+    found = summary(rows)
+    assert found["mean/tokens_per_s"] == pytest.approx(40 / 5)  # tokens over seconds of steps 4, 5, 6 and 10
+    assert found["mean/step_s"] == pytest.approx(5 / 4)
+    assert found["peak/tokens_per_s"] == 10.0
+    assert summary(rows[:2])["mean/tokens_per_s"] == 1.0  # nothing else is left
+
+
+# in a browser --------------------------------------------------------------------------------------------------------
+
+CHECK = """
+<script>
+const errors = [];
+window.addEventListener("error", event => errors.push(event.message));
+window.addEventListener("load", () => {
+  const charts = [...document.querySelectorAll("figure")].map(figure => {
+    const place = figure.querySelector("svg").getBoundingClientRect();
+    const at = {clientX: place.left + 0.6 * place.width, clientY: place.top + 20, bubbles: true};
+    figure.dispatchEvent(new PointerEvent("pointermove", at));
+    return {width: place.width, height: place.height, value: figure.querySelector(".value").textContent};
+  });
+  const page = document.documentElement;
+  document.body.innerHTML = "";
+  document.title = "checked";
+  const found = document.createElement("pre");
+  found.textContent = JSON.stringify({errors, charts, wide: page_width, screen: innerWidth});
+  document.body.append(found);
+});
+let page_width = 0;
+addEventListener("DOMContentLoaded", () => { page_width = document.documentElement.scrollWidth; });
+</script>
+"""
+
+
+def seen(file: Path, width: int) -> dict:
+    """What a browser of so many pixels makes of a page: errors, the size of each picture, what the pointer finds."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser is not None
+    (file.parent / "checked.html").write_text(file.read_text().replace("<title>", f"{CHECK}<title>", 1))
+    result = subprocess.run(
+        [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", f"--user-data-dir={file.parent / 'browser'}",
+            f"--window-size={width},900", "--dump-dom", (file.parent / "checked.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return json.loads(html.unescape(re.findall(r"<pre>(.*)</pre>", result.stdout)[0]))
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_every_picture_is_drawn(tmp_path, width):
+    """Without an error or overflow; and the pointer finds the values. Without a browser, by what is written."""
+    rows = made_run(tmp_path)
+    file = write_report(tmp_path, ["x" * 300])
+    written = re.findall(r'<script type="application/json">(.*?)</script>', file.read_text())
+    assert len(written) == file.read_text().count("<svg") == 9
+    loss = json.loads(written[0])
+    assert [series["label"] for series in loss["series"]] == ["training", "validation"]
+    assert loss["series"][1]["y"] == [row["loss/val"] for row in rows if "loss/val" in row]
+    assert 0 < loss["box"][0] < 0.2
+    assert 0.9 < loss["box"][1] <= 1
+    if shutil.which("chromium") or shutil.which("google-chrome"):
+        found = seen(file, width)
+        assert found["errors"] == []
+        assert found["wide"] <= found["screen"] == width
+        assert len(found["charts"]) == 9
+        for chart in found["charts"]:
+            assert chart["width"] > 300
+            assert 0.4 < chart["height"] / chart["width"] < 0.8
+            assert chart["value"]
+        # the pointer stands at 60 % of the picture, which is a place on the axis between the limits
+        low, high = loss["limits"]
+        tokens = low + (0.6 - loss["box"][0]) / (loss["box"][1] - loss["box"][0]) * (high - low)
+        first, second = found["charts"][0]["value"].split("\n")[:2]
+        near = float(first.removeprefix("tokens ").replace(",", ""))
+        assert near == pytest.approx(tokens, abs=262144 * math.ceil(1000 / POINTS))
+        assert second.startswith("training  3.")
+
+
+def test_a_page_names_nothing_outside():
+    chart = Chart("a", "b", "x", "y")
+    chart.line("l", [1.0, 2.0], [3.0, 4.0])
+    assert not re.search(r'(src|href)="https?:', page("t", chart.html()).replace("xlink:href", ""))
