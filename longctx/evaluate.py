@@ -114,10 +114,16 @@ def validate(
     results = {"loss/val": nats / tokens}
     if text_bytes:
         results["loss/val_bits_per_byte"] = nats / math.log(2) / text_bytes
-    first, last = "loss/pos/1024", max(positions, key=lambda name: int(name.rpartition("/")[2]))
-    if first in positions and last != first:
-        results["loss/last_octave_minus_1k"] = positions[last] - positions[first]
-    return results | positions
+    return results | positions | _last_octave_minus_1k(positions)
+
+
+def _last_octave_minus_1k(positions: dict[str, float]) -> dict[str, float]:
+    """Whether a long context helps, in one number, of the losses by position; none of a context that is not long."""
+    octaves = {int(name.rpartition("/")[2]): loss for name, loss in positions.items()}
+    last = max(octaves)
+    if last <= 1024 or 1024 not in octaves:
+        return {}
+    return {"loss/last_octave_minus_1k": octaves[last] - octaves[1024]}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from longctx import evaluate
 from longctx.config import DataConfig, ParallelConfig
 from longctx.data.loader import Copies
 from longctx.data.packing import IGNORE_INDEX
@@ -59,6 +60,15 @@ def test_validation_by_hand(tmp_path, corpus):
     assert results["loss/val"] == pytest.approx(nats / tokens, rel=1e-6)
     assert results["loss/val_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
     assert results["loss/pos/1"] == pytest.approx(sum(first) / len(first), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [([4.0] * 10 + [3.0, 2.5, 2.25], -0.75), ([4.0] * 10 + [3.0], None), ([4.0], None)]
+)
+def test_the_last_octave_beside_1k(losses, expected):
+    """Of losses at 1, 2, 4, ... tokens; nothing of a context that ends with the octave of 1024."""
+    found = evaluate._last_octave_minus_1k({f"loss/pos/{2**k}": loss for k, loss in enumerate(losses)})
+    assert found == ({} if expected is None else {"loss/last_octave_minus_1k": expected})
 
 
 class RecallsUpTo(torch.nn.Module):

@@ -1,0 +1,88 @@
+"""Every metric is known by name: in the page that explains it, and on the dashboard."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from longctx.config import Optimizer
+from longctx.metric_names import METRICS, metric_of, table
+from longctx.metrics_file import read_metrics
+from longctx.summary import summary
+from longctx.wandb_log import CURVES
+from runs import ROOT, small_config, train
+
+ON_GPUS = {"perf/mfu", "perf/mfu_palm", "mem/peak_reserved_gib", "mem/peak_of_device"}
+ON_RANKS = {"mem/alloc_retries", "mem/transport_gib", "run/slowest_rank", "run/slowest_over_median"}
+OF_LONG_CONTEXT = {"loss/last_octave_minus_1k"}
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory, corpus):
+    """Of a run that logs as much as one process on a CPU can."""
+    config = small_config(
+        tmp_path_factory.mktemp("run"), corpus, optim__optimizer=Optimizer.muon, data__curriculum={0: 32},
+        checkpoint__every_steps=2, optim__steps=4, checkpoint__asynchronous=False,
+    )  # fmt: skip
+    train(config)
+    return read_metrics(config.run_folder / "metrics.jsonl")
+
+
+def test_what_a_run_logs_is_known(lines):
+    logged = {key for line in lines for key in line if key != "step"}
+    assert [key for key in logged if metric_of(key) is None] == []
+    known = {name for name in METRICS if "<" not in name}
+    assert known - logged == ON_GPUS | ON_RANKS | OF_LONG_CONTEXT
+
+
+def test_the_parts_of_a_step_are_its_time(lines):
+    for line in (line for line in lines if "perf/step_s" in line):
+        parts = sum(line[f"time/{part}_s"] for part in ("data", "forward", "backward", "optimizer"))
+        assert 0.8 * line["perf/step_s"] < parts <= line["perf/step_s"]
+        assert line["perf/step_s_p95"] >= line["perf/step_s"] * 0.2
+    assert lines[-2]["checkpoint/gib_per_s"] > 0
+    assert lines[-2]["mem/host_gib"] == lines[-2]["mem/peak_alloc_gib"] > 0.1
+    assert lines[0]["data/span"] == 32
+
+
+def test_the_page_has_the_table():
+    assert table() in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_the_dashboard_names_what_runs_log(tmp_path, lines):
+    result = subprocess.run(
+        [sys.executable, "tools/wandb_dashboard.py", "somebody/longctx", "--output", str(tmp_path / "made.json")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert (made["entity"], made["project"]) == ("somebody", "longctx")
+    sections = made["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [section["name"] for section in sections] == [
+        "Head", "Throughput", "Where a step goes", "Balance", "Memory", "System", "Goodput", "Learning", "Long context",
+    ]  # fmt: skip
+    figures = set(summary(lines)) | {f"mean/{key}" for key in ("mfu", "mfu_palm")}
+    for section in sections:
+        for panel in section["panels"]:
+            config = panel["config"]
+            if panel["viewType"] == "Vega2":
+                tables = json.dumps(config["userQuery"])
+                assert any(f'"{name}_table"' in tables for name, *_ in CURVES.values())
+                continue
+            for name in config["metrics"]:
+                if panel["viewType"] == "Scalar Chart":
+                    assert name.removeprefix("summary_metrics.") in figures
+                else:
+                    assert name in METRICS or name.startswith("system/gpu.0.")
+            assert config.get("xAxis", "step") in ("step", "data/tokens", "_runtime")
+
+
+def test_a_project_is_named_in_full():
+    result = subprocess.run(
+        [sys.executable, "tools/wandb_dashboard.py", "longctx"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "longctx: is not ENTITY/PROJECT; give both, as in https://wandb.ai/ENTITY/PROJECT" in result.stderr
