@@ -17,8 +17,8 @@ from tqdm import tqdm
 from longctx.console import say
 from longctx.files import replace_file
 from longctx.metrics_file import is_number, read_row
-from longctx.run_facts import RunRecord
 from longctx.run_info import COMPLETE, Ending, RunInfo
+from longctx.run_record import RunRecord
 from longctx.wandb_log import WandbThread, wandb_mode
 
 SILENCE_S = 60  # inside a step, after which its progress is printed

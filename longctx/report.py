@@ -14,7 +14,7 @@ from longctx.metric_names import metric_of
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, figures, folded, page, smoothed, table
 from longctx.plan import in_words
-from longctx.run_facts import read_record
+from longctx.run_record import read_record
 from longctx.summary import summary
 
 Rows = list[dict[str, float]]

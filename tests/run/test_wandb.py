@@ -18,7 +18,7 @@ from longctx.config import Config, LoggingConfig, WandbMode
 from longctx.errors import UserError
 from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
-from longctx.run_facts import shown_configuration
+from longctx.run_record import shown_configuration
 from longctx.wandb_log import has_wandb_key, wandb_mode
 from runs import ROOT, run_info, small_config, train
 from wandb_records import axes, configuration, exit_code, history, is_preempted, records, summary_values

@@ -1,0 +1,66 @@
+"""`tools/compare_runs.py`, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import ROOT
+
+
+def made_run(folder: Path, lr: float, speed: float, losses: list[float]) -> None:
+    folder.mkdir(parents=True)
+    lines = [
+        {
+            "step": step, "loss/train": loss, "data/tokens": 100 * step, "perf/tokens_per_s": speed,
+            "perf/tokens_per_s_per_gpu": speed / 2, "perf/step_s": 100 / speed,
+        }
+        for step, loss in enumerate(losses, 1)
+    ]  # fmt: skip
+    lines.append({"step": len(losses), "data/tokens": 100 * len(losses), "loss/val": losses[-1], "loss/pos/1": 5.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = {"configuration": {"name": folder.name, "optim": {"lr": lr, "steps": 9}}, "facts": {"ranks": 2}}
+    (folder / "run.json").write_text(json.dumps(record | {"ended": "complete"}))
+
+
+def compare(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/compare_runs.py", *words, "--output", str(folder / "page.html")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_what_differs_and_how_much(tmp_path):
+    made_run(tmp_path / "a", 1e-3, 1000, [4.0, 3.0, 2.5, 2.0, 2.0])
+    made_run(tmp_path / "b", 2e-3, 1500, [4.0, 3.0, 2.5, 2.0, 1.5])
+    result = compare(tmp_path, f"{tmp_path}/[ab]")
+    assert result.returncode == 0, result.stderr
+    rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()]
+    assert ["a", "b"] in rows
+    assert ["tokens/s", "1,000", "1,500"] in rows
+    assert ["last validation loss", "2.0000", "1.5000"] in rows
+    assert [row[1:] for row in rows if row[0] == "relative to the first"] == [
+        ["1.000", "0.750"], ["1.000", "1.500"], ["1.000", "1.500"],
+    ]  # fmt: skip
+    assert ["optim.lr", "0.001", "0.002"] in rows
+    assert not any("optim.steps" in row or "run.ranks" in row for row in rows)
+    written = (tmp_path / "page.html").read_text()
+    charts = [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', written)]
+    assert all([series["label"] for series in chart["series"]] == ["a", "b"] for chart in charts)
+    assert len(charts) == 4  # of training, validation, throughput and by position
+
+
+def test_equal_losses_are_asserted(tmp_path):
+    made_run(tmp_path / "a", 1e-3, 1000, [4.0, 3.0])
+    made_run(tmp_path / "b", 1e-3, 1000, [4.0, 3.0 + 1e-7])
+    made_run(tmp_path / "c", 1e-3, 1000, [4.0, 3.1])
+    made_run(tmp_path / "d", 1e-3, 1000, [4.0])
+    assert compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "b"), "--assert-equal").returncode == 0
+    result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "c"), "--assert-equal")
+    assert result.returncode == 1
+    assert "not equal: step 2: a has loss 3.0, c 3.1, 3.3e-02 apart; --tolerance is 1e-05" in result.stderr
+    result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "d"), "--assert-equal")
+    assert "not equal: a has 2 steps, d 1; they must be the same ones" in result.stderr
+    result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "nothing"))
+    assert f"{tmp_path}/nothing: no folder of a run" in result.stderr

@@ -1,0 +1,174 @@
+"""Compares runs: `python tools/compare_runs.py runs/a runs/b ...` (folders, or patterns such as 'runs/lr-*').
+
+Writes one page with their curves over each other, and prints what differs in configuration and results, speed and loss
+relative to the first. `--assert-equal` fails if the training losses differ, as those of two layouts must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import html
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from longctx.metrics_file import read_metrics
+from longctx.page import Chart, charts, page, smoothed, table
+from longctx.report import octaves, series, speed_of
+from longctx.run_record import read_record
+from longctx.summary import summary
+
+RESULTS = {  # by their name in `summary`: what they are called, how they are written
+    "best/loss_val": ("best validation loss", "{:.4f}"), "best/step": ("at step", "{:,.0f}"),
+    "last/loss_val": ("last validation loss", "{:.4f}"), "last/bits_per_byte": ("bits a byte", "{:.4f}"),
+    "mean/tokens_per_s": ("tokens/s", "{:,.0f}"), "mean/tokens_per_s_per_gpu": ("tokens/s a rank", "{:,.0f}"),
+    "mean/mfu": ("MFU", "{:.1%}"), "mean/step_s": ("seconds a step", "{:.4g}"),
+    "peak/mem_alloc_gib": ("peak memory, GiB", "{:.2f}"), "last/tokens": ("tokens", "{:,.0f}"),
+    "last/ettr": ("ETTR", "{:.1%}"), "last/skipped_steps": ("skipped steps", "{:.0f}"),
+}  # fmt: skip
+RELATIVE = ("mean/tokens_per_s", "mean/tokens_per_s_per_gpu", "last/loss_val")  # also told as a ratio to the first run
+NO_DIFFERENCE = ("name", "folder")  # of a configuration: which run it is
+
+
+class Run(NamedTuple):
+    """What a run's folder holds."""
+
+    name: str
+    record: dict[str, Any]
+    rows: list[dict[str, float]]
+    figures: dict[str, float]
+
+
+def open_runs(patterns: list[str]) -> list[Run]:
+    """The runs of folders and patterns, in that order. Raises SystemExit where there is none, and of fewer than two."""
+    folders: list[Path] = []
+    for pattern in patterns:
+        found = sorted(Path(path) for path in glob.glob(pattern) if (Path(path) / "metrics.jsonl").is_file())
+        if not found:
+            sys.exit(f"{pattern}: no folder of a run (with a metrics.jsonl); give runs/NAME, or a pattern in quotes")
+        folders += [folder for folder in found if folder not in folders]
+    if len(folders) < 2:
+        sys.exit(f"{folders[0]}: is one run; give another to compare it with")
+    runs = []
+    for folder in folders:
+        rows = read_metrics(folder / "metrics.jsonl")
+        runs.append(Run(folder.name, read_record(folder), rows, summary(rows)))
+    return runs
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values by dotted keys, as text."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = str(value)
+    return found
+
+
+def differences(runs: list[Run]) -> list[list[str]]:
+    """A row for each key of configuration and facts whose values are not all the same."""
+    of_runs = [
+        flat(run.record.get("configuration", {})) | flat(run.record.get("facts", {}), "run.")
+        for run in runs
+    ]  # fmt: skip
+    keys = sorted({key for values in of_runs for key in values} - set(NO_DIFFERENCE))
+    rows = [[key, *(values.get(key, "") for values in of_runs)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def results(runs: list[Run]) -> list[list[str]]:
+    """A row for each figure, and one for its ratio to the first run's where that tells something."""
+    rows = []
+    for key, (name, form) in RESULTS.items():
+        values = [run.figures.get(key, math.nan) for run in runs]
+        if not any(map(math.isfinite, values)):
+            continue
+        rows.append([name, *(form.format(value) if math.isfinite(value) else "" for value in values)])
+        if key in RELATIVE:
+            ratios = [value / values[0] for value in values]
+            rows.append(["  relative to the first", *(f"{x:.3f}" if math.isfinite(x) else "" for x in ratios)])
+    rows.append(["ended", *(str(run.record.get("ended", "")) for run in runs)])
+    return rows
+
+
+def curves(runs: list[Run]) -> list[Chart]:
+    """Of all runs over each other."""
+    speed, unit = speed_of(runs[0].record)
+    made = []
+    for title, x, y, key, is_smoothed in (
+        ("Training loss", "tokens", "nats a token", "loss/train", True),
+        ("Validation loss", "tokens", "nats a token", "loss/val", False),
+        ("Throughput", "step", unit, f"perf/{speed}", True),
+        ("Memory", "step", "GiB", "mem/peak_alloc_gib", False),
+        ("Gradient norm", "step", "before clipping", "optim/grad_norm", True),
+    ):
+        chart = Chart(title, "The mean of the last steps." if is_smoothed else "", x, y)
+        for run in runs:
+            places, values = series(run.rows, "data/tokens" if x == "tokens" else "step", key)
+            chart.line(run.name, places, smoothed(values) if is_smoothed else values)
+        made.append(chart)
+    for title, x, y, prefix in (
+        ("Validation loss by position", "tokens of the document before it", "nats a token", "loss/pos/"),
+        ("Recall by distance", "tokens back", "share recalled", "recall/"),
+    ):
+        chart = Chart(title, "Of each run's last validation.", x, y, is_log=True)
+        for run in runs:
+            last = next((octaves(row, prefix) for row in reversed(run.rows) if octaves(row, prefix)), {})
+            chart.line(run.name, sorted(last), [last[at] for at in sorted(last)], marker="o", markersize=3)
+        made.append(chart)
+    return made
+
+
+def unequal(runs: list[Run], tolerance: float) -> str | None:
+    """The first step whose training loss is not that of the first run, up to a relative `tolerance`; None: all are."""
+    first = {row["step"]: row["loss/train"] for row in runs[0].rows if "loss/train" in row}
+    for run in runs[1:]:
+        other = {row["step"]: row["loss/train"] for row in run.rows if "loss/train" in row}
+        if first.keys() != other.keys():
+            return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
+        for step, loss in first.items():
+            if not math.isclose(loss, other[step], rel_tol=tolerance):
+                return (
+                    f"step {step:.0f}: {runs[0].name} has loss {loss!r}, {run.name} {other[step]!r}, "
+                    f"{abs(other[step] / loss - 1):.1e} apart; --tolerance is {tolerance:g}"
+                )
+    return None
+
+
+def printed(rows: list[list[str]], head: list[str]) -> str:
+    """A table for the console."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a pattern in quotes")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page (%(default)s)")
+    parser.add_argument("--assert-equal", action="store_true", help="fail if the training losses differ")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="relative, of --assert-equal (%(default)s)")
+    given = parser.parse_args()
+    runs = open_runs(given.runs)
+    head = ["", *(run.name for run in runs)]
+    rows, changed = results(runs), differences(runs)
+    print(printed(rows, head))
+    if changed:
+        print(f"\nwhat differs:\n{printed(changed, head)}")
+    title = f"{runs[0].name} and {len(runs) - 1} more" if len(runs) > 2 else f"{runs[0].name} and {runs[1].name}"
+    body = [
+        table(rows, head), charts(curves(runs)), f"<h2>{html.escape('What differs')}</h2>", table(changed, head),
+    ]  # fmt: skip
+    given.output.write_text(page(title, "\n".join(body)))
+    print(f"\npage: {given.output}")
+    if given.assert_equal and (problem := unequal(runs, given.tolerance)):
+        sys.exit(f"not equal: {problem}")
+
+
+if __name__ == "__main__":
+    main()
