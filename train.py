@@ -11,11 +11,13 @@ import faulthandler
 import json
 import math
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,10 +28,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx.command_line import as_typed, help_of_keys, name_of_job, refuse_foreign_launchers
+from longctx.command_line import as_typed, help_of_keys, name_of_job, quoted, refuse_foreign_launchers
 from longctx.config import Config
 from longctx.errors import ConfigError, UserError
 from longctx.suggest import all_keys, explain_unknown_key, text_keys
+
+if TYPE_CHECKING:
+    from longctx.run_info import RunInfo
 
 schema = OmegaConf.structured(Config)
 for mapping in (schema.data.mixture, schema.data.curriculum):  # whose keys are the user's
@@ -37,6 +42,7 @@ for mapping in (schema.data.mixture, schema.data.curriculum):  # whose keys are 
 ConfigStore.instance().store(name="schema", node=schema)
 
 
+COMMAND_LINE = "LONGCTX_COMMAND_LINE"  # variable that tells jobs which a launcher starts elsewhere what was typed
 names: list[str] = []  # of the runs of this process: one, or the jobs of a multirun
 failed: list[str] = []  # and those that ended with an error
 
@@ -48,19 +54,31 @@ def main(composed: DictConfig) -> float:
     overrides = [str(word) for word in hydra_config.overrides.task]
     is_multirun = hydra_config.mode == RunMode.MULTIRUN
     try:
-        refuse_foreign_launchers(os.environ)
-        refuse_unknown_keys(composed)
         if is_multirun:
-            composed.name = name_of_job(composed.name, overrides, sys.argv[1:], swept_keys(sys.argv[1:]))
-        if composed.name in names:
-            raise ConfigError([f"name={composed.name} is that of an earlier job of this multirun; sweep the name too"])
-        names.append(composed.name)
+            words = sys.argv[1:] or json.loads(os.environ.get(COMMAND_LINE, "[]"))
+            composed.name = name_of_job(composed.name, overrides, words, swept_keys(words))
+        if composed.name in names and "BasicSweeper" not in hydra_config.sweeper._target_:
+            composed.name = f"{composed.name}-{hydra_config.job.num}"  # a sweeper may draw the same values again
+        if "WANDB_SWEEP_ID" in os.environ:  # a trial, as the agent of a sweep starts it
+            composed.name = f"{composed.name}-{os.environ['WANDB_RUN_ID']}"
+        refuse_unknown_keys(composed)
+        if "submitit" in hydra_config.launcher._target_ and "RANK" not in os.environ:
+            return start_torchrun(composed, overrides, hydra_config.launcher)
+        refuse_foreign_launchers(os.environ)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, Config)
         from longctx.run import train
         from longctx.run_info import RunInfo
 
-        outcome = train(RunInfo(config, OmegaConf.to_yaml(composed, resolve=False), overrides))
+        run = RunInfo(config, OmegaConf.to_yaml(composed, resolve=False), overrides)
+        if is_multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            run = as_on_rank_0(run)
+        if run.config.name in names:
+            raise ConfigError(
+                [f"name={run.config.name} is that of an earlier job of this multirun; sweep the name too"]
+            )
+        names.append(run.config.name)
+        outcome = train(run)
     except UserError as error:
         if not is_multirun:
             fail(str(error))
@@ -79,6 +97,47 @@ def main(composed: DictConfig) -> float:
         leave()
         sys.exit(0)
     return outcome.loss
+
+
+def as_on_rank_0(run: RunInfo) -> RunInfo:
+    """What rank 0's sweeper has chosen: those of other ranks draw other values, which are not used."""
+    from longctx import runtime
+
+    return runtime.start(run.config.parallel.timeout_seconds).run_on_rank_0(lambda: run)
+
+
+def words_of_rank(words: list[str]) -> list[str]:
+    """Of a multirun, the command line of this rank: the sweepers of other ranks than 0 keep their results elsewhere."""
+    if is_main() or not {"-m", "--multirun"} & set(words):
+        return words
+    kept = [word for word in words if not word.startswith(("hydra.sweeper.storage=", "hydra.sweep.dir="))]
+    storage = ["hydra.sweeper.storage=null"] if "hydra/sweeper=optuna" in words else []
+    return [*kept, *storage, f"hydra.sweep.dir={tempfile.mkdtemp(prefix='longctx-sweep-')}"]
+
+
+def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictConfig) -> float:
+    """In a job of submitit, which runs this process once a machine: starts the ranks of this machine.
+
+    As many as `hydra.launcher.gpus_per_node`, else one. Returns the last validation loss.
+    """
+    import submitit  # pyright: ignore[reportMissingImports]: of those who use it
+
+    from longctx.metrics_file import last_validation_loss
+
+    job = submitit.JobEnvironment()
+    ranks = ["--nproc-per-node", str(launcher.get("gpus_per_node") or 1)]
+    if job.num_nodes > 1:
+        port = 20000 + sum(job.job_id.encode()) % 10000
+        ranks += ["--nnodes", str(job.num_nodes), "--node-rank", str(job.node), "--rdzv-backend", "c10d"]
+        ranks += ["--rdzv-id", job.job_id, "--rdzv-endpoint", f"{job.hostnames[0]}:{port}"]
+    else:
+        ranks.append("--standalone")
+    kept = [word for word in overrides if not word.startswith("name=")]
+    command = [sys.executable, "-m", "torch.distributed.run", *ranks, __file__, *kept, f"name={quoted(composed.name)}"]
+    environment = {key: value for key, value in os.environ.items() if key != "WANDB_SWEEP_ID"}  # the name has its trial
+    if subprocess.run(command, env=environment).returncode:
+        raise RuntimeError(f"{composed.name} failed; its output says why")
+    return last_validation_loss(Path(composed.folder) / composed.name / "metrics.jsonl")
 
 
 def end_of_jobs() -> None:
@@ -172,7 +231,8 @@ if __name__ == "__main__":
         if not any(word.startswith("recipe=") for word in sys.argv):
             sys.argv.append("recipe=gpt_tiny")  # Hydra composes before it helps
     try:
-        sys.argv[1:] = typed(sys.argv[1:])
+        sys.argv[1:] = typed(words_of_rank(sys.argv[1:]))
+        os.environ[COMMAND_LINE] = json.dumps(sys.argv[1:])
         main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))

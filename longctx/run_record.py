@@ -46,7 +46,10 @@ def shown_configuration(run: RunInfo) -> dict[str, Any]:
 
 
 class RunRecord:
-    """`run.json`: the configuration and the facts of a run's last start, and how it ended. On rank 0."""
+    """`run.json`: the configuration and the facts of a run's last start, and how it ended. On rank 0.
+
+    `config.yaml` and `overrides.yaml` beside it are what Hydra has composed, and the words that asked for it.
+    """
 
     def __init__(self, run: RunInfo, facts: dict[str, Any]) -> None:
         self.path = run.folder / FILE
@@ -54,6 +57,8 @@ class RunRecord:
             "name": run.config.name, "started_at": time.time(), "ended": "not yet",
             "configuration": shown_configuration(run), "facts": facts,
         }  # fmt: skip
+        (run.folder / "config.yaml").write_text(run.config_yaml)
+        (run.folder / "overrides.yaml").write_text(yaml.safe_dump(run.overrides))
         self.write()
 
     def end(self, how: str, more: dict[str, Any]) -> None:

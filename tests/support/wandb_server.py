@@ -15,6 +15,9 @@ class WandbServer:
     def __init__(self, mood: str = "well") -> None:
         self.mood = mood
         self.logged: list[dict[str, Any]] = []  # lines of history that it was sent
+        self.sweep: str = ""  # the text of a sweep.yaml
+        self.trials: list[dict[str, Any]] = []  # of that sweep, values by their key, still to be run
+        self.states: list[str] = []  # of its trials, as the agent has told
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -49,12 +52,30 @@ class WandbServer:
             project = {"id": "p", "name": given.get("project"), "entity": {"id": "e", "name": "somebody"}}
             bucket = {"id": "b", "name": given.get("name"), "displayName": "d", "config": "{}", "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": bucket | {"project": project}, "inserted": True}}}
+        if "createAgent" in asked["query"]:
+            return {"data": {"createAgent": {"agent": {"id": "a"}}}}
+        if "agentHeartbeat" in asked["query"]:
+            return {"data": {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(self._commands(given))}}}
+        if "sweep(" in asked["query"]:
+            sweep = {"id": "s", "name": "s", "state": "RUNNING", "config": self.sweep, "method": "grid"}
+            sweep["runs"] = {"edges": [], "pageInfo": {"endCursor": None, "hasNextPage": False}}
+            return {"data": {"project": {"sweep": sweep}}}
         if "viewer" in asked["query"]:
             return {"data": {"viewer": {"id": "v", "entity": "somebody", "username": "somebody", "flags": "{}"}}}
         if "createRunFiles" in asked["query"]:
             files = [{"name": name, "uploadUrl": f"{self.url}/put"} for name in given["files"]]
             return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
         return {"data": {}}
+
+    def _commands(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """What an agent is to do next: one trial at a time, then to end."""
+        running = json.loads(given["runState"])
+        if running:
+            return []
+        if not self.trials:
+            return [{"type": "exit"}]
+        values = {key: {"value": value} for key, value in self.trials.pop(0).items()}
+        return [{"type": "run", "run_id": f"t{len(self.trials)}", "program": "train.py", "args": values}]
 
 
 def _handler(of: WandbServer) -> type[BaseHTTPRequestHandler]:
