@@ -4,54 +4,91 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import groupby
 
 WARM_UP_STEPS = 3  # of each start, left out of mean speeds: kernels are compiled there, and caches are empty
+SPEEDS = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "mfu_palm")
+PEAKS = ("alloc_gib", "reserved_gib", "of_device")
+LAST = ("data/tokens", "run/ettr", "run/restarts", "run/lost_steps", "optim/skipped_steps")
 
 
-def summary(rows: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Best and last validation loss, mean and peak speed, MFU, memory, time; what was never logged is left out.
+class Mean:
+    """Over time of a value, with its peak."""
+
+    def __init__(self) -> None:
+        self.sum, self.seconds, self.peak = 0.0, 0.0, -math.inf
+
+    def add(self, value: float, seconds: float) -> None:
+        self.sum, self.seconds, self.peak = self.sum + value * seconds, self.seconds + seconds, max(self.peak, value)
+
+    @property
+    def value(self) -> float:
+        return self.sum / self.seconds
+
+
+class Figures:
+    """Takes the lines of a run one after the other; what was never logged has no figure.
 
     Means are over time: the mean of tokens/s is tokens over seconds, of the lines that were logged.
     """
-    rows = list(rows)
-    steps = [row for row in rows if math.isfinite(row.get("perf/step_s", math.nan))]
-    steady = _steady(steps)
-    validations = [row for row in rows if math.isfinite(row.get("loss/val", math.nan))]
-    found: dict[str, float] = {}
-    if validations:
-        best, last = min(validations, key=lambda row: row["loss/val"]), validations[-1]
-        found |= {"best/loss_val": best["loss/val"], "best/step": best["step"], "last/loss_val": last["loss/val"]}
-        if "loss/val_bits_per_byte" in best:
-            found["best/bits_per_byte"] = best["loss/val_bits_per_byte"]
-            found["last/bits_per_byte"] = last.get("loss/val_bits_per_byte", math.nan)
-    if trained := _finite(steps, "loss/train"):
-        found["last/loss_train"] = trained[-1]
-    for key in ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "mfu_palm", "step_s"):
-        if values := _finite(steady, f"perf/{key}"):
-            seconds = [row["perf/step_s"] for row in steady if math.isfinite(row.get(f"perf/{key}", math.nan))]
-            weights = [1.0] * len(seconds) if key == "step_s" else seconds
-            found[f"mean/{key}"] = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-            if key != "step_s":
-                found[f"peak/{key}"] = max(values)
-    for key in ("alloc_gib", "reserved_gib", "of_device"):
-        if values := _finite(steps, f"mem/peak_{key}"):
-            found[f"peak/mem_{key}"] = max(values)
-    for key in ("data/tokens", "run/ettr", "run/restarts", "run/lost_steps", "optim/skipped_steps"):
-        if values := _finite(steps, key):
-            found[f"last/{key.rpartition('/')[2]}"] = values[-1]
-    return found
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+        self.all: dict[str, Mean] = {}
+        self.steady: dict[str, Mean] = {}  # without the first steps of each start
+        self.steps = {"all": 0, "steady": 0}
+        self.restarts, self.start, self.last_step = 0.0, 0.0, 0.0
+
+    def add(self, row: dict[str, float]) -> None:
+        """A line of a step or of a validation."""
+        row = {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        if "loss/val" in row:
+            self._add_validation(row)
+        if "perf/step_s" in row:
+            self._add_step(row)
+
+    def values(self) -> dict[str, float]:
+        """The figures by name, see docs/metrics.md."""
+        means, kind = (self.steady, "steady") if self.steps["steady"] else (self.all, "all")
+        speeds = {f"mean/{key}": mean.value for key, mean in means.items()}
+        speeds |= {f"peak/{key}": mean.peak for key, mean in means.items() if key != "step_s"}
+        if "mean/step_s" in speeds:
+            speeds["mean/step_s"] = means["step_s"].seconds / self.steps[kind]
+        return self.found | speeds
+
+    def _add_validation(self, row: dict[str, float]) -> None:
+        self.found["last/loss_val"] = row["loss/val"]
+        is_best = row["loss/val"] < self.found.get("best/loss_val", math.inf)
+        if is_best:
+            self.found |= {"best/loss_val": row["loss/val"], "best/step": row["step"]}
+        if "loss/val_bits_per_byte" in row:
+            self.found["last/bits_per_byte"] = row["loss/val_bits_per_byte"]
+            if is_best:
+                self.found["best/bits_per_byte"] = row["loss/val_bits_per_byte"]
+
+    def _add_step(self, row: dict[str, float]) -> None:
+        if row.get("run/restarts", 0.0) != self.restarts:
+            self.restarts, self.start = row.get("run/restarts", 0.0), self.last_step
+        self.last_step = row["step"]
+        is_steady = row["step"] > self.start + WARM_UP_STEPS
+        for kind, means in (("all", self.all), *([("steady", self.steady)] if is_steady else [])):
+            self.steps[kind] += 1
+            for key in ("step_s", *SPEEDS):
+                if f"perf/{key}" in row:
+                    means.setdefault(key, Mean()).add(row[f"perf/{key}"], row["perf/step_s"])
+        for key in PEAKS:
+            if f"mem/peak_{key}" in row:
+                name = f"peak/mem_{key}"
+                self.found[name] = max(self.found.get(name, 0.0), row[f"mem/peak_{key}"])
+        for key in LAST:
+            if key in row:
+                self.found[f"last/{key.rpartition('/')[2]}"] = row[key]
+        if "loss/train" in row:
+            self.found["last/loss_train"] = row["loss/train"]
 
 
-def _steady(steps: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without the first steps of each start; all, if nothing else is left."""
-    steady, start = [], 0.0
-    for _, of_start in groupby(steps, key=lambda row: row.get("run/restarts", 0.0)):
-        rows = list(of_start)
-        steady += [row for row in rows if row["step"] > start + WARM_UP_STEPS]
-        start = rows[-1]["step"]
-    return steady or steps
-
-
-def _finite(rows: list[dict[str, float]], key: str) -> list[float]:
-    return [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
+def summary(rows: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The figures of all lines."""
+    figures = Figures()
+    for row in rows:
+        figures.add(row)
+    return figures.values()

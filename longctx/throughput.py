@@ -8,6 +8,7 @@ import torch
 
 from longctx.batch import Batch
 from longctx.config import Config
+from longctx.data.packing import IGNORE_INDEX
 from longctx.model.transformer import keys_seen, palm_flops, training_flops
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.load_balance import Split
@@ -58,6 +59,15 @@ class Throughput:
                 f"({tflops:.3g} TFLOP, by its products){hint}"
             )
         return seconds
+
+    def count(self, batches: list[Batch], is_unread: bool) -> Summed:
+        """What this rank has read for a step."""
+        return Summed(
+            valid_targets=sum(float((batch.targets != IGNORE_INDEX).sum()) for batch in batches),
+            tflops=sum(training_flops(self.config.model, batch.positions) for batch in batches) / 1e12,
+            documents=sum(float((batch.positions == 0).sum()) for batch in batches),
+            unread=is_unread,
+        )
 
     def imbalance(self, batches: list[Batch], splits: list[Split]) -> float:
         """Load imbalance: the attention work of this rank (visible keys, summed over its queries) over the mean.

@@ -15,14 +15,12 @@ from longctx import run_facts
 from longctx.batch import Batch
 from longctx.config import attention_span
 from longctx.data.loader import Loader
-from longctx.data.packing import IGNORE_INDEX
 from longctx.errors import UserError
 from longctx.hugging_face.load import PretrainedWeights
 from longctx.metrics import Metrics
 from longctx.model.implementations import attention_implementation, fused_implementation
-from longctx.model.transformer import keys_seen, training_flops
 from longctx.optim import Optimizers, global_norm
-from longctx.parallel.load_balance import Split, balanced, in_order
+from longctx.parallel.load_balance import Split
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
 from longctx.parallel.mesh import make_mesh
@@ -34,7 +32,7 @@ from longctx.runtime import Runtime, raise_together
 from longctx.saving import Progress, Saving
 from longctx.sources import keep_tokenizer, open_tokens, training_source
 from longctx.step_clock import StepClock
-from longctx.step_counters import Largest, Summed, largest, summed
+from longctx.step_counters import Largest, largest, summed
 from longctx.stopping import StopSignals
 from longctx.throughput import Throughput
 from longctx.trace import traced
@@ -183,11 +181,11 @@ class Trainer:
         began = time.perf_counter()
         self.began, self.parts_done = began, 0
         batches, problem = self._fetch()
-        splits = [self._split(batch) for batch in batches]
+        splits = [self.context_parallel.split(self.config.model, batch.positions) for batch in batches]
         fetched = time.perf_counter()
 
         self.stop.gate(is_open=True)  # from here to the next gate the step can be abandoned
-        counts = summed(self._count(batches, problem))
+        counts = summed(self.throughput.count(batches, is_unread=problem is not None))
         if counts.unread:
             raise_together(problem)
         device = self.runtime.device
@@ -260,21 +258,6 @@ class Trainer:
         except UserError as error:
             return [], error
 
-    def _split(self, batch: Batch) -> Split:
-        """Which rank of the context axis holds which tokens: so that attention is as much work on each."""
-        length, size = batch.positions.shape[1], self.mesh.size("context")
-        if size == 1 or self.context_parallel.choice.splits_heads:
-            return in_order(length, size)
-        return balanced(keys_seen(self.config.model, batch.positions).sum(0), size)
-
-    def _count(self, batches: list[Batch], problem: UserError | None) -> Summed:
-        return Summed(
-            valid_targets=sum(float((b.targets != IGNORE_INDEX).sum()) for b in batches),
-            tflops=sum(training_flops(self.config.model, b.positions) for b in batches) / 1e12,
-            documents=sum(float((b.positions == 0).sum()) for b in batches),
-            unread=problem is not None,
-        )
-
     def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
         return Largest(
             imbalance=self.throughput.imbalance(batches, splits),
@@ -310,7 +293,6 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Validation metrics of the model as it is, logged and said; none if there is nothing to validate with."""
-        began = time.perf_counter()
         results = self.validation.run(self.stop)
         if results is None:
             self.stopped_by = self.stop.number or signal.SIGTERM  # of another rank
@@ -318,9 +300,7 @@ class Trainer:
             return {}
         if results:
             tokens = self.progress.consumed * self.config.data.sequence_length
-            speeds = self.validation.speeds()
-            took = {"time/validation_s": time.perf_counter() - began}
-            self.metrics.log(self.step, {"data/tokens": tokens, **results, **speeds, **took})
+            self.metrics.log(self.step, {"data/tokens": tokens, **results})
             self.context_parallel.take_waited_seconds()  # which no training step has waited
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""

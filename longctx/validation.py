@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch import nn
@@ -40,7 +41,7 @@ class Validation:
             stop.gate(is_open=True)
             return bool(stop.number)
 
-        where = self.mesh, self.runtime.device
+        began, where = time.perf_counter(), (self.mesh, self.runtime.device)
         try:
             results = validate(self.model, self.source, self.source.size, *where, self.token_bytes, must_stop)
             if not results:
@@ -48,9 +49,10 @@ class Validation:
             results |= recall(self.model, self.probes, self.config.validation.recall_sequences, *where, must_stop)
         except StoppedError:
             return None
-        return results
+        results |= self._speeds()
+        return results | {"time/validation_s": time.perf_counter() - began}
 
-    def speeds(self) -> dict[str, float]:
+    def _speeds(self) -> dict[str, float]:
         """How fast ranks are beside each other; a slow one is said. Collective."""
         speeds, message = compare_ranks(self.runtime) if self.runtime.world_size > 1 else ({}, None)
         if message:

@@ -25,7 +25,7 @@ from longctx.config import LoggingConfig, WandbMode
 from longctx.metric_names import BY_OCTAVE, METRICS
 from longctx.metrics_file import read_metrics
 from longctx.run_info import COMPLETE, Ending, RunInfo
-from longctx.summary import summary
+from longctx.summary import Figures
 
 FINISH_S = 5.0  # what a run may take to end beside waiting for the server
 PROBE_S = 5.0  # how long a server may take to answer, when it is asked whether it is there
@@ -45,6 +45,7 @@ class WandbThread:
         self.ending = COMPLETE
         # wandb keeps an offline run a folder; of two with one id the server keeps the steps of the last, so it has all
         self.earlier = read_metrics(run.metrics_file)
+        self.figures = Figures()
         self.queue: queue.Queue[Action | None] = queue.Queue()
         self.where, self.sync = "", ""  # the run's page, or how to send it there; how to do so in any case
         self.is_left = False  # whether the run has ended without waiting any longer
@@ -60,6 +61,7 @@ class WandbThread:
 
         def action(wandb_run: Any) -> None:
             wandb_run.log(_shown(values | {"step": step}), step=step)
+            self.figures.add(values | {"step": step})
             if "loss/val" in values:
                 self._summarize(wandb_run)
 
@@ -123,17 +125,22 @@ class WandbThread:
         try:
             action(wandb_run)
         except Exception as error:
-            if not self.is_left:
-                self.say(f"wandb: {_in_a_line(error)}; the rest goes on")
+            self._tell(f"{_in_a_line(error)}; the rest goes on")
+
+    def _tell(self, message: str) -> None:
+        """Until the run has ended: what comes later nobody expects."""
+        if not self.is_left:
+            self.say(f"wandb: {message}")
 
     def _summarize(self, wandb_run: Any) -> None:
         """The figures of the whole run that count."""
-        wandb_run.summary.update(summary(read_metrics(self.run.metrics_file)))
+        wandb_run.summary.update(self.figures.values())
 
     def _start(self) -> Any:
         """wandb's run: offline, if its server does not answer."""
-        import wandb
         from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+        import wandb
 
         opentelemetry_proxy.disable()  # wandb's reports on itself, which wait for a silent server when the process ends
         logging, folder = self.logging, self.run.folder
@@ -153,7 +160,7 @@ class WandbThread:
         except wandb.errors.Error as error:
             if self.mode != "online":
                 raise
-            self.say(f"wandb: {_in_a_line(error)}; the run goes on offline")
+            self._tell(f"{_in_a_line(error)}; the run goes on offline")
             self.mode = "offline"
             wandb.teardown()  # its service holds the run's id
             wandb_run = wandb.init(mode="offline", **words)
@@ -164,9 +171,11 @@ class WandbThread:
                 wandb_run.define_metric(name, step_metric=x, summary=metric.summary)
         self.sync = f"{Path(sys.executable).parent / 'wandb'} sync {Path(wandb_run.dir).parent}"
         self.where = str(wandb_run.url) if self.mode == "online" else self.sync
-        self.say(f"wandb: {self.how_to_see_it()}")
-        for row in self.earlier if self.mode == "offline" else ():
-            wandb_run.log(_shown(row), step=int(row["step"]))
+        self._tell(self.how_to_see_it())
+        for row in self.earlier:
+            self.figures.add(row)
+            if self.mode == "offline":
+                wandb_run.log(_shown(row), step=int(row["step"]))
         return wandb_run
 
     def _next(self, wandb_run: Any) -> Action | None:
@@ -183,9 +192,9 @@ class WandbThread:
         server, page = wandb_run.settings.base_url, str(wandb_run.url)
         problem = silence_of(server, PROBE_S)
         if problem and not self.problem:
-            self.say(f"wandb: {problem}; the run goes on, and what is not taken is kept: {self.sync}")
+            self._tell(f"{problem}; the run goes on, and what is not taken is kept: {self.sync}")
         if self.problem and not problem:
-            self.say(f"wandb: {server} answers again")
+            self._tell(f"{server} answers again")
         self.problem, self.where = problem, self.sync if problem else page
 
 

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"config", "data", "errors", "parallel", "runtime"},
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
-        "batch", "config", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
+        "batch", "config", "data", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",

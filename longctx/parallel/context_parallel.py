@@ -7,19 +7,21 @@ it twice, and torch.compile sees no graph break.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from longctx.config import Strategy
+from longctx.config import ModelConfig, Strategy
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.interface import make_options
 from longctx.kernels.attention.options import Saved
+from longctx.model.transformer import keys_seen
 from longctx.parallel.blockwise import Blockwise, SplitCall
 from longctx.parallel.gather import gather
-from longctx.parallel.load_balance import Split, SplitMask
+from longctx.parallel.load_balance import Split, SplitMask, balanced, in_order
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.ring import ring
 from longctx.parallel.strategy import Choice
@@ -51,6 +53,16 @@ class ContextParallel:
     def replace(self, attend: nn.Module) -> ContextAttend:
         """What a model calls in place of its `attend`. Raises ValueError if that has options that cannot be split."""
         return ContextAttend(attend, self)
+
+    def split(self, model: ModelConfig, positions: Tensor) -> Split:
+        """Which rank holds which tokens of sequences, so that attention is as much work on each.
+
+        `positions` (batch, tokens): of each token in its document.
+        """
+        size = math.prod(transport.size for transport in self.transports)
+        if size == 1 or self.choice.splits_heads:
+            return in_order(positions.shape[1], size)
+        return balanced(keys_seen(model, positions).sum(0), size)
 
     def start_timing(self) -> None:
         """From now on waits are measured."""
