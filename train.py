@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,12 +56,12 @@ def main(composed: DictConfig) -> float:
     is_multirun = hydra_config.mode == RunMode.MULTIRUN
     try:
         if is_multirun:
-            words = sys.argv[1:] or json.loads(os.environ.get(COMMAND_LINE, "[]"))
+            words = json.loads(os.environ.get(COMMAND_LINE, "null")) or sys.argv[1:]
             composed.name = name_of_job(composed.name, overrides, words, swept_keys(words))
         if composed.name in names and "BasicSweeper" not in hydra_config.sweeper._target_:
             composed.name = f"{composed.name}-{hydra_config.job.num}"  # a sweeper may draw the same values again
-        if "WANDB_SWEEP_ID" in os.environ:  # a trial, as the agent of a sweep starts it
-            composed.name = f"{composed.name}-{os.environ['WANDB_RUN_ID']}"
+        if "WANDB_SWEEP_ID" in os.environ and (trial := os.environ.get("WANDB_RUN_ID")):  # started by a sweep's agent
+            composed.name = f"{composed.name}-{trial}"
         refuse_unknown_keys(composed)
         if "submitit" in hydra_config.launcher._target_ and "RANK" not in os.environ:
             return start_torchrun(composed, overrides, hydra_config.launcher)
@@ -127,13 +128,17 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
     job = submitit.JobEnvironment()
     ranks = ["--nproc-per-node", str(launcher.get("gpus_per_node") or 1)]
     if job.num_nodes > 1:
-        port = 20000 + sum(job.job_id.encode()) % 10000
+        port = 20000 + zlib.crc32(job.job_id.encode()) % 10000
         ranks += ["--nnodes", str(job.num_nodes), "--node-rank", str(job.node), "--rdzv-backend", "c10d"]
         ranks += ["--rdzv-id", job.job_id, "--rdzv-endpoint", f"{job.hostnames[0]}:{port}"]
     else:
         ranks.append("--standalone")
+    typed_words = json.loads(os.environ.get(COMMAND_LINE, "[]"))
+    places = [i for i, word in enumerate(typed_words) if word.startswith(("--config-dir", "-cd"))]
+    where = [part for i in places for part in typed_words[i : i + (1 if "=" in typed_words[i] else 2)]]
     kept = [word for word in overrides if not word.startswith("name=")]
-    command = [sys.executable, "-m", "torch.distributed.run", *ranks, __file__, *kept, f"name={quoted(composed.name)}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *ranks, __file__]
+    command += [*where, *kept, f"name={quoted(composed.name)}"]
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SWEEP_ID"}  # the name has its trial
     if subprocess.run(command, env=environment).returncode:
         raise RuntimeError(f"{composed.name} failed; its output says why")
@@ -143,7 +148,8 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
 def end_of_jobs() -> None:
     """Fails if a job of this process has failed."""
     if failed:
-        fail(f"{len(failed)} of {len(names)} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
+        jobs = max(len(names), len(failed))  # those that failed early have no name
+        fail(f"{len(failed)} of {jobs} jobs ended with an error:\n" + "\n".join(f"  - {one}" for one in failed))
 
 
 def swept_keys(words: list[str]) -> set[str]:

@@ -17,6 +17,7 @@ from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.data.tokenizer import open_tokenizer
 from longctx.errors import UserError
+from longctx.metric_names import octaves
 from longctx.parallel.load_balance import Split, zigzag
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.mesh import Mesh
@@ -119,11 +120,11 @@ def validate(
 
 def _last_octave_minus_1k(positions: dict[str, float]) -> dict[str, float]:
     """Whether a long context helps, in one number, of the losses by position; none of a context that is not long."""
-    octaves = {int(name.rpartition("/")[2]): loss for name, loss in positions.items()}
-    last = max(octaves)
-    if last <= 1024 or 1024 not in octaves:
+    losses = octaves(positions, "loss/pos/")
+    last = max(losses)
+    if last <= 1024 or 1024 not in losses:
         return {}
-    return {"loss/last_octave_minus_1k": octaves[last] - octaves[1024]}
+    return {"loss/last_octave_minus_1k": losses[last] - losses[1024]}
 
 
 @torch.no_grad()

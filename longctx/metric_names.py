@@ -7,6 +7,11 @@ from typing import NamedTuple
 BY_OCTAVE = ("loss/pos/", "recall/")  # followed by 2^k, which stands for 2^k to 2^(k+1) - 1
 
 
+def octaves(row: dict[str, float], prefix: str) -> dict[int, float]:
+    """The values of a validation by octave: of the names that begin with `prefix`."""
+    return {int(key.removeprefix(prefix)): value for key, value in sorted(row.items()) if key.startswith(prefix)}
+
+
 class Metric(NamedTuple):
     """One number of a line of `metrics.jsonl`."""
 
@@ -67,8 +72,8 @@ METRICS: dict[str, Metric] = {
         "s", "that training has waited for checkpoints since the last line", MAIN, "mean"
     ),
     "time/validation_s": Metric("s", "of a validation", MAIN, "mean"),
-    "time/left_s": Metric("s", "of the remaining steps, by the mean of those of this start", MAIN),
-    "checkpoint/save_s": Metric("s", "from the call to the committed checkpoint, of the last one", MAIN, "mean"),
+    "time/left_s": Metric("s", "until the last step, by the mean of this start, validations and saves included", MAIN),
+    "checkpoint/save_s": Metric("s", "of the last checkpoint, from the first byte written to its commit", MAIN, "mean"),
     "checkpoint/gib_per_s": Metric(
         "GiB/s", "bytes of the last checkpoint, of all ranks, over checkpoint/save_s", ALL, "mean"
     ),

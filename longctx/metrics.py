@@ -47,13 +47,16 @@ class Metrics:
         self.step_seconds: deque[float] = deque(maxlen=STEPS_OF_P95)
         self.speeds: deque[float] = deque(maxlen=STEPS_OF_MEDIAN)
         self.slow_steps = 0  # in a row
+        self.span: float | None = None  # of attention, by the curriculum
+        is_seen = sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
         self.record = RunRecord(run, facts)
+        if start < steps:  # else the record is that of the start that trained
+            self.record.begin()
         mode = wandb_mode(self.logging)
         if mode != "disabled":
             shown = self.record.record["configuration"] | {"run": facts}
             self.wandb = WandbThread(run, mode, shown, self.say)
-        is_seen = sys.stderr is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
 
     def _last_step(self) -> int | None:
         """The last step that an earlier start of the run has logged; lines that cannot be read are set aside."""
@@ -105,7 +108,7 @@ class Metrics:
         tokens_since, seconds_since = self.since_line
         self.since_line = tokens_since + speed * seconds, seconds_since + seconds
         self.step_seconds.append(seconds)
-        self._look_at_speed(step, speed)
+        self._look_at_speed(step, speed, values.get("data/span"))
         if not is_due:
             return
         self.log(step, values | {"perf/step_s_p95": percentile_95(self.step_seconds)})
@@ -115,8 +118,14 @@ class Metrics:
         if self.bar:
             self.bar.update(step - self.bar.n)
 
-    def _look_at_speed(self, step: int, speed: float) -> None:
-        """Alerts, once, of a run that has become slow: below a share of its own median several steps in a row."""
+    def _look_at_speed(self, step: int, speed: float, span: float | None) -> None:
+        """Alerts, once, of a run that has become slow: below a share of its own median several steps in a row.
+
+        Where the span of attention changes, speeds of before are no measure.
+        """
+        if span != self.span:
+            self.span = span
+            self.speeds.clear()
         self.speeds.append(speed)
         if not self.logging.alerts:
             return
@@ -150,10 +159,10 @@ class Metrics:
         with self.bar.external_write_mode():
             say(message)
 
-    def attach(self, report: Path | None, samples: list[tuple[str, str]]) -> None:
-        """Hands W&B what there is to be seen beside numbers, and says where it is. On rank 0."""
+    def attach(self, step: int, report: Path | None, samples: list[tuple[str, str]]) -> None:
+        """Hands W&B what there is to be seen beside numbers after a step, and says where it is. On rank 0."""
         if self.wandb:
-            self.wandb.attach(report, samples, sorted(self.path.parent.glob("trace_step_*.json.gz")))
+            self.wandb.attach(step, report, samples, sorted(self.path.parent.glob("trace_step_*.json.gz")))
             self.say(f"wandb: {self.wandb.how_to_see_it()}")
 
     def record_end(self, ending: Ending) -> None:
@@ -170,7 +179,10 @@ class Metrics:
             return
         if self.bar:
             self.bar.close()
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as error:  # what could not be written before
+            say(f"{self.path}: {error}")
         self.record_end(ending)
         if ending.exit_code == 1:
             self.alert("failed", ending.words)

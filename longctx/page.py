@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,15 +87,16 @@ class Chart:
 
     def line(self, label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         """A curve, thinned to what can be seen, if there is one; `style` as of matplotlib."""
-        if not x:
+        pairs = [pair for pair in zip(x, y, strict=True) if math.isfinite(pair[1])]
+        if not pairs:
             return
-        x, y = thinned(x, y)
+        x, y = thinned([a for a, _ in pairs], [b for _, b in pairs])
         self.series.append({"label": label, "x": x, "y": y})
         self.drawings.append(lambda axes: axes.plot(x, y, **{"label": label, "linewidth": 1.4, **style}))
 
     def faint(self, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-        """A curve behind the others, which the pointer does not read."""
-        x, y = thinned(x, y)
+        """A curve behind the others with all its peaks, which the pointer does not read."""
+        x, y = with_peaks(x, y)
         self.drawings.append(lambda axes: axes.plot(x, y, linewidth=0.7, alpha=0.35, **style))
 
     def areas(self, labels: list[str], x: list[float], ys: list[list[float]]) -> None:
@@ -108,7 +110,7 @@ class Chart:
         self.drawings.append(lambda axes: axes.axhline(y, linestyle="--", linewidth=1, color="gray", label=label))
 
     def limit(self, low: float, high: float) -> None:
-        """The least that the upright axis shows."""
+        """What the upright axis shows."""
         self.drawings.append(lambda axes: axes.set_ylim(low, high))
 
     def html(self) -> str:
@@ -136,7 +138,7 @@ class Chart:
             "x": self.x, "log": self.is_log, "limits": list(axes.get_xlim()), "box": [area.x0, area.x1],
             "series": self.series,
         }  # fmt: skip
-        data = json.dumps(values).replace("</", "<\\/")
+        data = json.dumps(values, allow_nan=False).replace("</", "<\\/")
         return (
             f'<figure><h2>{html.escape(self.title)}</h2>{svg[svg.index("<svg") :]}<div class="value"></div>'
             f'<figcaption>{html.escape(self.sentence)}</figcaption><script type="application/json">{data}</script>'
@@ -152,6 +154,18 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     starts = range(0, len(x), group)
     means = [[sum(values[i : i + group]) / len(values[i : i + group]) for i in starts] for values in (x, y)]
     return means[0], means[1]
+
+
+def with_peaks(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """As `thinned`, but with the least and the largest value of each group."""
+    group = -(-len(x) // (POINTS // 2))
+    if group <= 2:
+        return list(x), list(y)
+    kept = []
+    for start in range(0, len(x), group):
+        places = range(start, min(start + group, len(x)))
+        kept += sorted({min(places, key=y.__getitem__), max(places, key=y.__getitem__)})
+    return [x[i] for i in kept], [y[i] for i in kept]
 
 
 def smoothed(y: list[float]) -> list[float]:

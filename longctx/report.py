@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from longctx.metric_names import metric_of
+from longctx.metric_names import metric_of, octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, figures, folded, page, smoothed, table
 from longctx.plan import in_words
@@ -20,7 +20,6 @@ from longctx.summary import summary
 Rows = list[dict[str, float]]
 PARTS_OF_A_STEP = {  # by what a stack of shares calls them; what is left of the step is `other`
     "data": "time/data_s", "forward": "time/forward_s", "backward": "time/backward_s", "optimizer": "time/optimizer_s",
-    "checkpoint": "time/checkpoint_stall_s",
 }  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def write_report(folder: Path, samples: list[str]) -> Path:
         folded("Last value of every metric", _last_values(rows)),
     ]
     path = folder / "report.html"
-    path.write_text(page(str(record.get("name", folder.name)), "\n".join(body)))
+    path.write_text(page(str(record.get("name", folder.name)), "\n".join(body)), encoding="utf-8")
     return path
 
 
@@ -135,7 +134,7 @@ def _charts(rows: Rows, record: dict[str, Any]) -> list[Chart]:
             rows, "Model FLOPs utilisation", "share of the peak", mfu,
             "The FLOPs that the model needs, causal and within documents, over what the GPUs could do.",
         ),
-        _memory(rows),
+        _memory(rows, record),
         _over_steps(
             rows, "Gradient norm", "before clipping", [("norm", "optim/grad_norm")],
             "A peak is an unusual batch; growth is trouble.",
@@ -154,11 +153,6 @@ def _loss(rows: Rows) -> Chart:
     return chart
 
 
-def octaves(row: dict[str, float], prefix: str) -> dict[int, float]:
-    """The values of a validation by octave."""
-    return {int(key.removeprefix(prefix)): value for key, value in row.items() if key.startswith(prefix)}
-
-
 def _by_octave(rows: Rows, prefix: str, title: str, y: str, x: str, sentence: str) -> Chart:
     chart = Chart(title, sentence, x, y, is_log=True)
     for row in [row for row in rows if octaves(row, prefix)][-4:]:
@@ -172,12 +166,13 @@ def _by_octave(rows: Rows, prefix: str, title: str, y: str, x: str, sentence: st
 
 def _where_a_step_goes(rows: Rows) -> Chart:
     steps = [row for row in rows if "time/forward_s" in row]
-    exposed = [row.get("time/context_exposed_s", 0.0) / row["perf/step_s"] for row in steps]
+    exposed = sum(row.get("time/context_exposed_s", 0.0) for row in steps)
+    passes = sum(row["time/forward_s"] + row["time/backward_s"] for row in steps)
     sentence = "Shares of a step's seconds on rank 0."
-    if any(exposed):
-        sentence += f" Within forward and backward, {100 * exposed[-1]:.1f} % waited for keys and values of others."
+    if exposed:
+        sentence += f" Of forward and backward, {100 * exposed / passes:.1f} % waited for keys and values of others."
     chart = Chart("Where a step goes", sentence, "step", "share")
-    whole = [row["perf/step_s"] + row.get("time/checkpoint_stall_s", 0.0) for row in steps]
+    whole = [row["perf/step_s"] for row in steps]
     shares = {
         part: smoothed([row.get(key, 0.0) / seconds for row, seconds in zip(steps, whole, strict=True)])
         for part, key in PARTS_OF_A_STEP.items()
@@ -190,14 +185,12 @@ def _where_a_step_goes(rows: Rows) -> Chart:
     return chart
 
 
-def _memory(rows: Rows) -> Chart:
+def _memory(rows: Rows, record: dict[str, Any]) -> Chart:
     chart = Chart("Memory", "The most of any rank up to the step.", "step", "GiB")
     for label, key in (("allocated", "peak_alloc"), ("reserved", "peak_reserved"), ("process", "host")):
         chart.line(label, *series(rows, "step", f"mem/{key}_gib"))
-    last = next((row for row in reversed(rows) if row.get("mem/peak_of_device")), None)
-    if last:
-        held = last["mem/peak_reserved_gib"] + last.get("mem/transport_gib", 0.0)
-        chart.level("the device's", held / last["mem/peak_of_device"])
+    if device := record.get("facts", {}).get("device_gib"):
+        chart.level("the device's", device)
     return chart
 
 

@@ -106,7 +106,8 @@ def finish(trainer: Trainer, results: dict[str, float]) -> None:
         shown = f" ({bits:.4f} bits a byte)" if bits else ""
         trainer.metrics.say(f"--- end ---\nvalidation loss {results['loss/val']:.4f} nats a token{shown}")
     report = write_report(trainer, samples)
-    trainer.metrics.attach(report, list(zip(trainer.config.validation.sample_prompts, samples, strict=False)))
+    prompts = trainer.config.validation.sample_prompts
+    trainer.metrics.attach(trainer.step, report, list(zip(prompts, samples, strict=False)))
     if trainer.saving.saved_step == trainer.step:
         say_how_to_go_on(trainer, is_complete)
 
@@ -131,9 +132,13 @@ def abandon(trainer: Trainer) -> None:
             say_how_to_go_on(trainer, is_complete=False)
     except BaseException as error:
         metrics.say(f"the state before step {step} could not be saved: {error}")
-        leave(1)
-    metrics.close(Ending.by_signal(trainer.stop.number or signal.SIGTERM), seconds=3)
-    leave(0)
+        ending = Ending.by_error(error)
+    else:
+        ending = Ending.by_signal(trainer.stop.number or signal.SIGTERM)
+    try:
+        metrics.close(ending, seconds=3)
+    finally:
+        leave(int(ending.exit_code == 1))
 
 
 def write_report(trainer: Trainer, samples: list[str]) -> Path | None:

@@ -29,6 +29,7 @@ def collect(
         "ranks": runtime.world_size,
         "machines": len(set(runtime.gather(this_machine()))),
         "device": runtime.device_name,
+        "device_gib": runtime.device_bytes / 2.0**30,
         "parameters": sum(p.numel() for p in parameters.values()),
         "flops_per_token": training_flops(config.model, whole_sequence) / data.sequence_length,
         "tokens_per_step": data.sequences_per_step * data.sequence_length,
@@ -41,7 +42,7 @@ def collect(
             "python": platform.python_version(), "torch": torch.__version__, "triton": _version_of("triton"),
             "cuda": torch.version.cuda or torch.version.hip or "none",
         },
-        "commit": commit(),
+        "commit": runtime.run_on_rank_0(commit),
     }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def _version_of(package: str) -> str:
 
 def commit() -> str:
     """Of the checkout that runs, with `-dirty` if it was changed; empty outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

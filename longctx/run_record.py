@@ -19,28 +19,35 @@ FILE = "run.json"
 def shown_configuration(run: RunInfo) -> dict[str, Any]:
     """The configuration, nested and resolved; text that comes from the environment stands as it was written.
 
-    So `${oc.env:KEY}` shows no secret, wherever it is referred to.
+    So text from `${oc.env:KEY}` shows no secret, wherever it is referred to.
     """
     written = yaml.safe_load(run.config_yaml)
 
     def find(path: str) -> object:
         found: Any = written
-        for part in path.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+        for part in path.replace("[", ".").replace("]", "").split("."):
+            if isinstance(found, list):
+                found = found[int(part)] if part.isdigit() and int(part) < len(found) else None
+            else:
+                found = found.get(part) if isinstance(found, dict) else None
         return found
 
     def reads_environment(text: object) -> bool:
         if not isinstance(text, str) or "${" not in text:
             return False
-        return "oc.env" in text or any(reads_environment(find(part.partition("}")[0])) for part in text.split("${")[1:])
+        if "oc.env" in text or "${." in text:  # what a relative reference finds is not looked up
+            return True
+        return any(reads_environment(find(part.partition("}")[0])) for part in text.split("${")[1:])
 
     def shown(value: Any, text: Any) -> Any:
+        if isinstance(text, str) and isinstance(value, str | list | dict) and reads_environment(text):
+            return text
         if isinstance(value, dict):
             inner = text if isinstance(text, dict) else {}
             return {str(key): shown(one, inner.get(key)) for key, one in value.items()}
         if isinstance(value, list) and isinstance(text, list):
             return [shown(one, word) for one, word in zip(value, text, strict=True)]
-        return text if isinstance(value, str) and reads_environment(text) else value
+        return value
 
     return shown(asdict(run.config), written)
 
@@ -57,14 +64,20 @@ class RunRecord:
             "name": run.config.name, "started_at": time.time(), "ended": "not yet",
             "configuration": shown_configuration(run), "facts": facts,
         }  # fmt: skip
-        (run.folder / "config.yaml").write_text(run.config_yaml)
-        (run.folder / "overrides.yaml").write_text(yaml.safe_dump(run.overrides))
+        self.run, self.has_begun = run, False
+
+    def begin(self) -> None:
+        """Writes what is known before the first step."""
+        self.has_begun = True
+        replace_file(self.run.folder / "config.yaml", self.run.config_yaml.encode())
+        replace_file(self.run.folder / "overrides.yaml", yaml.safe_dump(self.run.overrides).encode())
         self.write()
 
     def end(self, how: str, more: dict[str, Any]) -> None:
         """How the run has ended, and what else is known by then."""
         self.record |= {"ended": how, "ended_at": time.time(), **more}
-        self.write()
+        if self.has_begun:
+            self.write()
 
     def write(self) -> None:
         """At once or not at all."""

@@ -50,6 +50,12 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
     @property
+    def device_bytes(self) -> int:
+        """Memory of the GPU; 0 on a CPU."""
+        is_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_properties(self.device).total_memory if is_gpu else 0
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

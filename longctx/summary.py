@@ -66,6 +66,8 @@ class Figures:
                 self.found["best/bits_per_byte"] = row["loss/val_bits_per_byte"]
 
     def _add_step(self, row: dict[str, float]) -> None:
+        if not self.steps["all"]:
+            self.start = row["step"] - 1  # a branch begins at a later step
         if row.get("run/restarts", 0.0) != self.restarts:
             self.restarts, self.start = row.get("run/restarts", 0.0), self.last_step
         self.last_step = row["step"]

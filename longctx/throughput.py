@@ -42,8 +42,6 @@ class Throughput:
     def __init__(self, config: Config, mesh: Mesh, context_parallel: ContextParallel, runtime: Runtime) -> None:
         self.config, self.mesh, self.context_parallel, self.runtime = config, mesh, context_parallel, runtime
         self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
-        is_gpu = runtime.device.type == "cuda"
-        self.device_bytes = torch.cuda.get_device_properties(runtime.device).total_memory if is_gpu else 0
 
     def expected_s(self, say_so: bool) -> float:
         """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many and `say_so`."""
@@ -117,6 +115,6 @@ class Throughput:
             transport_gib=transport,
             host_gib=host,
             peak_reserved_gib=reserved,
-            peak_of_device=(reserved + transport) * GIB / self.device_bytes,
+            peak_of_device=(reserved + transport) * GIB / self.runtime.device_bytes,
             alloc_retries=found["num_alloc_retries"],
         )

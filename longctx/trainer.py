@@ -89,6 +89,7 @@ class Trainer:
         self.metrics = runtime.run_on_all_ranks(
             lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main)
         )
+        if_it_fails.callback(lambda: self.metrics.close(Ending(1, "failed at its start")))
         self.expected_s = self.throughput.expected_s(say_so=progress.step < config.optim.steps)
         self.stop.say = self.saving.say = self.validation.say = self.metrics.say
         self.validation.alert = self.metrics.alert

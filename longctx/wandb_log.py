@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import math
 import netrc
 import os
 import queue
+import shlex
+import ssl
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from longctx.config import LoggingConfig, WandbMode
-from longctx.metric_names import BY_OCTAVE, METRICS
+from longctx.files import replace_file
+from longctx.metric_names import BY_OCTAVE, METRICS, octaves
 from longctx.metrics_file import read_metrics
 from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.summary import Figures
@@ -49,6 +54,7 @@ class WandbThread:
         self.queue: queue.Queue[Action | None] = queue.Queue()
         self.where, self.sync = "", ""  # the run's page, or how to send it there; how to do so in any case
         self.is_left = False  # whether the run has ended without waiting any longer
+        self.is_dead = False  # whether wandb has failed, so that nothing is handed to it any more
         self.problem: str | None = None  # that the server has at present, or that wandb has had
         self.asked_at = time.monotonic()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -65,33 +71,36 @@ class WandbThread:
             if "loss/val" in values:
                 self._summarize(wandb_run)
 
-        self.queue.put(action)
+        self._put(action)
 
     def alert(self, title: str, text: str) -> None:
         """A message to those who follow the run."""
-        self.queue.put(lambda wandb_run: wandb_run.alert(title=title, text=text))
+        self._put(lambda wandb_run: wandb_run.alert(title=title, text=text))
 
-    def attach(self, report: Path | None, samples: list[tuple[str, str]], traces: list[Path]) -> None:
+    def attach(self, step: int, report: Path | None, samples: list[tuple[str, str]], traces: list[Path]) -> None:
         """What there is to be seen beside numbers: the report's page, samples (prompt, text) and timelines."""
 
         def action(wandb_run: Any) -> None:
             import wandb
 
-            if report is not None:
-                wandb_run.log({"report": wandb.Html(str(report), inject=False)})
+            media: dict[str, Any] = {} if report is None else {"report": wandb.Html(str(report), inject=False)}
             if samples:
-                rows = [list(pair) for pair in samples]
-                wandb_run.log({"samples": wandb.Table(columns=["prompt", "text"], data=rows)})
+                media["samples"] = wandb.Table(columns=["prompt", "text"], data=[list(pair) for pair in samples])
+            wandb_run.log(media, step=step)
             for trace in traces:
                 wandb_run.log_artifact(str(trace), name=f"trace-{wandb_run.id}", type="trace")
 
-        self.queue.put(action)
+        self._put(action)
+
+    def _put(self, action: Action) -> None:
+        if not self.is_dead:
+            self.queue.put(action)
 
     def how_to_see_it(self) -> str:
         """The page of the run, or how to send it there."""
         if not self.sync:
-            return "not there yet"
-        return f"{self.where}" if self.mode == "online" else f"offline; to send it: {self.sync}"
+            return self.problem or "not there yet"
+        return self.where if self.mode == "online" else f"offline; to send it: {self.sync}"
 
     def close(self, ending: Ending, seconds: float | None = None) -> None:
         """Waits for wandb for a bounded time and says so if it did not finish."""
@@ -109,6 +118,7 @@ class WandbThread:
     # the thread -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        wandb_run: Any = None
         try:
             wandb_run = self._start()
             while (action := self._next(wandb_run)) is not None:
@@ -117,8 +127,14 @@ class WandbThread:
             if self.ending.is_by_signal:
                 wandb_run.mark_preempting()
             wandb_run.finish(exit_code=self.ending.exit_code)
+            self.problem = None  # all has arrived
         except Exception as error:  # whatever happens to wandb must not happen to the run
-            self.problem = _in_a_line(error)
+            self.is_dead, self.problem = True, self.problem or _in_a_line(error)
+            self._tell(f"{_in_a_line(error)}; the run goes on without it")
+            self.queue = queue.Queue()
+            if wandb_run is not None:
+                with contextlib.suppress(Exception):  # else a later run of this process would be taken for it
+                    wandb_run.finish(exit_code=1)
 
     def _do(self, action: Action, wandb_run: Any) -> None:
         """What cannot be done is told, and what comes after it is done all the same."""
@@ -138,15 +154,17 @@ class WandbThread:
 
     def _start(self) -> Any:
         """wandb's run: offline, if its server does not answer."""
-        from wandb.analytics.opentelemetry import opentelemetry_proxy
-
         import wandb
 
-        opentelemetry_proxy.disable()  # wandb's reports on itself, which wait for a silent server when the process ends
+        with contextlib.suppress(ImportError, AttributeError):
+            from wandb.analytics.opentelemetry import opentelemetry_proxy
+
+            opentelemetry_proxy.disable()  # its reports on itself, which wait for a silent server when the process ends
         logging, folder = self.logging, self.run.folder
         settings = wandb.Settings(
             init_timeout=logging.wandb_timeout_seconds, finish_timeout=logging.wandb_timeout_seconds,
             finish_timeout_raises=True, silent=True, console="off", x_disable_stats=not logging.wandb_system_metrics,
+            reinit="create_new",
         )  # fmt: skip
         words: dict[str, Any] = {
             "project": logging.wandb_project or os.environ.get("WANDB_PROJECT") or "longctx",
@@ -155,6 +173,9 @@ class WandbThread:
             "job_type": logging.wandb_job_type or None, "name": self.run.config.name, "id": _run_id(folder),
             "resume": "allow", "dir": str(folder), "settings": settings, "config": self.shown,
         }  # fmt: skip
+        if self.mode == "online" and not has_wandb_key():  # wandb would ask for one at the terminal
+            self._tell("no API key (`wandb login` stores one), so the run goes on offline")
+            self.mode = "offline"
         try:
             wandb_run = wandb.init(mode=self.mode, **words)  # pyright: ignore[reportArgumentType]: one of its words
         except wandb.errors.Error as error:
@@ -168,14 +189,16 @@ class WandbThread:
         for name, metric in METRICS.items():
             if "<" not in name:
                 x = "data/tokens" if metric.is_learning else "step"
-                wandb_run.define_metric(name, step_metric=x, summary=metric.summary)
-        self.sync = f"{Path(sys.executable).parent / 'wandb'} sync {Path(wandb_run.dir).parent}"
+                kept = f"{metric.summary},last" if metric.summary else None
+                wandb_run.define_metric(name, step_metric=x, summary=kept)
+        self.sync = shlex.join([str(Path(sys.executable).parent / "wandb"), "sync", str(Path(wandb_run.dir).parent)])
         self.where = str(wandb_run.url) if self.mode == "online" else self.sync
         self._tell(self.how_to_see_it())
         for row in self.earlier:
             self.figures.add(row)
             if self.mode == "offline":
                 wandb_run.log(_shown(row), step=int(row["step"]))
+        self.earlier = []
         return wandb_run
 
     def _next(self, wandb_run: Any) -> Action | None:
@@ -205,8 +228,11 @@ def silence_of(server: str, seconds: float) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         return f"{server} answers with status {error.code}" if error.code >= 500 else None
-    except OSError as error:
-        return f"{server} does not answer: {getattr(error, 'reason', error)}"
+    except (OSError, HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):  # it is there; whom wandb trusts is wandb's own affair
+            return None
+        return f"{server} does not answer: {reason}"
 
 
 def _in_a_line(error: Exception) -> str:
@@ -215,14 +241,14 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _shown(values: dict[str, float]) -> dict[str, Any]:
-    """The scalars as they are, and a validation's values by octave as lines."""
+    """The scalars that are finite, as wandb's minima need them, and a validation's values by octave as lines."""
     import wandb
 
+    values = {key: value for key, value in values.items() if math.isfinite(value)}
     found: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith(BY_OCTAVE)}
     for prefix, (name, title, x, y) in CURVES.items():
-        octaves = {int(key.removeprefix(prefix)): value for key, value in values.items() if key.startswith(prefix)}
-        if octaves:
-            points = [[octave.bit_length() - 1, value] for octave, value in sorted(octaves.items())]
+        if by_octave := octaves(values, prefix):
+            points = [[octave.bit_length() - 1, by_octave[octave]] for octave in sorted(by_octave)]
             found[name] = wandb.plot.line(wandb.Table(columns=[x, y], data=points), x, y, title=title)
     return found
 
@@ -231,7 +257,8 @@ def _run_id(folder: Path) -> str:
     """One wandb run for a run folder, however often it resumes; of a trial of a sweep the one that its agent gives."""
     path = folder / "wandb_id"
     if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID") or f"{time.time_ns():x}")
+        of_trial = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        replace_file(path, (of_trial or f"{time.time_ns():x}").encode())
     return path.read_text()
 
 
@@ -249,7 +276,7 @@ def wandb_mode(logging: LoggingConfig) -> str:
 
 def has_wandb_key() -> bool:
     """Whether wandb would find an API key: in the environment, or in the netrc file for its server."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:

@@ -49,11 +49,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "runtime"},
     "run_record": {"files", "run_info"},
-    "wandb_log": {"config", "metric_names", "metrics_file", "run_info", "summary"},
+    "wandb_log": {"config", "files", "metric_names", "metrics_file", "run_info", "summary"},
     "metrics": {"console", "files", "metrics_file", "run_info", "run_record", "wandb_log"},
     "report": {"metric_names", "metrics_file", "page", "plan", "run_record", "summary"},
     # the run
-    "evaluate": {"config", "data", "errors", "parallel", "runtime"},
+    "evaluate": {"config", "data", "errors", "metric_names", "parallel", "runtime"},
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
         "batch", "config", "data", "model", "parallel", "plan", "runtime", "step_counters", "straggler",

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from longctx.metric_names import octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, page, smoothed, table
-from longctx.report import octaves, series, speed_of
+from longctx.report import series, speed_of
 from longctx.run_record import read_record
 from longctx.summary import summary
 
@@ -47,7 +48,8 @@ def open_runs(patterns: list[str]) -> list[Run]:
     """The runs of folders and patterns, in that order. Raises SystemExit where there is none, and of fewer than two."""
     folders: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(path) for path in glob.glob(pattern) if (Path(path) / "metrics.jsonl").is_file())
+        matches = [pattern] if Path(pattern).is_dir() else sorted(glob.glob(pattern))
+        found = [Path(path) for path in matches if (Path(path) / "metrics.jsonl").is_file()]
         if not found:
             sys.exit(f"{pattern}: no folder of a run (with a metrics.jsonl); give runs/NAME, or a pattern in quotes")
         folders += [folder for folder in found if folder not in folders]
@@ -91,7 +93,7 @@ def results(runs: list[Run]) -> list[list[str]]:
             continue
         rows.append([name, *(form.format(value) if math.isfinite(value) else "" for value in values)])
         if key in RELATIVE:
-            ratios = [value / values[0] for value in values]
+            ratios = [value / values[0] if values[0] else math.nan for value in values]
             rows.append(["  relative to the first", *(f"{x:.3f}" if math.isfinite(x) else "" for x in ratios)])
     rows.append(["ended", *(str(run.record.get("ended", "")) for run in runs)])
     return rows
@@ -133,10 +135,10 @@ def unequal(runs: list[Run], tolerance: float) -> str | None:
         if first.keys() != other.keys():
             return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
         for step, loss in first.items():
-            if not math.isclose(loss, other[step], rel_tol=tolerance):
+            if not math.isclose(loss, other[step], rel_tol=tolerance) and not math.isnan(loss + other[step]):
                 return (
                     f"step {step:.0f}: {runs[0].name} has loss {loss!r}, {run.name} {other[step]!r}, "
-                    f"{abs(other[step] / loss - 1):.1e} apart; --tolerance is {tolerance:g}"
+                    f"{abs(other[step] - loss) / abs(loss or 1):.1e} apart; --tolerance is {tolerance:g}"
                 )
     return None
 
@@ -164,7 +166,7 @@ def main() -> None:
     body = [
         table(rows, head), charts(curves(runs)), f"<h2>{html.escape('What differs')}</h2>", table(changed, head),
     ]  # fmt: skip
-    given.output.write_text(page(title, "\n".join(body)))
+    given.output.write_text(page(title, "\n".join(body)), encoding="utf-8")
     print(f"\npage: {given.output}")
     if given.assert_equal and (problem := unequal(runs, given.tolerance)):
         sys.exit(f"not equal: {problem}")

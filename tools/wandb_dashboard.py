@@ -10,16 +10,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import wandb_workspaces.reports.v2 as wr
-import wandb_workspaces.workspaces as ws
+try:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+except ImportError:
+    sys.exit("wandb-workspaces is not installed: pip install wandb-workspaces")
 
 from longctx.wandb_log import CURVES, has_wandb_key
 
-TOKENS, STEP, STACKED = "data/tokens", "step", "pct-area"
+TOKENS, STEP, TIME = "data/tokens", "step", "_runtime"
+STACKED, SMOOTHED = "pct-area", "smoothed"
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 8, 6, 3  # of W&B's grid, 24 wide
 
 
@@ -46,7 +50,7 @@ class Curve(NamedTuple):
     table: str
 
 
-PARTS = ("data", "forward", "backward", "optimizer", "checkpoint_stall")  # of the time of a step
+PARTS = ("data", "forward", "backward", "optimizer")  # of the time of a step
 SYSTEM = "system/gpu.0."  # as W&B names what it measures of the first GPU itself
 
 SECTIONS: dict[str, list[Line | Number | Curve]] = {
@@ -83,9 +87,9 @@ SECTIONS: dict[str, list[Line | Number | Curve]] = {
         Line("Host", ["mem/host_gib"]),
     ],
     "System": [
-        Line("GPU utilisation", [f"{SYSTEM}gpu"]),
-        Line("Power", [f"{SYSTEM}powerWatts"]),
-        Line("Temperature", [f"{SYSTEM}temp"]),
+        Line("GPU utilisation", [f"{SYSTEM}gpu"], TIME),
+        Line("Power", [f"{SYSTEM}powerWatts"], TIME),
+        Line("Temperature", [f"{SYSTEM}temp"], TIME),
     ],
     "Goodput": [
         Line("Effective training time ratio", ["run/ettr"]),
@@ -96,9 +100,9 @@ SECTIONS: dict[str, list[Line | Number | Curve]] = {
     "Learning": [
         Line("Loss", ["loss/train", "loss/val"], TOKENS),
         Line("Bits a byte", ["loss/val_bits_per_byte"], TOKENS),
-        Line("Loss over trained hours", ["loss/train"], "_runtime"),
+        Line("Loss over the process's time", ["loss/train"], TIME),
         Line("Gradient norm", ["optim/grad_norm"], TOKENS),
-        Line("Share of clipped steps (smoothed)", ["optim/clipped"], TOKENS),
+        Line("Share of clipped steps", ["optim/clipped"], TOKENS, SMOOTHED),
         Line("Learning rates", ["optim/lr", "optim/muon_lr"], TOKENS),
     ],
     "Long context": [
@@ -133,7 +137,10 @@ def _panel(panel: Line | Number | Curve, place: int) -> wr.LinePlot | wr.ScalarC
             query={"summaryTable": {"tableKey": f"{panel.table}_table"}}, chart_name="wandb/line/v0",
             chart_fields={"x": x, "y": y}, chart_strings={"title": panel.title}, layout=layout,
         )  # fmt: skip
-    return wr.LinePlot(title=panel.title, x=panel.x, y=panel.metrics, plot_type=panel.form, layout=layout)  # pyright: ignore[reportArgumentType]
+    line: dict[str, Any] = {"title": panel.title, "x": panel.x, "y": panel.metrics, "layout": layout}
+    if panel.form == SMOOTHED:
+        return wr.LinePlot(**line, smoothing_type="average", smoothing_factor=50)
+    return wr.LinePlot(**line, plot_type="pct-area" if panel.form == STACKED else "line")
 
 
 def main() -> None:

@@ -75,8 +75,11 @@ def composed_with(words: list[str]) -> Config:
 
 
 def test_every_key_of_text_is_known():
-    assert {"name", "folder", "data.folder", "model.init_from", "checkpoint.resume", "logging.wandb_project",
-            "validation.sample_prompts", "data.tokenizer", "data.cache_folder"} == set(text_keys())  # fmt: skip
+    assert {
+        "name", "folder", "data.folder", "data.tokenizer", "data.cache_folder", "model.init_from", "checkpoint.resume",
+        "validation.sample_prompts", "logging.wandb_project", "logging.wandb_entity", "logging.wandb_group",
+        "logging.wandb_tags", "logging.wandb_notes", "logging.wandb_job_type",
+    } == set(text_keys())  # fmt: skip
     config = composed_with(
         train.typed(["recipe=gpt_tiny", "name=1", "folder=2", "validation.sample_prompts=[1.10,a b]"])
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.page import POINTS, Chart, page, smoothed, thinned
+from longctx.page import POINTS, Chart, page, smoothed, thinned, with_peaks
 from longctx.report import write_report
 from longctx.summary import summary
 
@@ -84,6 +84,29 @@ def test_curves_are_thinned_by_means_and_smoothed_behind():
     assert len(x) == len(y) == 364 <= POINTS
     assert (x[0], y[-1]) == (5.0, 1.375)  # means of 11 points, and of the last 8
     assert smoothed([0.0] * 30 + [10.0] * 30)[29:34] == [0.0, pytest.approx(10 / 3), pytest.approx(20 / 3), 10.0, 10.0]
+
+
+def test_faint_curves_keep_their_peaks():
+    y = [1.0] * 4001
+    y[1234], y[3999] = 9.0, -9.0
+    x, kept = with_peaks([float(i) for i in range(4001)], y)
+    assert len(x) == len(kept) <= POINTS
+    assert (max(kept), x[kept.index(9.0)]) == (9.0, 1234.0)
+    assert (min(kept), x[kept.index(-9.0)]) == (-9.0, 3999.0)
+    assert x == sorted(x)
+
+
+def test_what_is_not_finite_is_no_point_of_a_curve():
+    """NaN is no JSON: the pointer's script would stop at it."""
+    chart = Chart("a", "b", "x", "y")
+    chart.line("l", [1.0, 2.0, 3.0], [3.0, math.nan, 4.0])
+    [written] = re.findall(r'<script type="application/json">(.*?)</script>', chart.html())
+    assert json.loads(written)["series"] == [{"label": "l", "x": [1.0, 3.0], "y": [3.0, 4.0]}]
+
+
+def test_a_branch_leaves_its_first_steps_out_too():
+    rows = [{"step": float(s), "perf/step_s": 1.0 + 9 * (s < 504), "perf/tokens_per_s": 1.0} for s in range(501, 507)]
+    assert summary(rows)["mean/step_s"] == 1.0
 
 
 def test_the_first_steps_of_a_start_are_no_measure_of_speed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,13 +16,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from longctx import checkpoint, runtime
 from longctx import run_folder as run_folder_module
 from longctx.checkpoint import CheckpointError, Checkpoints, list_checkpoints, read_manifest, verify_files
-from longctx.config import Config
+from longctx.config import Config, LoggingConfig, WandbMode
 from longctx.errors import UserError
 from longctx.files import write_manifest
+from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
 from ranks import run_on_ranks
-from runs import ROOT, small_config, train, trainer_of
+from runs import ROOT, run_info, small_config, train, trainer_of
 
 
 def go(config: Config):
@@ -260,6 +262,19 @@ def test_a_disk_that_is_full_at_the_report_ends_nothing(tmp_path, corpus, monkey
     said = capsys.readouterr().out
     assert f"no report: {config.run_folder}/report.html: No space left on device" in said
     assert f"{config.run_folder}/tokenizer.json: not written, so exports have to name a tokenizer" in said
+
+
+def test_a_disk_that_is_full_at_the_last_lines_ends_nothing(tmp_path, capsys):
+    """What could not be written is tried again when the file is closed; W&B and the folder are closed all the same."""
+    config = Config(name="a", folder=str(tmp_path), logging=LoggingConfig(wandb=WandbMode.disabled))
+    config.run_folder.mkdir()
+    metrics = Metrics(run_info(config), {"device": "CPU", "ranks": 1}, 0, True)
+    metrics.file.close()
+    metrics.file = open("/dev/full", "w")  # noqa: SIM115
+    metrics.log(1, {"loss/train": 1.0})
+    metrics.close()
+    assert "metrics.jsonl: step 1 not written: [Errno 28] No space left on device" in capsys.readouterr().out
+    assert json.loads((config.run_folder / "run.json").read_text())["ended"] == "complete"
 
 
 def test_a_folder_that_is_renamed_ends_a_run_with_a_message(tmp_path, corpus):

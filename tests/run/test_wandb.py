@@ -157,7 +157,7 @@ def test_secrets_of_the_environment_are_not_shown(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mood", ["silent", "500", *(pytest.param(x, marks=pytest.mark.slow) for x in ("dies", "well"))]
+    "mood", ["silent", *(pytest.param(mood, marks=pytest.mark.slow) for mood in ("500", "dies", "well"))]
 )
 def test_a_server_that_does_not_answer_costs_nothing(tmp_path, corpus, mood, monkeypatch):
     """It accepts and never answers from the start, or in the middle answers 500 or is gone; or it is well."""
