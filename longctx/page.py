@@ -15,8 +15,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 SIZE = 5.6, 3.1  # inches: on a phone as wide as its screen, so that the letters stay legible
+MARGINS = {"left": 0.13, "right": 0.98, "bottom": 0.15, "top": 0.97}  # of the picture
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 POINTS = 400  # of a curve, at most
 
 PAGE = """<!doctype html>
@@ -118,7 +121,8 @@ class Chart:
         if not any(series["x"] for series in self.series):
             return ""
         with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-            figure = Figure(figsize=SIZE, layout="constrained")
+            figure = Figure(figsize=SIZE)
+            figure.subplots_adjust(**MARGINS)  # a layout by matplotlib draws everything twice
             figure.patch.set_alpha(0)
             axes = figure.subplots()
             axes.patch.set_alpha(0)
@@ -126,6 +130,10 @@ class Chart:
                 draw(axes)
             if self.is_log:
                 axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(lambda value, _place: in_powers_of_two(value))
+                axes.xaxis.set_minor_locator(NullLocator())
+            for axis in (axes.yaxis, *([] if self.is_log else [axes.xaxis])):
+                axis.set_major_formatter(lambda value, _place: short(value))
             axes.set_xlabel(self.x)
             axes.set_ylabel(self.y)
             if axes.get_legend_handles_labels()[0]:
@@ -144,6 +152,20 @@ class Chart:
             f'<figcaption>{html.escape(self.sentence)}</figcaption><script type="application/json">{data}</script>'
             "</figure>"
         )
+
+
+def short(value: float) -> str:
+    """A number of a tick in few characters: 0.002, 1500, 20k, 1.5M."""
+    size, name = next(((size, name) for size, name in UNITS if abs(value) >= 10 * size), (1.0, ""))
+    return f"{value / size:.4g}{name}"
+
+
+def in_powers_of_two(value: float) -> str:
+    """As people name them: 512, 1k, 128k, 1M."""
+    for size, name in ((2**20, "M"), (2**10, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{name}"
+    return f"{value:.4g}"
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -301,7 +301,7 @@ class Trainer:
             return {}
         if results:
             tokens = self.progress.consumed * self.config.data.sequence_length
-            self.metrics.log(self.step, {"data/tokens": tokens, **results})
+            self.metrics.log(self.step, {"data/tokens": tokens, **results, **self.validation.costs()})
             self.context_parallel.take_waited_seconds()  # which no training step has waited
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""

@@ -25,6 +25,7 @@ class Validation:
         self.config, self.model, self.mesh, self.runtime = config, model, mesh, runtime
         self.say = runtime.say  # that of the metrics, once there are any
         self.alert: Callable[[str, str], None] = lambda _title, _text: None  # alike
+        self.seconds = 0.0  # of the last one
         self.source = validation_source(config, tokens, runtime)
         self.probes = probes(config, tokens)
         self.token_bytes = tokens.token_bytes if tokens else None
@@ -49,13 +50,13 @@ class Validation:
             results |= recall(self.model, self.probes, self.config.validation.recall_sequences, *where, must_stop)
         except StoppedError:
             return None
-        results |= self._speeds()
-        return results | {"time/validation_s": time.perf_counter() - began}
+        self.seconds = time.perf_counter() - began
+        return results
 
-    def _speeds(self) -> dict[str, float]:
-        """How fast ranks are beside each other; a slow one is said. Collective."""
+    def costs(self) -> dict[str, float]:
+        """How long the last validation took, and how fast ranks are; a slow one is said. Collective."""
         speeds, message = compare_ranks(self.runtime) if self.runtime.world_size > 1 else ({}, None)
         if message:
             self.say(message)
             self.alert("slow rank", message)
-        return speeds
+        return speeds | {"time/validation_s": self.seconds}

@@ -315,7 +315,7 @@ def test_parameters_are_counted_without_making_them(model):
 
 def test_what_cannot_fit_is_refused_before_it_is_made(tmp_path, corpus):
     result = started(
-        tmp_path, corpus, "recipe=llama3_8b_128k", "model.width=8192", "model.layers=1000",
+        tmp_path, corpus, "recipe=llama3_8b_128k", "model.width=65536",
         launcher=[*TORCHRUN, "--nproc-per-node", "2"],
     )  # fmt: skip
     assert result.returncode != 0

@@ -43,15 +43,17 @@ def losses(folder: Path) -> dict[str, float]:
     return {run.name: last_validation_loss(run / "metrics.jsonl") for run in runs}
 
 
-def test_values_on_the_command_line(tmp_path, corpus):
-    line = [*words(tmp_path, corpus), "logging=no_wandb", f"optim.lr={','.join(RATES)}"]
+@pytest.mark.parametrize("rates", [RATES[1::2], pytest.param(RATES, marks=pytest.mark.slow)], ids=len)
+def test_values_on_the_command_line(tmp_path, corpus, rates):
+    line = [*words(tmp_path, corpus), "logging=no_wandb", f"optim.lr={','.join(rates)}"]
     result = started(sys.executable, "train.py", "-m", *line)
     assert result.returncode == 1
-    assert "1 of 4 jobs ended with an error:\n  - gpt_tiny-lr_1e+30: 2 steps in a row were not finite" in result.stderr
+    failed = f"1 of {len(rates)} jobs ended with an error:\n  - gpt_tiny-lr_1e+30: 2 steps in a row were not finite"
+    assert failed in result.stderr
     found = losses(tmp_path)
-    assert set(found) == {"gpt_tiny-lr_0.001", "gpt_tiny-lr_0.01", "gpt_tiny-lr_0.03", "gpt_tiny-lr_1e+30"}
+    assert set(found) == {f"gpt_tiny-lr_{float(rate)}" for rate in rates}
     assert math.isnan(found.pop("gpt_tiny-lr_1e+30"))
-    assert found["gpt_tiny-lr_0.01"] < found["gpt_tiny-lr_0.001"] < 9
+    assert all(5 < loss < 9 for loss in found.values())
     good, bad = tmp_path / "gpt_tiny-lr_0.01", tmp_path / "gpt_tiny-lr_1e+30"
     assert "optim.lr=0.01" in yaml.safe_load((good / "overrides.yaml").read_text())
     assert yaml.safe_load((good / "config.yaml").read_text())["optim"]["lr"] == 0.01
