@@ -54,6 +54,7 @@ def main(composed: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     overrides = [str(word) for word in hydra_config.overrides.task]
     is_multirun = hydra_config.mode == RunMode.MULTIRUN
+    has_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         if is_multirun:
             words = json.loads(os.environ.get(COMMAND_LINE, "null")) or sys.argv[1:]
@@ -72,7 +73,7 @@ def main(composed: DictConfig) -> float:
         from longctx.run_info import RunInfo
 
         run = RunInfo(config, OmegaConf.to_yaml(composed, resolve=False), overrides)
-        if is_multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if is_multirun and has_ranks:
             run = as_on_rank_0(run)
         if run.config.name in names:
             raise ConfigError(
@@ -88,7 +89,7 @@ def main(composed: DictConfig) -> float:
             print(f"train.py: {failed[-1]}", file=sys.stderr, flush=True)
         return math.inf
     except Exception as error:
-        if not is_multirun or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not is_multirun or has_ranks:
             raise
         traceback.print_exc()
         failed.append(f"{composed.name}: {type(error).__name__}: {error}")

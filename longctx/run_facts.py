@@ -35,7 +35,7 @@ def collect(
         "tokens_per_step": data.sequences_per_step * data.sequence_length,
         "layout": {axis: mesh.size(axis) for axis in AXES},
         "strategy": str(context_parallel.choice.strategy) if mesh.size("context") > 1 else "none",
-        "transport": ", ".join(sorted({transport.description for transport in context_parallel.transports})) or "none",
+        "transport": context_parallel.transport or "none",
         **implementations,
         "data": f"{tokens} ({tokens.fingerprint()})" if tokens else "synthetic recall",
         "versions": {

@@ -28,12 +28,11 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
+def peak_tflops(device_name: str, given: float | None) -> float | None:
     """The rate MFU is a share of: the one given, else that of the device's data sheet, else None."""
-    if given is not None or device.type != "cuda":
+    if given is not None:
         return given
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
 class Throughput:
@@ -41,13 +40,11 @@ class Throughput:
 
     def __init__(self, config: Config, mesh: Mesh, context_parallel: ContextParallel, runtime: Runtime) -> None:
         self.config, self.mesh, self.context_parallel, self.runtime = config, mesh, context_parallel, runtime
-        self.peak_tflops = peak_tflops(runtime.device, config.logging.peak_tflops)
+        self.peak_tflops = peak_tflops(runtime.device_name, config.logging.peak_tflops)
 
-    def expected_s(self, say_so: bool) -> float:
-        """Seconds a step may take, by its FLOPs and a short measurement; says so if they are many and `say_so`."""
-        data, device = self.config.data, self.runtime.device
-        positions = torch.arange(data.sequence_length).unsqueeze(0)
-        tflops = training_flops(self.config.model, positions) * data.sequences_per_step / 1e12
+    def expected_s(self, tflops: float, say_so: bool) -> float:
+        """Seconds a step of so many TFLOP may take, by a short measurement; says so if they are many and `say_so`."""
+        device = self.runtime.device
         rate = product_tflops(device, getattr(torch, self.config.precision.compute))
         seconds = tflops / self.runtime.world_size / rate
         if seconds > LONG_STEP_S and say_so:

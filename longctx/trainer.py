@@ -90,7 +90,8 @@ class Trainer:
             lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main)
         )
         if_it_fails.callback(lambda: self.metrics.close(Ending(1, "failed at its start")))
-        self.expected_s = self.throughput.expected_s(say_so=progress.step < config.optim.steps)
+        tflops = self.facts["flops_per_token"] * self.facts["tokens_per_step"] / 1e12
+        self.expected_s = self.throughput.expected_s(tflops, say_so=progress.step < config.optim.steps)
         self.stop.say = self.saving.say = self.validation.say = self.metrics.say
         self.validation.alert = self.metrics.alert
         self.stop.left_s = self.left_s

@@ -129,9 +129,8 @@ def curves(runs: list[Run]) -> list[Chart]:
 
 def unequal(runs: list[Run], tolerance: float) -> str | None:
     """The first step whose training loss is not that of the first run, up to a relative `tolerance`; None: all are."""
-    first = {row["step"]: row["loss/train"] for row in runs[0].rows if "loss/train" in row}
-    for run in runs[1:]:
-        other = {row["step"]: row["loss/train"] for row in run.rows if "loss/train" in row}
+    first, *others = ({row["step"]: row["loss/train"] for row in run.rows if "loss/train" in row} for run in runs)
+    for run, other in zip(runs[1:], others, strict=True):
         if first.keys() != other.keys():
             return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
         for step, loss in first.items():

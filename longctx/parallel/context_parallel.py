@@ -85,9 +85,13 @@ class ContextParallel:
             "transports": [type(transport).__name__ for transport in self.transports],
         }
 
+    @property
+    def transport(self) -> str:
+        """How keys travel, in words; empty where the axis has size 1."""
+        return ", ".join(sorted({transport.description for transport in self.transports}))
+
     def __str__(self) -> str:
-        how = ", ".join(sorted({transport.description for transport in self.transports}))
-        return f"{self.choice.strategy} ({self.choice.reason}) by {how}"
+        return f"{self.choice.strategy} ({self.choice.reason}) by {self.transport}"
 
     def close(self) -> None:
         """Drops the transports and their buffers. No rank may still work with them."""
