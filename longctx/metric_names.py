@@ -63,11 +63,23 @@ METRICS: dict[str, Metric] = {
     "perf/mfu_palm": Metric(
         "share", "as others print it: 6 N + 12 layers x heads x head_dim x sequence FLOPs a token", ALL, "mean,max"
     ),
+    "perf/slowest_over_fastest": Metric(
+        "ratio",
+        "forward and backward of the slowest rank, without time/*_exposed_s, over the fastest's",
+        ALL,
+        "mean,max",
+    ),
+    "perf/joules_per_token": Metric(
+        "J a token", "energy that the GPU of rank 0 has taken in the step over its share of the tokens", MAIN, "mean"
+    ),
     "time/data_s": Metric("s", "until the batch was read", MAIN, "mean"),
     "time/forward_s": Metric("s", "in forward passes, what they wait for included", MAIN, "mean"),
     "time/backward_s": Metric("s", "in backward passes, what they wait for included", MAIN, "mean"),
     "time/optimizer_s": Metric("s", "gradient norm, clipping and update", MAIN, "mean"),
     "time/context_exposed_s": Metric("s", "waited for keys, values and gradients of other ranks", MAIN, "mean"),
+    "time/fsdp_exposed_s": Metric(
+        "s", "waited for FSDP's gathered parameters and sums of gradients, packing included", MAIN, "mean"
+    ),
     "time/checkpoint_stall_s": Metric(
         "s", "that training has waited for checkpoints since the last line", MAIN, "mean"
     ),

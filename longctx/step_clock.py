@@ -1,4 +1,4 @@
-"""Seconds that the parts of a step take on this rank's device."""
+"""Seconds that the parts of a step take on this rank's device, what it waits for others in them, and its energy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+from longctx.energy import EnergyMeter
+
+PASSES = ("forward", "backward")
+WAITS = ("context_exposed", "fsdp_exposed")  # within the passes
+PARTS = (*PASSES, "optimizer", *WAITS)
+
 
 class StepClock:
     """On a GPU by events in the stream of the step, which nobody waits for; on a CPU by its clock."""
@@ -16,22 +22,37 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []  # events, or seconds
+        self.meter = EnergyMeter(device)
+        self.joules_before = self.meter.joules()
+
+    def start(self) -> None:
+        """Begins a step: what was counted before belongs to none."""
+        self.spans.clear()
+        self.joules_before = self.meter.joules()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what runs within to `name`."""
+        """Counts what runs within to `name`, one of `PARTS`."""
         begun = self._now()
         yield
         self.spans.append((name, begun, self._now()))
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds by name since the last call; the device must have finished."""
-        seconds: dict[str, float] = {}
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part since the start of the step; the device must have finished them."""
+        seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for name, begun, ended in self.spans:
-            span = begun.elapsed_time(ended) / 1e3 if self.is_gpu else ended - begun
-            seconds[name] = seconds.get(name, 0.0) + span
-        self.spans.clear()
+            seconds[name] += begun.elapsed_time(ended) / 1e3 if self.is_gpu else ended - begun
         return seconds
+
+    def busy_s(self) -> float:
+        """Seconds of the passes so far without what they waited for others."""
+        seconds = self.seconds()
+        return sum(seconds[part] for part in PASSES) - sum(seconds[wait] for wait in WAITS)
+
+    def joules(self) -> float | None:
+        """Energy since the start of the step; None where the device does not count it."""
+        now = self.meter.joules()
+        return None if now is None or self.joules_before is None else now - self.joules_before
 
     def _now(self) -> Any:
         if not self.is_gpu:

@@ -35,10 +35,17 @@ class Largest(NamedTuple):
     """Of this rank; over all ranks the largest."""
 
     imbalance: float  # of attention: work of this rank over the mean of its context axis
+    busy_s: float  # of forward and backward passes, without what they waited for other ranks
+    minus_busy_s: float  # of the fastest rank, negative
     stop_signal: float  # number of the signal that asks this rank to stop; 0: none
     save_asked: float  # 1 if this rank was asked for a checkpoint
     save_failed: float  # 1 if this rank knows that the checkpoint being written came to nothing
     memory: Memory
+
+    @property
+    def slowest_over_fastest(self) -> float:
+        """Seconds of the slowest rank over those of the fastest."""
+        return self.busy_s / max(-self.minus_busy_s, 1e-9)
 
 
 def summed(mine: Summed) -> Summed:

@@ -80,8 +80,8 @@ class Throughput:
             whole += float(keys.sum())
         return mine / together / (whole / size)
 
-    def of_step(self, seconds: float, counts: Summed) -> dict[str, float]:
-        """Throughput and utilisation of a step that took `seconds`."""
+    def of_step(self, seconds: float, joules: float | None, counts: Summed) -> dict[str, float]:
+        """Throughput and utilisation of a step that took `seconds`, and of this rank's GPU `joules`, None: unknown."""
         config, world_size = self.config, self.runtime.world_size
         copies = self.mesh.ranks_of_a_reader
         tokens = config.data.sequences_per_step * config.data.sequence_length
@@ -92,8 +92,9 @@ class Throughput:
             "perf/step_s": seconds,
             "perf/tflops_per_gpu": tflops,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
-            "time/context_exposed_s": self.context_parallel.take_waited_seconds(),
         }
+        if joules is not None:
+            values["perf/joules_per_token"] = joules / tokens * world_size
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
             values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}

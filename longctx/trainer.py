@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from longctx.hugging_face.load import PretrainedWeights
 from longctx.metrics import Metrics
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.optim import Optimizers, global_norm
+from longctx.parallel.fsdp import time_waits
 from longctx.parallel.load_balance import Split
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
@@ -81,7 +83,8 @@ class Trainer:
             self._start_from_pretrained(Path(config.model.init_from).expanduser())
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
             self._verify_layout()
-        self.context_parallel.start_timing()
+        self.context_parallel.time_waits(partial(self.clock.part, "context_exposed"))
+        time_waits(self.model, partial(self.clock.part, "fsdp_exposed"))
         implementations = {"attention": self.attention, "fused_ops": self.fused_ops}
         self.facts = run_facts.collect(
             config, runtime, self.mesh, self.parameters, self.context_parallel, implementations, self.tokens
@@ -182,6 +185,7 @@ class Trainer:
         """One step: fetch, forward, backward, clip, update. Returns its metrics, and what was asked for meanwhile."""
         began = time.perf_counter()
         self.began, self.parts_done = began, 0
+        self.clock.start()
         batches, problem = self._fetch()
         splits = [self.context_parallel.split(self.config.model, batch.positions) for batch in batches]
         fetched = time.perf_counter()
@@ -225,10 +229,11 @@ class Trainer:
             "time/checkpoint_stall_s": self.saving.stall_s,
             "data/tokens": self.progress.consumed * self.config.data.sequence_length,
             "data/attention_imbalance": asked.imbalance,
+            "perf/slowest_over_fastest": asked.slowest_over_fastest,
             **rates,
             **({} if span is None else {"data/span": float(span)}),
-            **self.throughput.of_step(seconds, counts),
-            **{f"time/{part}_s": part_s for part, part_s in self.clock.take_seconds().items()},
+            **self.throughput.of_step(seconds, self.clock.joules(), counts),
+            **{f"time/{part}_s": part_s for part, part_s in self.clock.seconds().items()},
             **{f"mem/{name}": value for name, value in asked.memory._asdict().items() if value},
             **self.saving.checkpoints.speed,
         }, asked
@@ -261,8 +266,11 @@ class Trainer:
             return [], error
 
     def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
+        busy_s = self.clock.busy_s()
         return Largest(
             imbalance=self.throughput.imbalance(batches, splits),
+            busy_s=busy_s,
+            minus_busy_s=-busy_s,
             stop_signal=self.stop.number,
             save_asked=self.stop.take_save_asked(),
             save_failed=self.saving.checkpoints.has_failed,
@@ -303,7 +311,6 @@ class Trainer:
         if results:
             tokens = self.progress.consumed * self.config.data.sequence_length
             self.metrics.log(self.step, {"data/tokens": tokens, **results, **self.validation.costs()})
-            self.context_parallel.take_waited_seconds()  # which no training step has waited
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""
             self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")

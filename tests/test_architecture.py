@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the foundation: the standard library, and what is named here
     "errors": set(), "console": set(), "machine": set(), "batch": set(), "config": set(), "step_counters": set(),
     "files": set(), "trace": set(), "local_part": set(), "metric_names": set(), "metrics_file": set(), "summary": set(),
-    "page": set(), "step_clock": set(),
+    "page": set(), "energy": set(), "step_clock": {"energy"},
     "config_checks": {"config", "errors"},
     "suggest": {"config"},
     "plan": {"config"},

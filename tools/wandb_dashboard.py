@@ -71,12 +71,16 @@ SECTIONS: dict[str, list[Line | Number | Curve]] = {
     ],
     "Where a step goes": [
         Line("Shares", [f"time/{part}_s" for part in PARTS], STEP, STACKED),
-        Line("Waiting for keys and values of other ranks (within forward and backward)", ["time/context_exposed_s"]),
+        Line(
+            "Waiting within forward and backward: for keys and values of others, for parameters (FSDP)",
+            ["time/context_exposed_s", "time/fsdp_exposed_s"],
+        ),
         Line("Validation", ["time/validation_s"]),
     ],
     "Balance": [
         Line("Attention: most work over the mean", ["data/attention_imbalance"]),
-        Line("Slowest rank over the median", ["run/slowest_over_median"]),
+        Line("Slowest rank over the fastest, each step", ["perf/slowest_over_fastest"]),
+        Line("Slowest rank over the median, in products of a validation", ["run/slowest_over_median"]),
         Line("Which rank is slowest", ["run/slowest_rank"]),
     ],
     "Memory": [
@@ -89,6 +93,7 @@ SECTIONS: dict[str, list[Line | Number | Curve]] = {
     "System": [
         Line("GPU utilisation", [f"{SYSTEM}gpu"], TIME),
         Line("Power", [f"{SYSTEM}powerWatts"], TIME),
+        Line("Joules a token", ["perf/joules_per_token"]),
         Line("Temperature", [f"{SYSTEM}temp"], TIME),
     ],
     "Goodput": [

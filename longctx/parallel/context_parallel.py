@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,14 +65,10 @@ class ContextParallel:
             return in_order(positions.shape[1], size)
         return balanced(keys_seen(model, positions).sum(0), size)
 
-    def start_timing(self) -> None:
-        """From now on waits are measured."""
+    def time_waits(self, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+        """From now on enters `waiting` wherever the device may wait for keys, values or gradients of other ranks."""
         for transport in self.transports:
-            transport.is_timed = True
-
-    def take_waited_seconds(self) -> float:
-        """Seconds that the device has waited for other ranks since the last call; it must have finished."""
-        return sum(transport.take_waited_s() for transport in self.transports)
+            transport.waiting = waiting
 
     def shared_bytes(self) -> int:
         """Bytes of shared buffers that lie outside torch's caching allocator."""

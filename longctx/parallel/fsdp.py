@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -10,6 +13,7 @@ from longctx.config import ComputeDtype, PrecisionConfig
 from longctx.local_part import local_part
 from longctx.model.transformer import Transformer, initial_value
 from longctx.parallel.mesh import Mesh
+from longctx.parallel.torch_versions import parameter_groups
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
@@ -34,6 +38,27 @@ def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> No
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def time_waits(model: Transformer, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enters `waiting` wherever the step may stand still for FSDP: for parameters and for its sums of gradients.
+
+    FSDP2 has no public place for it; in these methods of its parameter groups, of torch 2.11 to 2.15, a GPU's stream
+    waits for collectives, and a CPU does them. Packing and unpacking on that stream are counted too.
+    """
+
+    def timed(wait: Callable[..., None]) -> Callable[..., None]:
+        def timed_wait(*arguments: object, **named: object) -> None:
+            with waiting():
+                wait(*arguments, **named)
+
+        return timed_wait
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in parameter_groups(module):
+                for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+                    setattr(group, name, timed(getattr(group, name)))
 
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:

@@ -12,11 +12,10 @@ rank, or for each group of heads, as its user likes. A rank fills one and lets t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ _generations = itertools.count()
 
 
 class Transport(ABC):
-    """What both forms share: the buffers, and how long the device has waited for others."""
+    """What both forms share: the buffers, and what is entered where the device waits for others."""
 
     reaches_others = False  # whether kernels can write to other ranks' buffers
     description: str
@@ -44,10 +43,7 @@ class Transport(ABC):
         self.shared: dict[str, Tensor] = {}  # by name, as its user has last asked for it
         self.turns: dict[str, int] = {}
         self.generation = next(_generations)  # another number whenever buffers have moved
-        self.is_on_gpu = False
-        self.is_timed = False  # whether waits are measured
-        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.waited_s = 0.0
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext  # around each wait for others
 
     @abstractmethod
     def share(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,7 +82,7 @@ class Transport(ABC):
 
     def scratch(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Memory of this rank alone that stays: the same for each call with a name, larger where it must be."""
-        dtype, self.is_on_gpu = dtype or like.dtype, like.is_cuda
+        dtype = dtype or like.dtype
         return self._grown(name, shape, dtype, lambda size: torch.empty(size, dtype=dtype, device=like.device))
 
     def _grown(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[int], Tensor]) -> Tensor:
@@ -98,28 +94,6 @@ class Transport(ABC):
             with torch.inference_mode(False):  # what validation makes, training may use
                 buffer = self.buffers[name] = make(size)
         return buffer[:size].view(shape)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Measures how long the device waits for what is in it, if `is_timed`."""
-        if not self.is_timed:
-            yield
-        elif self.is_on_gpu:
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            yield
-            after.record()
-            self.waits.append((before, after))
-        else:
-            started = time.perf_counter()
-            yield
-            self.waited_s += time.perf_counter() - started
-
-    def take_waited_s(self) -> float:
-        """Seconds that the device has waited since the last call; it must have finished."""
-        seconds = self.waited_s + sum(before.elapsed_time(after) for before, after in self.waits) / 1e3
-        self.waits, self.waited_s = [], 0.0
-        return seconds
 
 
 class SymmetricMemory(Transport):
@@ -137,7 +111,6 @@ class SymmetricMemory(Transport):
         self.begins: dict[str, list[int]] = {}  # addresses of all ranks' buffers
         self.door_buffer = symmetric_memory.empty(1, device=self.device)
         self.door = symmetric_memory.rendezvous(self.door_buffer, group)
-        self.is_on_gpu = True
         self.runtime = _cuda_runtime()
         self.kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
 
@@ -154,7 +127,7 @@ class SymmetricMemory(Transport):
         return self.shared[name]
 
     def barrier(self) -> None:
-        with self._waiting():
+        with self.waiting():
             self._stream().wait_stream(self.side)
             self.door.barrier(channel=0, timeout_ms=self.timeout_ms)
 
@@ -210,7 +183,7 @@ class SymmetricMemory(Transport):
         done = self.side.record_event()
 
         def wait() -> None:
-            with self._waiting():
+            with self.waiting():
                 self._stream().wait_event(done)
 
         return wait
@@ -272,7 +245,7 @@ class Messages(Transport):
         works = dist.batch_isend_irecv(operations) if operations else []
 
         def wait() -> None:
-            with self._waiting():
+            with self.waiting():
                 for work in works:
                     work.wait()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from longctx.parallel.parallelize import parallelize
 from longctx.parallel.strategy import Choice, choose_strategy
 from longctx.parallel.transport import make_transport
 from longctx.parallel.verify import verify_layout
+from longctx.step_clock import StepClock
 from ranks import run_on_new_ranks, run_on_ranks
 from small_models import DOCUMENTS, GQA, LENGTH, make_inputs
 
@@ -345,14 +347,15 @@ def test_without_symmetric_memory_messages_are_sent():
 def waited(rank: int) -> float:
     """Seconds that are counted as waiting while the other rank comes half a second late."""
     made = transport.Messages(torch.distributed.group.WORLD)
-    made.is_timed = True
+    clock = StepClock(torch.device("cpu"))
+    made.waiting = partial(clock.part, "context_exposed")
     shard, into = made.share("x", (1, 1, 4, 2), torch.ones(1)), torch.zeros(1, 4, 2)
     shard.fill_(rank)
     time.sleep(0.5 * rank)
     moves = [key_exchange.Move(1 - reader, 0, reader, 0, 0, 4) for reader in range(2)]
     made.get("x", moves, lambda _move: 0, into)()
     assert bool((into == 1 - rank).all())
-    return made.take_waited_s()
+    return clock.seconds()["context_exposed"]
 
 
 def test_waiting_for_others_is_measured():

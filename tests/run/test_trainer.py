@@ -160,6 +160,23 @@ def verifications(_rank, config) -> tuple[int, float]:
         return len(calls), waited_s
 
 
+def step_with_a_slow_rank(rank: int, config) -> dict[str, float]:
+    """The numbers of a step in which rank 1 takes 0.3 s longer for its first block."""
+    with trainer_of(config) as trainer:
+        trainer.train_step()  # starts what starts once
+        if rank == 1:
+            trainer.model.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
+        return trainer.train_step()[0]
+
+
+def test_a_slow_rank_is_seen(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, parallel=ParallelConfig(shard=2))
+    waiting, slow = run_on_ranks(2, step_with_a_slow_rank, config)
+    assert waiting["time/fsdp_exposed_s"] > 0.2  # for the parameters of the second block
+    assert slow["time/fsdp_exposed_s"] < 0.1
+    assert waiting["perf/slowest_over_fastest"] == slow["perf/slowest_over_fastest"] > 2
+
+
 def test_a_layout_is_verified_once(tmp_path, corpus):
     parallel = ParallelConfig(context=2, strategy=Strategy.ring)
     for changed, expected in (
