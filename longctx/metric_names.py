@@ -70,7 +70,10 @@ METRICS: dict[str, Metric] = {
         "mean,max",
     ),
     "perf/joules_per_token": Metric(
-        "J a token", "energy that the GPU of rank 0 has taken in the step over its share of the tokens", MAIN, "mean"
+        "J a token",
+        "power of rank 0's GPU, the driver's mean of a second, by perf/step_s and its share of the tokens",
+        MAIN,
+        "mean",
     ),
     "time/data_s": Metric("s", "until the batch was read", MAIN, "mean"),
     "time/forward_s": Metric("s", "in forward passes, what they wait for included", MAIN, "mean"),

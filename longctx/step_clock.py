@@ -1,4 +1,4 @@
-"""Seconds that the parts of a step take on this rank's device, what it waits for others in them, and its energy."""
+"""Seconds that the parts of a step take on this rank's device, and what it waits for others in them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-from longctx.energy import EnergyMeter
 
 PASSES = ("forward", "backward")
 WAITS = ("context_exposed", "fsdp_exposed")  # within the passes
@@ -22,13 +20,10 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []  # events, or seconds
-        self.meter = EnergyMeter(device)
-        self.joules_before = self.meter.joules()
 
     def start(self) -> None:
         """Begins a step: what was counted before belongs to none."""
         self.spans.clear()
-        self.joules_before = self.meter.joules()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -48,11 +43,6 @@ class StepClock:
         """Seconds of the passes so far without what they waited for others."""
         seconds = self.seconds()
         return sum(seconds[part] for part in PASSES) - sum(seconds[wait] for wait in WAITS)
-
-    def joules(self) -> float | None:
-        """Energy since the start of the step; None where the device does not count it."""
-        now = self.meter.joules()
-        return None if now is None or self.joules_before is None else now - self.joules_before
 
     def _now(self) -> Any:
         if not self.is_gpu:

@@ -14,6 +14,7 @@ from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.load_balance import Split
 from longctx.parallel.mesh import Mesh
 from longctx.plan import in_words
+from longctx.power import PowerMeter
 from longctx.runtime import Runtime
 from longctx.step_counters import Memory, Summed
 from longctx.straggler import product_tflops
@@ -40,6 +41,7 @@ class Throughput:
 
     def __init__(self, config: Config, mesh: Mesh, context_parallel: ContextParallel, runtime: Runtime) -> None:
         self.config, self.mesh, self.context_parallel, self.runtime = config, mesh, context_parallel, runtime
+        self.power = PowerMeter(runtime.device)
         self.peak_tflops = peak_tflops(runtime.device_name, config.logging.peak_tflops)
 
     def expected_s(self, tflops: float, say_so: bool) -> float:
@@ -80,8 +82,8 @@ class Throughput:
             whole += float(keys.sum())
         return mine / together / (whole / size)
 
-    def of_step(self, seconds: float, joules: float | None, counts: Summed) -> dict[str, float]:
-        """Throughput and utilisation of a step that took `seconds`, and of this rank's GPU `joules`, None: unknown."""
+    def of_step(self, seconds: float, watts: float | None, counts: Summed) -> dict[str, float]:
+        """Throughput and utilisation of a step that took `seconds`, in which this rank's GPU drew `watts`, if known."""
         config, world_size = self.config, self.runtime.world_size
         copies = self.mesh.ranks_of_a_reader
         tokens = config.data.sequences_per_step * config.data.sequence_length
@@ -93,8 +95,8 @@ class Throughput:
             "perf/tflops_per_gpu": tflops,
             "data/documents_per_sequence": counts.documents / copies / config.data.sequences_per_step,
         }
-        if joules is not None:
-            values["perf/joules_per_token"] = joules / tokens * world_size
+        if watts is not None:
+            values["perf/joules_per_token"] = watts * seconds / tokens * world_size
         if self.peak_tflops:
             palm = palm_flops(config.model, tokens, config.data.sequence_length) / 1e12 / seconds / world_size
             values |= {"perf/mfu": tflops / self.peak_tflops, "perf/mfu_palm": palm / self.peak_tflops}

@@ -22,7 +22,6 @@ from longctx.metrics import Metrics
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.fsdp import time_waits
-from longctx.parallel.load_balance import Split
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
 from longctx.parallel.mesh import make_mesh
@@ -34,7 +33,7 @@ from longctx.runtime import Runtime, raise_together
 from longctx.saving import Progress, Saving
 from longctx.sources import keep_tokenizer, open_tokens, training_source
 from longctx.step_clock import StepClock
-from longctx.step_counters import Largest, largest, summed
+from longctx.step_counters import Largest, Memory, largest, summed
 from longctx.stopping import StopSignals
 from longctx.throughput import Throughput
 from longctx.trace import traced
@@ -205,10 +204,14 @@ class Trainer:
             self.metrics.show_progress(self.step + 1, self.parts_done, len(batches))
         with self.clock.part("optimizer"):
             norm = global_norm(list(self.parameters.values()))
+        # what takes a while to find out, while a GPU works
+        memory, imbalance, watts = (
+            self.throughput.memory(), self.throughput.imbalance(batches, splits), self.throughput.power.watts()
+        )  # fmt: skip
         loss_value, norm_value = torch.stack((global_loss(loss, self.mesh), norm.double())).tolist()  # waits for a GPU
 
         self.stop.gate(is_open=False)
-        asked = largest(self._look_around(batches, splits))  # here every rank knows that none abandons the step
+        asked = largest(self._look_around(memory, imbalance))  # here every rank knows that none abandons the step
         if asked.save_failed:
             self.saving.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
@@ -232,7 +235,7 @@ class Trainer:
             "perf/slowest_over_fastest": asked.slowest_over_fastest,
             **rates,
             **({} if span is None else {"data/span": float(span)}),
-            **self.throughput.of_step(seconds, self.clock.joules(), counts),
+            **self.throughput.of_step(seconds, watts, counts),
             **{f"time/{part}_s": part_s for part, part_s in self.clock.seconds().items()},
             **{f"mem/{name}": value for name, value in asked.memory._asdict().items() if value},
             **self.saving.checkpoints.speed,
@@ -265,16 +268,16 @@ class Trainer:
         except UserError as error:
             return [], error
 
-    def _look_around(self, batches: list[Batch], splits: list[Split]) -> Largest:
+    def _look_around(self, memory: Memory, imbalance: float) -> Largest:
         busy_s = self.clock.busy_s()
         return Largest(
-            imbalance=self.throughput.imbalance(batches, splits),
+            imbalance=imbalance,
             busy_s=busy_s,
             minus_busy_s=-busy_s,
             stop_signal=self.stop.number,
             save_asked=self.stop.take_save_asked(),
             save_failed=self.saving.checkpoints.has_failed,
-            memory=self.throughput.memory(),
+            memory=memory,
         )
 
     def left_s(self) -> float:

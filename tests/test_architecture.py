@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the foundation: the standard library, and what is named here
     "errors": set(), "console": set(), "machine": set(), "batch": set(), "config": set(), "step_counters": set(),
     "files": set(), "trace": set(), "local_part": set(), "metric_names": set(), "metrics_file": set(), "summary": set(),
-    "page": set(), "energy": set(), "step_clock": {"energy"},
+    "page": set(), "power": set(), "step_clock": set(),
     "config_checks": {"config", "errors"},
     "suggest": {"config"},
     "plan": {"config"},
@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"config", "data", "errors", "metric_names", "parallel", "runtime"},
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
-        "batch", "config", "data", "model", "parallel", "plan", "runtime", "step_counters", "straggler",
+        "batch", "config", "data", "model", "parallel", "plan", "power", "runtime", "step_counters", "straggler",
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",

@@ -57,6 +57,8 @@ def time_waits(model: Transformer, waiting: Callable[[], AbstractContextManager[
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in parameter_groups(module):
+                if group.mesh_info.mesh.size() == 1:  # nobody to wait for
+                    continue
                 for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
                     setattr(group, name, timed(getattr(group, name)))
 
