@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import importlib.util
 import math
 import netrc
 import os
@@ -26,6 +27,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from longctx.config import LoggingConfig, WandbMode
+from longctx.errors import UserError
 from longctx.files import replace_file
 from longctx.metric_names import BY_OCTAVE, METRICS, octaves
 from longctx.metrics_file import read_metrics
@@ -263,9 +265,17 @@ def _run_id(folder: Path) -> str:
 
 
 def wandb_mode(logging: LoggingConfig) -> str:
-    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by the key."""
+    """`online`, `offline` or `disabled`: as configured, else as wandb's own variables say, else by the key.
+
+    Raises `UserError` if wandb is asked for and not installed; left to itself, a run then goes without.
+    """
+    is_installed = importlib.util.find_spec("wandb") is not None
     if logging.wandb != WandbMode.auto:
+        if logging.wandb != WandbMode.disabled and not is_installed:
+            raise UserError(f"logging.wandb={logging.wandb} needs wandb: pip install 'longctx[wandb]', or disable it")
         return str(logging.wandb)
+    if not is_installed:
+        return "disabled"
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on", "t", "y"):
         return "disabled"
     asked = {"run": "online", "dryrun": "offline"}.get(mode := os.environ.get("WANDB_MODE", "").lower(), mode)

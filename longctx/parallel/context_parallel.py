@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Strategy
@@ -19,6 +20,7 @@ from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.interface import make_options
 from longctx.kernels.attention.options import Saved
+from longctx.model.attention import Attend
 from longctx.model.transformer import keys_seen
 from longctx.parallel.blockwise import Blockwise, SplitCall
 from longctx.parallel.gather import gather
@@ -50,6 +52,25 @@ class ContextParallel:
         is_product = choice.strategy == Strategy.ulysses_ring
         groups = mesh.groups_in_context(choice.ulysses_size) if is_product else [mesh.group("context")]
         return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds) for group in groups])
+
+    @staticmethod
+    def of_group(group: dist.ProcessGroup, strategy: str = "ring", timeout_seconds: int = 600) -> ContextParallel:
+        """For a model of one's own: the ranks of `group` share each sequence by `ring`, `gather` or `ulysses`.
+
+        Collective; a rank that comes `timeout_seconds` late to an exchange ends the run. Raises ValueError for other
+        strategies.
+        """
+        if strategy not in (usable := [str(name) for name in (Strategy.ring, Strategy.gather, Strategy.ulysses)]):
+            raise ValueError(f"strategy={strategy!r} is not one of {', '.join(usable)}")
+        choice = Choice(Strategy(strategy), group.size() if strategy == Strategy.ulysses else 1, "as asked for")
+        return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds)])
+
+    def attend(self, implementation: str = "auto", **options: Any) -> ContextAttend:
+        """Attention over split sequences, as a module; arguments as of `longctx.ops.attention`.
+
+        Raises ValueError for options that cannot be split.
+        """
+        return self.replace(Attend(implementation, **options))
 
     def replace(self, attend: nn.Module) -> ContextAttend:
         """What a model calls in place of its `attend`. Raises ValueError if that has options that cannot be split."""

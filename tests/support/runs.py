@@ -11,8 +11,13 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import train as command  # noqa: F401  registers the schema with Hydra
-from longctx import run, runtime
+from longctx import (
+    run,
+    runtime,
+)
+from longctx import (
+    train as command,  # noqa: F401  registers the schema with Hydra
+)
 from longctx.config import ComputeDtype, Config, DataSource, ModelConfig, Optimizer, WandbMode
 from longctx.run import Outcome
 from longctx.run_info import RunInfo

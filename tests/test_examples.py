@@ -1,0 +1,46 @@
+"""Each example runs as its first line says, and finds what it checks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from runs import ROOT, TORCHRUN
+
+
+def found_in_output_of(*command: str, form: str) -> list[float]:
+    """The numbers at the groups of `form` in what a command prints."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(form, done.stdout)
+    assert found, done.stdout
+    return [float(number) for number in found.groups()]
+
+
+def test_every_example_is_run_here():
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert names == {"kernels_alone.py", "transformers_attention.py", "ring_attention.py"}
+
+
+def test_kernels_alone():
+    command = sys.executable, "examples/kernels_alone.py"
+    loss, norm = found_in_output_of(*command, form=r"^loss (\S+), gradient norm (\S+)\n$")
+    assert 10 < loss < 60
+    assert norm > 0
+
+
+def test_attention_of_transformers():
+    command = sys.executable, "examples/transformers_attention.py"
+    form = r"^two documents: logits differ by (\S+), gradients by (\S+) of their norm\n$"
+    logits, gradients = found_in_output_of(*command, form=form)
+    assert logits < 1e-5
+    assert gradients < 1e-4
+
+
+def test_ring_attention():
+    command = *TORCHRUN, "--nproc-per-node", "2", "examples/ring_attention.py"
+    form = r"loss of 2 processes (\S+), of one (\S+); gradients differ by (\S+)"
+    split, whole, error = found_in_output_of(*command, form=form)
+    assert abs(split - whole) < 1e-5
+    assert error < 1e-5
