@@ -40,6 +40,6 @@ lint: .venv/.dev ## ruff and pyright
 .venv/.dev: .venv/.run requirements-dev.txt
 	@echo 'adding what tests and linters need, from requirements-dev.txt'
 	@$(PIP) --no-deps -r requirements-dev.txt
-	@echo 'and the Triton of torch 2.11, for which the tests compile kernels too'
-	@test -d .venv/triton-3.6.0 || $(PIP) --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+	@echo 'and the Tritons of torch 2.11, 2.14 and 2.15, for which the tests compile kernels too'
+	@for v in 3.6.0 3.8.0 3.9.0; do test -d .venv/triton-$$v || $(PIP) --no-deps --target .venv/triton-$$v triton==$$v; done
 	@touch $@

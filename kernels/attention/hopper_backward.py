@@ -29,7 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.attention import hopper_tiles, triton_backward
-from longctx.kernels.attention.hopper_gluon import named_barrier, reduce_add_to_global, threads_meet, wait_for_writes
+from longctx.kernels.attention.hopper_gluon import (
+    named_barrier,
+    reduce_add_to_global,
+    threads_meet,
+    tma_load,
+    tma_store,
+    wait_for_writes,
+)
 from longctx.kernels.attention.hopper_scheduler import (
     addressable,
     await_item,
@@ -212,8 +219,8 @@ def _consumer(
             k.store(dk.to(k.dtype))
             fence_async_shared()
             threads_meet()
-            tma.async_copy_shared_to_global(dv_descriptor, [batch, head, first_key, 0], v)
-            tma.async_copy_shared_to_global(dk_descriptor, [batch, head, first_key, 0], k)
+            tma_store(dv_descriptor, [batch, head, first_key, 0], v)
+            tma_store(dk_descriptor, [batch, head, first_key, 0], k)
             tma.store_wait(0)
         mbarrier.arrive(key_empty, count=1)
         turn += 1
@@ -246,8 +253,8 @@ def _loader(
             mbarrier.wait(key_empty, (turn & 1) ^ 1)
             mbarrier.expect(key_full, key_descriptor.block_type.nbytes + value_descriptor.block_type.nbytes)
             first_key = key_block * (2 * KEYS)
-            tma.async_copy_global_to_shared(key_descriptor, [batch, head, first_key, 0], key_full, keys.index(0))
-            tma.async_copy_global_to_shared(value_descriptor, [batch, head, first_key, 0], key_full, values.index(0))
+            tma_load(key_descriptor, [batch, head, first_key, 0], key_full, keys.index(0))
+            tma_load(value_descriptor, [batch, head, first_key, 0], key_full, values.index(0))
             for member in range(0, group):
                 query_head = head * group + member
                 for i in range(0, n_tiles):
@@ -258,18 +265,14 @@ def _loader(
                     full = query_full.index(stage)
                     mbarrier.wait(row_empty.index(stage), parity)
                     mbarrier.expect(full, query_descriptor.block_type.nbytes + 3 * 4 * BLOCK_Q)
-                    tma.async_copy_global_to_shared(
-                        query_descriptor, [batch, query_head, row, 0], full, queries.index(stage)
-                    )
-                    tma.async_copy_global_to_shared(exponent_descriptor, [of_head], full, exponents.index(stage))
-                    tma.async_copy_global_to_shared(start_descriptor, [of_batch], full, starts.index(stage))
-                    tma.async_copy_global_to_shared(end_descriptor, [of_batch], full, ends.index(stage))
+                    tma_load(query_descriptor, [batch, query_head, row, 0], full, queries.index(stage))
+                    tma_load(exponent_descriptor, [of_head], full, exponents.index(stage))
+                    tma_load(start_descriptor, [of_batch], full, starts.index(stage))
+                    tma_load(end_descriptor, [of_batch], full, ends.index(stage))
                     full = dout_full.index(stage)
                     mbarrier.expect(full, dout_descriptor.block_type.nbytes + 4 * BLOCK_Q)
-                    tma.async_copy_global_to_shared(
-                        dout_descriptor, [batch, query_head, row, 0], full, douts.index(stage)
-                    )
-                    tma.async_copy_global_to_shared(delta_descriptor, [of_head], full, deltas.index(stage))
+                    tma_load(dout_descriptor, [batch, query_head, row, 0], full, douts.index(stage))
+                    tma_load(delta_descriptor, [of_head], full, deltas.index(stage))
                     done += 1
             turn += 1
         item = gl.atomic_add(counter, 1)

@@ -26,7 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.attention import hopper_tiles
-from longctx.kernels.attention.hopper_gluon import arrive_at_named_barrier, named_barrier, threads_meet
+from longctx.kernels.attention.hopper_gluon import (
+    arrive_at_named_barrier,
+    named_barrier,
+    threads_meet,
+    tma_load,
+    tma_store,
+)
 from longctx.kernels.attention.hopper_scheduler import (
     addressable,
     await_item,
@@ -126,7 +132,7 @@ def _write_out(descriptor, tile, coordinates, acc):
     tile.store(acc.to(tile.dtype))
     fence_async_shared()
     threads_meet()
-    tma.async_copy_shared_to_global(descriptor, coordinates, tile)
+    tma_store(descriptor, coordinates, tile)
 
 
 @gluon.jit
@@ -267,22 +273,16 @@ def _producer(
                 mbarrier.wait(query_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(query_full.index(c), query_descriptor.block_type.nbytes)
                 row = (row_block * 2 + c) * ROWS
-                tma.async_copy_global_to_shared(
-                    query_descriptor, [batch, head, row, 0], query_full.index(c), queries.index(c)
-                )
+                tma_load(query_descriptor, [batch, head, row, 0], query_full.index(c), queries.index(c))
             for i in range(0, last - first):
                 stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
                 key = visited_tile(i, visit) * BLOCK_K
                 mbarrier.wait(key_empty.index(stage), parity)
                 mbarrier.expect(key_full.index(stage), key_descriptor.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    key_descriptor, [batch, head // group, key, 0], key_full.index(stage), keys.index(stage)
-                )
+                tma_load(key_descriptor, [batch, head // group, key, 0], key_full.index(stage), keys.index(stage))
                 mbarrier.wait(value_empty.index(stage), parity)
                 mbarrier.expect(value_full.index(stage), value_descriptor.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    value_descriptor, [batch, head // group, key, 0], value_full.index(stage), values.index(stage)
-                )
+                tma_load(value_descriptor, [batch, head // group, key, 0], value_full.index(stage), values.index(stage))
                 done += 1
             turn += 1
         item = gl.num_programs(0) + gl.atomic_add(counter, 1)

@@ -1,4 +1,4 @@
-"""What the Hopper kernels need of Gluon that differs between Triton 3.6 and 3.7, or that its Python side lacks."""
+"""What the Hopper kernels need of Gluon that differs between Triton 3.6 and 3.9, or that its Python side lacks."""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportOptionalMemberAccess=false
@@ -10,16 +10,22 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # those of one partition
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @_core.builtin
-def reduce_add_to_global(descriptor, coordinates, source, _semantic=None):
+def _reduce_add_to_global(descriptor, coordinates, source, _semantic=None):
     """Adds a tile in shared memory to a tensor with the TMA unit: asynchronous, unordered."""
     coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(add, descriptor.handle, coordinates, source.handle)
+
+
+reduce_add_to_global = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _reduce_add_to_global
 
 
 @gluon.jit

@@ -45,9 +45,7 @@ def compile_case(
         if head_dim <= 128:
             hopper_backward.backward_on_hopper(q, lse, Saved(q, k, v, q, lse), mask, options, gradients)
 
-    for kernel in compile_launches(call, "sm_90"):
-        if kernel.name not in ("attention_forward_hopper", "attention_backward_hopper"):
-            continue
+    for kernel in compile_launches(call, "sm_90", only=("attention_forward_hopper", "attention_backward_hopper")):
         code = sass.disassembled(kernel.binary)
         print(
             json.dumps(

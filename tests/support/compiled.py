@@ -13,15 +13,15 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -32,8 +32,6 @@ from longctx.kernels import hardware
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
             torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # of a program
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-
 
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "compiled"
 
@@ -70,6 +68,7 @@ def _identity(script: str, arguments: tuple[str, ...], packages: Path | None) ->
 
 def _run(script: str, arguments: tuple[str, ...], packages: Path | None) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_ALWAYS_COMPILE"] = "1"  # of what Triton has kept, ptxas says nothing
     paths = [Path(__file__).parents[2], *([] if packages is None else [packages])]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, reversed(paths)))
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
@@ -90,14 +89,20 @@ class Compiled(NamedTuple):
     warnings: list[str]  # of ptxas
 
 
-def compile_launches(call: Callable[[], object], architecture: str) -> list[Compiled]:
-    """The kernels that `call` launches on `meta` tensors, for `architecture`: sm_80, sm_90, ... or AMD's gfx942."""
+def compile_launches(
+    call: Callable[[], object], architecture: str, only: tuple[str, ...] | None = None
+) -> list[Compiled]:
+    """The kernels that `call` launches on `meta` tensors, for `architecture`: sm_80, sm_90, ... or AMD's gfx942.
+
+    `only`: of these names.
+    """
     compiled: list[Compiled] = []
     is_nvidia = architecture.startswith("sm_")
     target = GPUTarget("cuda", int(architecture[3:]), 32) if is_nvidia else GPUTarget("hip", architecture, 64)
 
     def run(kernel, *args, grid, warmup, **kwargs):
-        compiled.append(_compile(kernel, args, kwargs, target))
+        if only is None or kernel.__name__ in only:
+            compiled.append(_compile(kernel, args, kwargs, target))
 
     pretended = architecture if is_nvidia else "hip"
     with (
@@ -136,31 +141,40 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
             signature[name] = "fp32"
     source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = source_type(kernel, signature, constants, attributes)
-    result = triton.compile(source, target=target, options=options)
+    ptxas = PtxasLog()
+    with mock.patch.object(nvidia, "subprocess", ptxas):
+        result = triton.compile(source, target=target, options=options)
     assembly = result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     binary = result.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    registers, spills, warnings = (_ptxas if target.backend == "cuda" else _amd_metadata)(assembly, target.arch)
+    registers, spills, warnings = ptxas.summary() if target.backend == "cuda" else _amd_metadata(assembly)
     return Compiled(kernel.__name__, registers, spills, result.metadata.shared, assembly, binary, warnings)
 
 
-def _amd_metadata(assembly: str, _architecture: str) -> tuple[int, int, list[str]]:
+def _amd_metadata(assembly: str) -> tuple[int, int, list[str]]:
     """(vector registers a thread, bytes spilled, nothing)."""
     found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", assembly)}
     return found["vgpr_count"], 4 * found["vgpr_spill_count"], []
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int, list[str]]:
-    """(registers a thread, bytes spilled, what it warns of)."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
-        said = subprocess.run(
-            [PTXAS, "-v", f"--gpu-name={architecture}", file.name, "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
-    warnings = [line for line in said.splitlines() if "Potential Performance Loss" in line or "warning" in line]
-    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), sum(spills), warnings
+class PtxasLog:
+    """Reads what ptxas says when Triton calls it: it is not run a second time for that."""
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(subprocess, name)
+
+    def run(self, command: list, **arguments: Any) -> subprocess.CompletedProcess:
+        done = subprocess.run(command, **arguments)
+        if "-v" in command:
+            self.said = Path(arguments["stderr"].name).read_text()
+        return done
+
+    def summary(self) -> tuple[int, int, list[str]]:
+        """(registers a thread, bytes spilled, what it warns of)."""
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", self.said)]
+        warnings = [
+            line for line in self.said.splitlines() if "Potential Performance Loss" in line or "warning" in line
+        ]
+        return max(int(n) for n in re.findall(r"Used (\d+) registers", self.said)), sum(spills), warnings

@@ -1,19 +1,27 @@
-"""What two compilers make of the Hopper kernels: if a change costs the overlap of products and softmax, this fails."""
+"""What the oldest and the newest Triton make of the Hopper kernels.
+
+If a change costs the overlap of products and softmax, this fails.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from compiled import SHARED_MEMORY, kernels_of
 
-OLDER_TRITON = Path(__file__).parents[3] / ".venv/triton-3.6.0"  # of torch 2.11; `make` puts it there
+OLDEST, NEWEST = "3.6.0", "3.9.0"  # of torch 2.11 and 2.15; `make` puts them beside the installed one
+IN_USE = version("triton")
 
 
-@pytest.fixture(scope="module", params=["3.6.0", "3.7.1"])
+@pytest.fixture(
+    scope="module", params=[OLDEST, NEWEST, *(pytest.param(v, marks=pytest.mark.slow) for v in ("3.8.0", IN_USE))]
+)
 def kernels(request) -> list[dict]:
-    found = kernels_of("compile_hopper.py", packages=OLDER_TRITON if request.param == "3.6.0" else None)
+    folder = Path(__file__).parents[3] / f".venv/triton-{request.param}"
+    found = kernels_of("compile_hopper.py", packages=None if request.param == IN_USE else folder)
     assert {kernel["triton"] for kernel in found} == {request.param}
     return found
 
@@ -34,8 +42,8 @@ def test_the_loops_of_the_forward_pass_spill_nothing(kernels):
         if kernel["kernel"] == "attention_forward_hopper":
             assert len(kernel["loops"]) >= 4, kernel  # of two consumers, with and without a mask
             for loop in kernel["loops"][:4]:
-                # merging into float32 with triton 3.6.0: an address
-                assert loop["spills"] <= (2 if kernel["into"] else 0), kernel
+                # merging into float32: an address
+                assert loop["spills"] <= (1 if kernel["blocks"] and kernel["triton"] == NEWEST else 0), kernel
 
 
 def test_the_loops_of_the_backward_pass_spill_addresses_alone(kernels):
@@ -43,7 +51,8 @@ def test_the_loops_of_the_backward_pass_spill_addresses_alone(kernels):
     for kernel in kernels:
         if kernel["kernel"] == "attention_backward_hopper":
             assert len(kernel["loops"]) >= 2, kernel  # of two consumers
-            assert all(loop["spills"] <= 24 for loop in kernel["loops"][:2]), kernel
+            most = 24 if kernel["triton"] == OLDEST else 34
+            assert all(loop["spills"] <= most for loop in kernel["loops"][:2]), kernel
 
 
 def test_gradients_go_to_other_gpus_16_bytes_at_a_time(kernels):
