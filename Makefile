@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NAME ?= gpt_tiny-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help train test test-all lint
+.PHONY: help train test test-all lint docs
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,7 +18,7 @@ train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
 	fi
 
-test: .venv/.dev ## the test suite, some 11 minutes on two CPU cores
+test: .venv/.dev ## the test suite, some ten minutes on two CPU cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-all: .venv/.dev ## that and the long tests, before a release
@@ -28,6 +28,9 @@ lint: .venv/.dev ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+docs: .venv/.docs ## the pages and the API reference as HTML, in docs/build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning docs docs/build/html
 
 .venv/.run: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"longctx needs Python 3.11 or newer, this is {v.major}.{v.minor}; make PYTHON=python3.11 ...")'
@@ -42,4 +45,8 @@ lint: .venv/.dev ## ruff and pyright
 	@$(PIP) --no-deps -r requirements-dev.txt
 	@echo 'and the Tritons of torch 2.11, 2.14 and 2.15, for which the tests compile kernels too'
 	@for v in 3.6.0 3.8.0 3.9.0; do test -d .venv/triton-$$v || $(PIP) --no-deps --target .venv/triton-$$v triton==$$v; done
+	@touch $@
+
+.venv/.docs: .venv/.run requirements-docs.txt
+	@$(PIP) --no-deps -r requirements-docs.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""The kernels as functions: the door for those who want them without the trainer.
+"""The kernels as functions: the door for those who want them without the trainer::
 
     from longctx.ops import KeyIntervals, attention
 
