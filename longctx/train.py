@@ -20,14 +20,19 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+try:
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"longctx: {error.name} is not installed; to train: pip install 'longctx[train]', in a checkout make train"
+    )
 
 from longctx.command_line import as_typed, help_of_keys, name_of_job, quoted, refuse_foreign_launchers, script
 from longctx.config import Config

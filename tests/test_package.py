@@ -86,6 +86,15 @@ def test_a_run_started_from_it(installed, tmp_path, corpus):
     assert (tmp_path / "runs" / "there" / "report.html").exists()
 
 
+def test_the_command_without_what_trains(installed, tmp_path):
+    code = "import sys; sys.modules['hydra'] = None; from longctx.train import start"
+    done = started(installed, tmp_path, sys.executable, "-c", code)
+    assert done.returncode == 1
+    assert done.stderr.startswith("longctx: hydra is not installed; to train: pip install 'longctx[train]'"), (
+        done.stderr
+    )
+
+
 def test_the_command(installed, tmp_path):
     shown = started(installed, tmp_path, str(installed / "bin" / "longctx"), "recipe=gpt_32k", "--cfg", "job")
     assert "sequence_length: 32768" in shown.stdout, shown.stderr
