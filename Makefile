@@ -18,10 +18,10 @@ train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
 	fi
 
-test: .venv/.dev ## the test suite, some ten minutes on two CPU cores
+test: .venv/.dev .venv/triton-3.6.0 .venv/triton-3.9.0 ## the test suite, some ten minutes on two CPU cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
-test-all: .venv/.dev ## that and the long tests, before a release
+test-all: .venv/.dev .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0 ## that and the long tests, before a release
 	LONGCTX_KILLS=17 LONGCTX_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.dev ## ruff and pyright
@@ -43,9 +43,13 @@ docs: .venv/.docs ## the pages and the API reference as HTML, in docs/build/html
 .venv/.dev: .venv/.run requirements-dev.txt
 	@echo 'adding what tests and linters need, from requirements-dev.txt'
 	@$(PIP) --no-deps -r requirements-dev.txt
-	@echo 'and the Tritons of torch 2.11, 2.14 and 2.15, for which the tests compile kernels too'
-	@for v in 3.6.0 3.8.0 3.9.0; do test -d .venv/triton-$$v || $(PIP) --no-deps --target .venv/triton-$$v triton==$$v; done
 	@touch $@
+
+# the Tritons of torch 2.11, 2.14 and 2.15, for which the tests compile kernels too
+.venv/triton-%: | .venv/.run
+	@echo 'adding Triton $*, for which the tests compile kernels'
+	@$(PIP) --no-deps --target $@.new triton==$*
+	@mv $@.new $@
 
 .venv/.docs: .venv/.run requirements-docs.txt
 	@$(PIP) --no-deps -r requirements-docs.txt
