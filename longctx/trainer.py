@@ -7,7 +7,6 @@ import signal
 import time
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from longctx.batch import Batch
 from longctx.config import attention_span
 from longctx.data.loader import Loader
 from longctx.errors import UserError
-from longctx.hugging_face.load import PretrainedWeights
+from longctx.hugging_face.load import start_from_pretrained
 from longctx.metrics import Metrics
 from longctx.model.implementations import attention_implementation, fused_implementation
 from longctx.optim import Optimizers, global_norm
@@ -79,7 +78,7 @@ class Trainer:
 
         is_known_layout = self.saving.resume()
         if progress.step == 0 and config.model.init_from:
-            self._start_from_pretrained(Path(config.model.init_from).expanduser())
+            start_from_pretrained(self.model, config.model, runtime)
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
             self._verify_layout()
         self.context_parallel.time_waits(partial(self.clock.part, "context_exposed"))
@@ -98,14 +97,6 @@ class Trainer:
         self.validation.alert = self.metrics.alert
         self.stop.left_s = self.left_s
         self.saving.prepare()
-
-    def _start_from_pretrained(self, folder: Path) -> None:
-        """Fills the model with weights of Hugging Face; every rank reads its own part of the files."""
-        weights = self.runtime.run_on_all_ranks(lambda: PretrainedWeights(folder))
-        rotary = self.runtime.run_on_all_ranks(lambda: weights.check(self.config.model))
-        self.runtime.run_on_all_ranks(lambda: weights.load(self.model, self.config.model))
-        other = f"; its rotary positions had {' '.join(rotary)}" if rotary else ""
-        self.runtime.say(f"started with the weights of {folder}{other}")
 
     def _verify_layout(self) -> None:
         found = verify_layout(self.model, self.config, self.mesh, self.runtime.device)
@@ -204,10 +195,8 @@ class Trainer:
             self.metrics.show_progress(self.step + 1, self.parts_done, len(batches))
         with self.clock.part("optimizer"):
             norm = global_norm(list(self.parameters.values()))
-        # what takes a while to find out, while a GPU works
-        memory, imbalance, watts = (
-            self.throughput.memory(), self.throughput.imbalance(batches, splits), self.throughput.power.watts()
-        )  # fmt: skip
+        memory, watts = self.throughput.memory(), self.throughput.power.watts()  # while a GPU works: both take a while
+        imbalance = self.throughput.imbalance(batches, splits)
         loss_value, norm_value = torch.stack((global_loss(loss, self.mesh), norm.double())).tolist()  # waits for a GPU
 
         self.stop.gate(is_open=False)

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"config", "data", "errors", "runtime"},
     "optim": {"config", "schedule"},
     "checkpoint": {"errors", "files", "local_part", "runtime"},
-    "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model"},
+    "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "runtime"},
     "run_record": {"files", "run_info"},
     "wandb_log": {"config", "errors", "files", "metric_names", "metrics_file", "run_info", "summary"},

@@ -14,12 +14,26 @@ from torch.distributed.tensor import DTensor
 from longctx.config import ModelConfig
 from longctx.hugging_face.convert import IGNORED, PretrainedError, Stored, differences, from_config_json, stored_tensors
 from longctx.local_part import local_part
+from longctx.runtime import Runtime
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 DTYPES = ("F64", "F32", "F16", "BF16")
 ROWS = 4096  # of a matrix, compared at a time
 PREFIXES = ("", "transformer.", "model.")  # that a file made from the bare model leaves out
+
+
+def start_from_pretrained(model: nn.Module, config: ModelConfig, runtime: Runtime) -> None:
+    """Fills `model` with the weights of `model.init_from`; every rank reads its own part of the files. Collective.
+
+    Raises `UserError` on all ranks if the files cannot be read on one, or are those of a model of another shape.
+    """
+    folder = Path(config.init_from).expanduser()
+    weights = runtime.run_on_all_ranks(lambda: PretrainedWeights(folder))
+    rotary = runtime.run_on_all_ranks(lambda: weights.check(config))
+    runtime.run_on_all_ranks(lambda: weights.load(model, config))
+    other = f"; its rotary positions had {' '.join(rotary)}" if rotary else ""
+    runtime.say(f"started with the weights of {folder}{other}")
 
 
 class PretrainedWeights:
