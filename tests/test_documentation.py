@@ -103,7 +103,7 @@ def test_from_text_to_weights(tmp_path):
     (tmp_path / "texts").mkdir()
     for file in Path(sys.modules["json"].__file__ or "").parent.glob("*.py"):
         (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text() * 4)
-    prepare, train = [words for words in commands(ROOT / "README.md") if {"texts/", "data.folder=corpus"} & set(words)]
+    prepare, train = [words for words in commands(ROOT / "README.md") if {"texts/", "name=mine"} & set(words)]
     assert "train on it" in run_as_typed(tmp_path, prepare)
     short = ["data.sequence_length=128", "validation.sequences=2", "validation.sample_tokens=0", "model.layers=1"]
     out = run_as_typed(tmp_path, train, "optim.steps=2", "optim.warmup_steps=0", *short)

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import train
-from longctx import plan, resume
+from longctx import plan, resume, train
 from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_foreign_launchers, resume_command, split
 from longctx.config import Config, ParallelConfig, Schedule, warmup_steps
 from longctx.config_checks import check

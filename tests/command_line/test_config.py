@@ -9,7 +9,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-import train
+from longctx import train
 from longctx.command_line import help_of_keys
 from longctx.config import Config, attention_span, keys
 from longctx.config_checks import check

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import train as command
+from longctx import train as command
 from longctx.metrics_file import last_validation_loss
 from longctx.run_record import read_record
 from runs import ROOT, TORCHRUN, composed
