@@ -16,7 +16,7 @@ from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
 from longctx.parallel.mesh import AXES
 from longctx.run_info import Ending, RunInfo
-from longctx.runtime import check_memory
+from longctx.runtime import check_machines, check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
@@ -35,6 +35,7 @@ def train(run: RunInfo) -> Outcome:
     check(config, runtime_module.world_size())
     with StopSignals(config.parallel.stop_seconds, config.checkpoint.on_usr1 == OnUsr1.stop) as stop:
         runtime = runtime_module.start(config.parallel.timeout_seconds)
+        check_machines(runtime)
         if config.parallel.check_memory:
             runtime.run_on_all_ranks(lambda: check_memory(config, runtime))
         name = runtime.run_on_rank_0(lambda: uuid.uuid4().hex)

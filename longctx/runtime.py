@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import socket
 import time
 import traceback
 import uuid
@@ -158,6 +159,21 @@ def store(prefix: str) -> dist.Store:
     store = dist.distributed_c10d._get_default_store().clone()
     store.set_timeout(datetime.timedelta(seconds=5))  # whoever uses it must not stand still for long
     return dist.PrefixStore(prefix, store)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_machines(runtime: Runtime) -> None:
+    """Raises `UserError` on all ranks if machines have different numbers of them. Collective.
+
+    Strategies are chosen by how many ranks a machine has; if each rank went by its own number, they would wait for
+    each other for ever.
+    """
+    found = sorted(set(runtime.gather((socket.gethostname(), runtime.ranks_of_a_machine))))
+    if len({ranks for _, ranks in found}) > 1:
+        counts = ", ".join(f"{ranks} on {host}" for host, ranks in found)
+        raise UserError(
+            f"machines run different numbers of processes ({counts}), but a layout gives each machine the same share: "
+            "start as many on each (torchrun --nproc-per-node)"
+        )
 
 
 def check_memory(config: Config, runtime: Runtime) -> None:

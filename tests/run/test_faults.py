@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -279,6 +280,28 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, corpus):
     stacks = result.stderr.split("rank 2:\n")[1]
     assert "time.sleep(1000)" in stacks.split("ranks 0, 1:\n")[0]
     assert "dist.all_reduce(" in stacks.split("ranks 0, 1:\n")[1]
+
+
+def refused_machines(rank):
+    """What is said of three ranks on one machine and one on another."""
+    host = "node1" if rank < 3 else "node2"
+    changed = {"LOCAL_WORLD_SIZE": "3" if rank < 3 else "1"}
+    here = runtime.start(60)
+    runtime.check_machines(here)  # all on one: nothing
+    with (
+        mock.patch.object(runtime.socket, "gethostname", return_value=host),
+        mock.patch.dict(os.environ, changed),
+        pytest.raises(UserError) as caught,
+    ):
+        runtime.check_machines(here)
+    return str(caught.value)
+
+
+def test_machines_with_different_numbers_of_ranks_are_refused():
+    """By a strategy of its own on each they would wait for ever."""
+    for said in run_on_ranks(4, refused_machines):
+        assert "different numbers of processes (3 on node1, 1 on node2)" in said
+        assert "torchrun --nproc-per-node" in said
 
 
 def compared_ranks(rank):
