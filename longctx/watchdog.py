@@ -79,11 +79,14 @@ class Watchdog:
             self.thread.start()
 
     def stop(self) -> None:
-        """This rank is done: from now on nobody misses it."""
+        """This rank is done: from now on nobody misses it.
+
+        Where the store no longer answers, as over a link that was cut, its thread is left behind.
+        """
         if self.store is None:
             return
         self.ended.set()
-        self.thread.join()
+        self.thread.join(self.period_s)
 
     def look(self) -> None:
         """What the thread does once a period: beats, and looks for progress here and for the other's heartbeat."""

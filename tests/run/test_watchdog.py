@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore
@@ -52,6 +54,20 @@ def test_a_rank_beats_at_once(store):
     assert (made.period_s, made.silence_s) == (5, 580)
     made.stop()
     assert store.get("longctx/alive/a/1") == b"left"
+
+
+def test_a_store_that_no_longer_answers_keeps_nobody(store):
+    """A link that is cut: the run that ends waits a period for its watchdog and no longer."""
+    made = Watchdog(rank=0, size=2, timeout_seconds=2, name="a", clock=Clock())
+    answer = threading.Event()
+    made.store = SimpleNamespace(set=lambda *_: answer.wait())
+    began = time.monotonic()
+    made.stop()
+    assert made.thread.is_alive()
+    assert time.monotonic() - began < 5
+    answer.set()
+    made.thread.join(5)
+    assert not made.thread.is_alive()
 
 
 def test_a_rank_that_beats_is_not_missed(store, watchdog):
