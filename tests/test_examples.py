@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from runs import ROOT, TORCHRUN
 
 
@@ -38,9 +40,10 @@ def test_attention_of_transformers():
     assert gradients < 1e-4
 
 
-def test_ring_attention():
-    command = *TORCHRUN, "--nproc-per-node", "2", "examples/ring_attention.py"
-    form = r"loss of 2 processes (\S+), of one (\S+); gradients differ by (\S+)"
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_ring_attention(ranks):
+    command = *TORCHRUN, "--nproc-per-node", str(ranks), "examples/ring_attention.py"
+    form = rf"loss of {ranks} processes (\S+), of one (\S+); gradients differ by (\S+)"
     split, whole, error = found_in_output_of(*command, form=form)
     assert abs(split - whole) < 1e-5
     assert error < 1e-5

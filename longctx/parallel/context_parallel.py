@@ -19,6 +19,7 @@ from longctx.config import ModelConfig, Strategy
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.interface import make_options
+from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Saved
 from longctx.model.attention import Attend
 from longctx.model.transformer import keys_seen
@@ -39,7 +40,7 @@ class ContextParallel:
 
     def __init__(self, choice: Choice, transports: Sequence[Transport]) -> None:
         """`transports`: over the context axis, or over its inner and its outer part; none where the axis has size 1."""
-        self.choice, self.transports = choice, tuple(transports)
+        self.choice, self.transports, self.is_alone = choice, tuple(transports), not transports
         self.exchange = _exchange(choice.strategy, self.transports) if self.transports else None
         self.name = f"context {next(_numbers)}"
         _open[self.name] = self
@@ -57,13 +58,13 @@ class ContextParallel:
     def of_group(group: dist.ProcessGroup, strategy: str = "ring", timeout_seconds: int = 600) -> ContextParallel:
         """For a model of one's own: the ranks of `group` share each sequence by `ring`, `gather` or `ulysses`.
 
-        Collective; a rank that comes `timeout_seconds` late to an exchange ends the run. Raises ValueError for other
-        strategies.
+        A group of one rank has whole sequences, and its masks are `KeyIntervals`. Collective; a rank that comes
+        `timeout_seconds` late to an exchange ends the run. Raises ValueError for other strategies.
         """
         if strategy not in (usable := [str(name) for name in (Strategy.ring, Strategy.gather, Strategy.ulysses)]):
             raise ValueError(f"strategy={strategy!r} is not one of {', '.join(usable)}")
         choice = Choice(Strategy(strategy), group.size() if strategy == Strategy.ulysses else 1, "as asked for")
-        return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds)])
+        return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds)] if group.size() > 1 else ())
 
     def attend(self, implementation: str = "auto", **options: Any) -> ContextAttend:
         """Attention over split sequences, as a module; arguments as of `longctx.ops.attention`.
@@ -144,8 +145,10 @@ class ContextAttend(nn.Module):
                 "or parallel.context=1"
             )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask | KeyIntervals) -> Tensor:
         """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q."""
+        if self.context_parallel.is_alone:
+            return self.attend(q, k, v, mask)
         if not isinstance(mask, SplitMask):
             raise TypeError(f"{type(mask).__name__}: a split sequence has a SplitMask, as Split.mask makes it")
         options = make_options(q, **self.options)

@@ -26,7 +26,6 @@ from longctx.parallel.load_balance import zigzag
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.parallel.strategy import Choice, choose_strategy
-from longctx.parallel.transport import make_transport
 from longctx.parallel.verify import verify_layout
 from longctx.step_clock import StepClock
 from ranks import run_on_new_ranks, run_on_ranks
@@ -52,7 +51,7 @@ def tensors() -> tuple[list[torch.Tensor], torch.Tensor]:
 
 def made_over_all(strategy: Strategy) -> ContextParallel:
     """Over all ranks of the process group."""
-    return ContextParallel(Choice(strategy, 1, "as asked for"), [make_transport(torch.distributed.group.WORLD)])
+    return ContextParallel.of_group(torch.distributed.group.WORLD, strategy)
 
 
 def in_blocks(rank: int, window: int, owners: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
@@ -329,10 +328,16 @@ def test_an_option_reaches_the_split_attention_or_is_refused():
 
 
 def test_a_mask_that_is_not_split_is_refused():
-    attend = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), []).replace(Attend("reference"))
+    transports = [SimpleNamespace(size=2, rank=0)]
+    attend = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), transports).attend("reference")
     x = torch.zeros(1, 8, 1, 4)
     with pytest.raises(TypeError, match="KeyIntervals: a split sequence has a SplitMask, as Split.mask makes it"):
         attend(x, x, x, KeyIntervals.causal(16))
+
+
+def test_a_group_has_one_of_three_strategies():
+    with pytest.raises(ValueError, match="strategy='ulysses_ring' is not one of ring, gather, ulysses"):
+        ContextParallel.of_group(None, "ulysses_ring")
 
 
 def chosen(_rank: int) -> str:
