@@ -7,7 +7,7 @@ import torch
 
 
 class PowerMeter:
-    """Asks the driver, which takes some milliseconds: to be read while the GPU is busy."""
+    """Asks the driver, which takes a fifth of a millisecond: to be read while the GPU is busy."""
 
     def __init__(self, device: torch.device) -> None:
         self.handle = None
