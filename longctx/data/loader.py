@@ -63,10 +63,8 @@ class TokenWindows:
         self.separate_documents = data.separate_documents
         self.windows = (len(split) - 1) // self.length
         if self.windows < 1:
-            raise DataError(
-                f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text or set "
-                f"data.sequence_length={max(1, len(split) - 1)} or less"
-            )
+            shorter = f" or set data.sequence_length={len(split) - 1} or less" if len(split) > 1 else ""
+            raise DataError(f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text{shorter}")
 
     def window(self, number: int) -> Sequence:
         return pack(*self.split.read(number * self.length, self.length + 1), self.separate_documents)

@@ -242,6 +242,8 @@ def test_too_little_text(corpus):
         DataError, match=rf"{len(split)} tokens, a sequence needs 100001; .*sequence_length={len(split) - 1}"
     ):
         ShuffledTokens(split, DataConfig(sequence_length=100000), 0, "here")
+    with pytest.raises(DataError, match=r"0 tokens, a sequence needs 65; add text$"):  # no length would do
+        ShuffledTokens([], DataConfig(sequence_length=64), 0, "here")
 
 
 def test_validation_is_spread_over_the_split(corpus):
