@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from in_process import output_of
 from longctx.config_checks import check
 from runs import ROOT, TORCHRUN, composed
 
@@ -89,9 +90,10 @@ def test_commands_of_training(words, monkeypatch):
 
 def run_as_typed(folder: Path, words: list[str], *more: str) -> str:
     """A command of a page in `folder`, with this Python; returns what it prints."""
-    program = {"torchrun": TORCHRUN, "python": [sys.executable]}[Path(words[0]).name]
-    kept = [word for word in words[1:] if not word.startswith("[")]
-    done = subprocess.run([*program, *kept, *more], cwd=folder, capture_output=True, text=True, timeout=300)
+    program, *kept = (word for word in words if not word.startswith("["))
+    if Path(program).name == "python":
+        return output_of(ROOT / kept[0], *kept[1:], *more, folder=folder)
+    done = subprocess.run([*TORCHRUN, *kept, *more], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

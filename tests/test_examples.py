@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 
 import pytest
 
+from in_process import output_of
 from runs import ROOT, TORCHRUN
 
 
-def found_in_output_of(*command: str, form: str) -> list[float]:
-    """The numbers at the groups of `form` in what a command prints."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(form, done.stdout)
-    assert found, done.stdout
-    return [float(number) for number in found.groups()]
+def found(form: str, out: str) -> list[float]:
+    """The numbers at the groups of `form` in what was printed."""
+    match = re.search(form, out)
+    assert match, out
+    return [float(number) for number in match.groups()]
 
 
 def test_every_example_is_run_here():
@@ -26,16 +24,16 @@ def test_every_example_is_run_here():
 
 
 def test_kernels_alone():
-    command = sys.executable, "examples/kernels_alone.py"
-    loss, norm = found_in_output_of(*command, form=r"^loss (\S+), gradient norm (\S+)\n$")
+    out = output_of(ROOT / "examples" / "kernels_alone.py")
+    loss, norm = found(r"^loss (\S+), gradient norm (\S+)\n$", out)
     assert 10 < loss < 60
     assert norm > 0
 
 
 def test_attention_of_transformers():
-    command = sys.executable, "examples/transformers_attention.py"
+    out = output_of(ROOT / "examples" / "transformers_attention.py")
     form = r"^two documents: logits differ by (\S+), gradients by (\S+) of their norm\n$"
-    logits, gradients = found_in_output_of(*command, form=form)
+    logits, gradients = found(form, out)
     assert logits < 1e-5
     assert gradients < 1e-4
 
@@ -44,6 +42,8 @@ def test_attention_of_transformers():
 def test_ring_attention(ranks):
     command = *TORCHRUN, "--nproc-per-node", str(ranks), "examples/ring_attention.py"
     form = rf"loss of {ranks} processes (\S+), of one (\S+); gradients differ by (\S+)"
-    split, whole, error = found_in_output_of(*command, form=form)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    split, whole, error = found(form, done.stdout)
     assert abs(split - whole) < 1e-5
     assert error < 1e-5

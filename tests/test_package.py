@@ -66,12 +66,16 @@ def test_kernels_and_parallelism_need_little(installed, tmp_path):
         "import sys\n"
         "others = 'hydra', 'omegaconf', 'wandb', 'pyarrow', 'tokenizers', 'safetensors', 'matplotlib', 'pynvml'\n"
         "sys.modules.update(dict.fromkeys(others))\n"  # none of them can be imported
-        "import torch, longctx.ops, longctx.parallel\n"
+        "import torch\n"
+        "from longctx import ops\n"
         "q = torch.ones(1, 4, 2, 8)\n"
-        "print(longctx.ops.attention(q, q, q, longctx.ops.KeyIntervals.causal(4))[0].sum().item(), longctx.__file__)\n"
+        "print(ops.attention(q, q, q, ops.KeyIntervals.causal(4))[0].sum().item(), len(ops.__all__), ops.__file__)\n"
+        "print(*(name for name in sys.modules if name.startswith('longctx.') and '.kernels' not in name))\n"
+        "import longctx.parallel\n"
     )
     done = started(installed, tmp_path, sys.executable, "-c", code)
-    assert done.stdout.split() == ["64.0", str(installed / "longctx" / "__init__.py")], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["64.0", "24", str(installed / "longctx" / "ops.py"), "longctx.ops"]
 
 
 def test_a_run_started_from_it(installed, tmp_path, corpus):
