@@ -96,17 +96,18 @@ def name_of_job(name: str, overrides: list[str], typed: list[str], swept: set[st
 
 def script() -> list[str]:
     """What torchrun starts: `train.py` where this is a checkout, named as from here; else the installed module."""
-    here, file = Path.cwd(), Path(__file__).parents[1] / "train.py"
-    if not file.exists():
-        return ["-m", "longctx.train"]
-    return [str(file.relative_to(here) if file.is_relative_to(here) else file)]
+    file = Path(__file__).parents[1] / "train.py"
+    return [str(_as_from_here(file))] if file.exists() else ["-m", "longctx.train"]
+
+
+def _as_from_here(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def resume_command(config: Config, overrides: list[str], world_size: int, **changes: str) -> str:
     """What to type, in any folder, to go on with this run. `changes`: keys (`optim__steps`) with other values."""
-    tools = Path(sys.executable).parent
-    here = Path.cwd()
-    tools = tools.relative_to(here) if tools.is_relative_to(here) else tools
+    tools = _as_from_here(Path(sys.executable).parent)
     launcher = [str(tools / "python")]
     if world_size > 1:
         per_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
@@ -115,7 +116,7 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
     kept = [w for w in overrides if w.partition("=")[0].lstrip("+") not in (*given, "optim.steps", "checkpoint.resume")]
     given.setdefault("optim.steps", str(config.optim.steps))
     words = [f"{key}={value if _is_plain(value) else quoted(value)}" for key, value in given.items()]
-    return f"cd {shlex.quote(str(here))} && {shlex.join([*launcher, *script(), *kept, *words])}"
+    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*launcher, *script(), *kept, *words])}"
 
 
 def how_to_go_on(

@@ -168,13 +168,13 @@ def _where_a_step_goes(rows: Rows) -> Chart:
     steps = [row for row in rows if "time/forward_s" in row]
     passes = sum(row["time/forward_s"] + row["time/backward_s"] for row in steps)
     waits = {
-        what: 100 * sum(row.get(key, 0.0) for row in steps) / passes if steps else 0.0
-        for what, key in (
-            ("keys and values of others", "time/context_exposed_s"), ("FSDP's parameters", "time/fsdp_exposed_s")
-        )
-    }  # fmt: skip
-    waited = " and ".join(f"{share:.1f} % for {what}" for what, share in waits.items() if share)
-    sentence = "Shares of a step's seconds on rank 0." + f" Forward and backward waited {waited}." * bool(waited)
+        "keys and values of others": sum(row.get("time/context_exposed_s", 0.0) for row in steps),
+        "FSDP's parameters": sum(row.get("time/fsdp_exposed_s", 0.0) for row in steps),
+    }
+    sentence = "Shares of a step's seconds on rank 0."
+    if any(waits.values()):
+        waited = (f"{100 * seconds / passes:.1f} % for {what}" for what, seconds in waits.items() if seconds)
+        sentence += f" Forward and backward waited {' and '.join(waited)}."
     chart = Chart("Where a step goes", sentence, "step", "share")
     whole = [row["perf/step_s"] for row in steps]
     shares = {

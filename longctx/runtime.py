@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import socket
 import time
 import traceback
 import uuid
@@ -21,6 +20,7 @@ from longctx.config import Config
 from longctx.console import say
 from longctx.errors import UserError
 from longctx.files import gigabytes
+from longctx.machine import this_machine
 from longctx.stopping import end_with_parent
 
 T = TypeVar("T")
@@ -167,9 +167,9 @@ def check_machines(runtime: Runtime) -> None:
     Strategies are chosen by how many ranks a machine has; if each rank went by its own number, they would wait for
     each other for ever.
     """
-    found = sorted(set(runtime.gather((socket.gethostname(), runtime.ranks_of_a_machine))))
+    found = sorted(set(runtime.gather((this_machine(), runtime.ranks_of_a_machine))))
     if len({ranks for _, ranks in found}) > 1:
-        counts = ", ".join(f"{ranks} on {host}" for host, ranks in found)
+        counts = ", ".join(f"{ranks} on {machine.split('/')[0]}" for machine, ranks in found)
         raise UserError(
             f"machines run different numbers of processes ({counts}), but a layout gives each machine the same share: "
             "start as many on each (torchrun --nproc-per-node)"

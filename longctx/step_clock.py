@@ -19,11 +19,12 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.is_gpu = device.type == "cuda"
-        self.spans: list[tuple[str, Any, Any]] = []  # events, or seconds
+        self.start()
 
     def start(self) -> None:
         """Begins a step: what was counted before belongs to none."""
-        self.spans.clear()
+        self.spans: list[tuple[str, Any, Any]] = []  # events, or seconds, that are not in `summed` yet
+        self.summed: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -34,10 +35,10 @@ class StepClock:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each part since the start of the step; the device must have finished them."""
-        seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for name, begun, ended in self.spans:
-            seconds[name] += begun.elapsed_time(ended) / 1e3 if self.is_gpu else ended - begun
-        return seconds
+            self.summed[name] += begun.elapsed_time(ended) / 1e3 if self.is_gpu else ended - begun
+        self.spans.clear()
+        return dict(self.summed)
 
     def busy_s(self) -> float:
         """Seconds of the passes so far without what they waited for others."""

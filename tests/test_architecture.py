@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watchdog": {"machine"},
     "command_line": {"config", "errors", "schedule"},
     "resume": {"config", "errors"},
-    "runtime": {"config", "console", "errors", "files", "plan", "stopping"},
+    "runtime": {"config", "console", "errors", "files", "machine", "plan", "stopping"},
     "run_folder": {"console", "errors", "runtime"},
     "straggler": {"machine", "runtime"},
     # ops, which know nothing of all that

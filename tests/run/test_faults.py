@@ -284,12 +284,12 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path, corpus):
 
 def refused_machines(rank):
     """What is said of three ranks on one machine and one on another."""
-    host = "node1" if rank < 3 else "node2"
+    machine = "node1/" if rank < 3 else "node2/"
     changed = {"LOCAL_WORLD_SIZE": "3" if rank < 3 else "1"}
     here = runtime.start(60)
     runtime.check_machines(here)  # all on one: nothing
     with (
-        mock.patch.object(runtime.socket, "gethostname", return_value=host),
+        mock.patch.object(runtime, "this_machine", return_value=machine),
         mock.patch.dict(os.environ, changed),
         pytest.raises(UserError) as caught,
     ):

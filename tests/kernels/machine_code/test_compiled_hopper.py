@@ -53,7 +53,7 @@ def test_the_loops_of_the_backward_pass_spill_addresses_alone(kernels):
     for kernel in kernels:
         if kernel["kernel"] == "attention_backward_hopper":
             assert len(kernel["loops"]) >= 2, kernel  # of two consumers
-            most = 24 if kernel["triton"] == OLDEST else 34
+            most = {"3.8.0": 34, NEWEST: 32}.get(kernel["triton"], 24)
             assert all(loop["spills"] <= most for loop in kernel["loops"][:2]), kernel
 
 
