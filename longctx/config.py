@@ -273,15 +273,26 @@ class DataConfig:
         None, "id that closes a document in nanoGPT's files; null: the tokenizer's, without one GPT-2's 50256"
     )
     cache_folder: str = knob("~/.cache/longctx", "where source=builtin keeps its tokens")
+    site_packages: bool = knob(
+        False, "source=builtin: of all packages installed beside torch too, which is some times as much text"
+    )
+    copies: float = knob(
+        0.0, "share of the training sequences that are random ids of which half come back: teaches recall", least=0,
+        below=1,
+    )  # fmt: skip
     sequence_length: int = knob(2048, "tokens of a training sequence: the context length", least=1)
     sequences_per_step: int = knob(8, "global batch size: over all ranks and accumulated micro-batches", least=1)
     sequences_per_micro_batch: int = knob(
-        1, "micro-batch size on one data-parallel rank; gradients of several are accumulated", least=1
+        1,
+        "micro-batch size on one data-parallel rank, or the next smaller one that divides its share of the step; "
+        "gradients of several are accumulated",
+        least=1,
     )
     separate_documents: bool = knob(True, "attention stays inside a document and positions restart with each")
-    curriculum: dict[int, int] = knob(
-        help="{step: tokens}: from that step on attention is cut every so many tokens; empty: never. Each step reads "
-        "the same tokens with or without, so that a short start costs neither order nor batch size",
+    curriculum: dict[Any, int] = knob(
+        help="{step: tokens}: from that step on attention is cut every so many tokens; a step below 1 is a share of "
+        "optim.steps; empty: never. Each step reads the same tokens with or without, so that a short start costs "
+        "neither order nor batch size",
         factory=dict,
     )
     check_hashes: bool = knob(False, "read every shard in full at start and compare its sha256 with the manifest")
@@ -457,10 +468,18 @@ def warmup_steps(optim: OptimConfig) -> int:
     return min(100, optim.steps // 20) if optim.warmup_steps is None else optim.warmup_steps
 
 
-def attention_span(data: DataConfig, step: int) -> int | None:
+def attention_span(config: Config, step: int) -> int | None:
     """Every so many tokens attention is cut in `step` (from 0 on), by the curriculum; None: nowhere."""
-    begun = [first for first in data.curriculum if first <= step]
-    return data.curriculum[max(begun)] if begun else None
+    begun = {
+        first * config.optim.steps if first < 1 else first: tokens for first, tokens in config.data.curriculum.items()
+    }
+    return next((begun[first] for first in sorted(begun, reverse=True) if first <= step), None)
+
+
+def micro_batch(data: DataConfig, readers: int) -> int:
+    """Sequences of a micro-batch on each of `readers` data-parallel ranks, which share a step's evenly."""
+    share = data.sequences_per_step // readers
+    return next(size for size in range(min(share, data.sequences_per_micro_batch), 0, -1) if share % size == 0)
 
 
 def shares_heads(heads: int, kv_heads: int, size: int) -> bool:

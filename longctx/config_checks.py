@@ -81,10 +81,9 @@ def _check_data(data: DataConfig) -> list[str]:
         if not 0 < weight < math.inf
     ]
     problems += [
-        f"data.curriculum: {step}: {span}; give steps from 0 on, and 1 to data.sequence_length={data.sequence_length} "
-        "tokens"
+        f"data.curriculum: {step}: {span}; give steps from 0 on, or shares of optim.steps below 1, and 1 token or more"
         for step, span in data.curriculum.items()
-        if step < 0 or not 1 <= span <= data.sequence_length
+        if step < 0 or span < 1
     ]
     return problems
 
@@ -136,13 +135,14 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
     if data.sequence_length % pieces:
         near = max(pieces, round(data.sequence_length / pieces) * pieces)
         problems.append(f"data.sequence_length={data.sequence_length} is no multiple of {pieces} ({why}); use {near}")
-    readers = parallel.replicate * resolve_shard(parallel, world_size) * data.sequences_per_micro_batch
+    readers = parallel.replicate * resolve_shard(parallel, world_size)
     if data.sequences_per_step % readers:
         near = max(1, round(data.sequences_per_step / readers)) * readers
+        together = readers // math.gcd(readers, data.sequences_per_step)
         problems.append(
-            f"data.sequences_per_step={data.sequences_per_step} is no multiple of {readers} (data ranks "
-            f"{readers // data.sequences_per_micro_batch} x sequences_per_micro_batch "
-            f"{data.sequences_per_micro_batch}); use {near}"
+            f"data.sequences_per_step={data.sequences_per_step} is no multiple of the {readers} ranks that read "
+            f"sequences of their own; use {near}, or parallel.context={together * parallel.context}, so that more "
+            "ranks share each sequence"
         )
     rotary = model.rotary
     if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:

@@ -7,15 +7,30 @@ parallelism holds, where rows do not come out even: 50257 rows over 2 x 4 ranks 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and offset of this rank's part of `tensor`, a contiguous block."""
-    mesh, placements = tensor.device_mesh, tensor.placements
-    coordinate = mesh.get_coordinate()
+    coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the tensor's mesh"
+    return _part_at(tensor, coordinate)
+
+
+def parts_of_ranks(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The same of every rank, by its number in the run; `tensor` must be on all of them."""
+    mesh = tensor.device_mesh
+    coordinates = product(*(range(mesh.size(i)) for i in range(mesh.ndim)))
+    found = {rank: _part_at(tensor, at) for rank, at in zip(mesh.mesh.flatten().tolist(), coordinates, strict=True)}
+    return [found[rank] for rank in range(len(found))]
+
+
+def _part_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    mesh, placements = tensor.device_mesh, tensor.placements
     # what tensor parallelism had left is what FSDP has split (a strided shard), though its mesh dim stands first
     order = sorted(range(mesh.ndim), key=lambda i: isinstance(placements[i], _StridedShard))
     return part(

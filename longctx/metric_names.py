@@ -117,6 +117,10 @@ METRICS: dict[str, Metric] = {
     "run/ettr": Metric(
         "share", "effective training time ratio: seconds of steps that counted over those since the first start", MAIN
     ),
+    "run/device_s": Metric(
+        "s", "seconds of steps that counted, times ranks: GPU-seconds, without validations and saves", MAIN
+    ),
+    "run/pflop": Metric("PFLOP", "of these steps, forward and backward, causal and within documents", ALL),
     "run/restarts": Metric("times", "that the run was started again", SAME, "max"),
     "run/lost_steps": Metric("steps", "that were taken again after a restart", SAME, "max"),
     "run/slowest_rank": Metric("rank", "the slowest in the matrix products of a validation", ALL),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from longctx.config import OptimConfig, Optimizer
+from longctx.muon import Muon
 from longctx.schedule import schedule
 
 
 class Optimizers:
     """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the rest."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, optim: OptimConfig, compute: torch.dtype = torch.float32) -> None:
+        """compute: the dtype that Muon's iteration is computed in."""
         self.config = optim
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         is_muon = optim.optimizer == Optimizer.muon
@@ -34,9 +36,7 @@ class Optimizers:
             )
         ]
         if muon:
-            self.optimizers.append(
-                torch.optim.Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay)
-            )
+            self.optimizers.append(Muon(muon, optim.muon_lr, optim.muon_momentum, optim.weight_decay, compute))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["top_lr"] = group["lr"]
@@ -47,8 +47,6 @@ class Optimizers:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["top_lr"] * fraction
-            if isinstance(optimizer, torch.optim.Muon):
-                _gather_gradients(optimizer)
             optimizer.step()
 
     def rates(self, step: int) -> dict[str, float]:
@@ -65,7 +63,7 @@ class Optimizers:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors a checkpoint keeps, by `<state>.<parameter>`; created if no step was taken yet."""
-        if not all(optimizer.state for optimizer in self.optimizers):
+        if not self.optimizers[0].state:
             self._create_state()
         return {
             f"{key}.{self.names[parameter]}": value
@@ -88,33 +86,16 @@ class Optimizers:
             state["step"].fill_(count)
 
     def _create_state(self) -> None:
-        """A step with zero gradients and a rate of zero: it makes the state and changes no parameter."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
-            if isinstance(optimizer, torch.optim.Muon):
-                _gather_gradients(optimizer)
-            optimizer.step()
+        """A step of AdamW with zero gradients and a rate of zero: it makes the state and changes no parameter."""
+        adamw = self.optimizers[0]
+        for group in adamw.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        adamw.step()
         self.zero_grad()
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                for key, value in state.items():
-                    if key == "step":
-                        value.zero_()
-
-
-def _gather_gradients(muon: torch.optim.Muon) -> None:
-    """Makes the gradients whole on every rank: Muon's iteration multiplies whole matrices, some fifteen times each.
-
-    Gathered once, every product is local; the momentum is then whole on every rank too.
-    """
-    for group in muon.param_groups:
-        for parameter in group["params"]:
-            if isinstance(parameter.grad, DTensor):
-                replicated = [Replicate()] * parameter.grad.device_mesh.ndim
-                parameter.grad = parameter.grad.redistribute(placements=replicated)
+        for state in adamw.state.values():
+            state["step"].zero_()
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -32,8 +32,7 @@ def parameters(model: ModelConfig) -> tuple[int, int]:
 def state_bytes(config: Config, world_size: int) -> int:
     """Bytes a rank holds whatever its activations are: parameters, gradients and the optimizer's state, float32.
 
-    Ranks along shard, context and tensor share them. Muon's momentum and the gradients it works on are whole on every
-    rank, see `optim.py`.
+    Ranks along shard, context and tensor share them.
     """
     matrices, rest = parameters(config.model)
     parallel = config.parallel
@@ -41,7 +40,8 @@ def state_bytes(config: Config, world_size: int) -> int:
     adamw = 4 * FLOAT32  # a parameter, its gradient, two moments
     if config.optim.optimizer == Optimizer.adamw:
         return (matrices + rest) * adamw // ranks
-    return rest * adamw // ranks + matrices * (2 * FLOAT32 // ranks + FLOAT32)
+    muon = 3 * FLOAT32  # a parameter, its gradient, one momentum
+    return (rest * adamw + matrices * muon) // ranks
 
 
 def available_host_bytes() -> int | None:

@@ -75,7 +75,7 @@ def introduce(trainer: Trainer) -> None:
         f"longctx run {config.name}: {facts['parameters'] / 1e6:.1f}M parameters, {runtime.world_size} x "
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
-        f"{trainer.loader.accumulation} micro-batches of {data.sequences_per_micro_batch}\n"
+        f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
         f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )

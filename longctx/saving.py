@@ -32,7 +32,20 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_row: int = 0
     trained_s: float = 0.0  # in steps that counted, over all starts of the run
+    device_s: float = 0.0  # the same times the ranks of each start
+    pflop: float = 0.0  # of these steps
     validated: tuple[int, float] | None = None  # step, and loss there in nats a token
+
+    def add_costs(self, values: dict[str, float], ranks: int) -> None:
+        """Counts a step by its metrics."""
+        seconds = values["perf/step_s"]
+        self.trained_s += seconds
+        self.device_s += seconds * ranks
+        self.pflop += values["perf/tflops_per_gpu"] * seconds * ranks / 1000
+
+    def costs(self) -> dict[str, float]:
+        """What the steps so far have cost, as metrics."""
+        return {"run/device_s": self.device_s, "run/pflop": self.pflop}
 
 
 class Saving:
@@ -72,6 +85,8 @@ class Saving:
             "updates": progress.step - progress.skipped,
             "skipped": progress.skipped,
             "trained_s": progress.trained_s,
+            "device_s": progress.device_s,
+            "pflop": progress.pflop,
             "data": self.data_order(),
             "end_of_document": self.tokens.end_of_document if self.tokens else None,
             "resumed_from": self.origin,
@@ -89,8 +104,9 @@ class Saving:
     def data_order(self) -> dict[str, Any]:
         """All that decides which sequence is number 0, 1, 2 ..."""
         data = self.run.config.data
+        copies = f" with {data.copies} copies" if data.copies else ""
         return {
-            "corpus": self.tokens.fingerprint() if self.tokens else str(data.recall),
+            "corpus": self.tokens.fingerprint() + copies if self.tokens else str(data.recall),
             "seed": self.run.config.seed,
             "data.sequence_length": data.sequence_length,
             "data.separate_documents": data.separate_documents,
@@ -159,7 +175,9 @@ class Saving:
         self.checkpoints.load(path, manifest, self.state())
         progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
         progress.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
-        progress.trained_s = facts["trained_s"] if is_own else 0.0
+        if is_own:
+            progress.trained_s = facts["trained_s"]
+            progress.device_s, progress.pflop = facts.get("device_s", 0.0), facts.get("pflop", 0.0)
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.consumed} sequences read")

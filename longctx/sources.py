@@ -7,8 +7,8 @@ from pathlib import Path
 from longctx.config import Config, DataSource
 from longctx.data import builtin
 from longctx.data.corpus import open_corpus
-from longctx.data.loader import Copies, Probes, RecallStream, Source
-from longctx.data.mixture import ChainedTokens, Mixture
+from longctx.data.loader import Copies, CopiesStream, Probes, RecallStream, Source
+from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
 from longctx.data.tokenizer import as_trained
 from longctx.errors import DataError
 from longctx.runtime import Runtime
@@ -23,8 +23,8 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
         return None
     weights = data.mixture or {data.folder: 1.0}
     if data.source == DataSource.builtin:
-        folder = builtin.folder(data.cache_folder)
-        runtime.run_on_all_ranks(lambda: builtin.build(folder) if runtime.local_rank == 0 else None)
+        folder = builtin.folder(data.cache_folder, data.site_packages)
+        runtime.run_on_all_ranks(lambda: builtin.build(folder, data.site_packages) if runtime.local_rank == 0 else None)
         weights = {str(folder): 1.0}
     folders = [Path(folder).expanduser() for folder in weights]
     vocab_size, rank, ranks = config.model.vocab_size, runtime.rank, runtime.world_size
@@ -57,7 +57,15 @@ def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> No
 
 
 def training_source(config: Config, tokens: Mixture | None) -> Source:
-    return RecallStream(config.data, config.seed) if tokens is None else tokens.training(config.data, config.seed)
+    """The text, with `data.copies` of its sequences replaced; or the synthetic stream."""
+    data, seed = config.data, config.seed
+    if tokens is None:
+        return RecallStream(data, seed)
+    text = tokens.training(data, seed)
+    if not data.copies:
+        return text
+    copies = CopiesStream(data, tokens.tokenizer_vocab, seed)
+    return MixedTokens([text, copies], shares([1 - data.copies, data.copies], BLOCK), seed)
 
 
 def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) -> Validation | None:

@@ -68,7 +68,7 @@ class Trainer:
         self.model, self.context_parallel = parallelize(config, self.mesh, runtime.ranks_of_a_machine, runtime.device)
         if_it_fails.callback(self.context_parallel.close)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = Optimizers(self.model, config.optim)
+        self.optimizer = Optimizers(self.model, config.optim, compute)
         self.saving = Saving(
             self.run_info, runtime, progress, self.parameters, self.optimizer, self.context_parallel, self.tokens
         )
@@ -123,9 +123,9 @@ class Trainer:
             trace = traced(self.run_info.folder, self.step + 1, self.runtime.device, self.metrics.say)
             with trace if is_traced else nullcontext():
                 values, asked = self.train_step()
-            progress.trained_s += values["perf/step_s"]
+            progress.add_costs(values, self.runtime.world_size)
             a_step = (time.perf_counter() - started) / (self.step - first_step)
-            self._log(values | {"time/left_s": (config.optim.steps - self.step) * a_step})
+            self._log(values | progress.costs() | {"time/left_s": (config.optim.steps - self.step) * a_step})
             self._refuse_to_go_on_skipping()
             if asked.stop_signal:
                 self.stopped_by = int(asked.stop_signal)
@@ -205,7 +205,7 @@ class Trainer:
             self.saving.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
         rates = self.optimizer.rates(self.step)
-        span = attention_span(self.config.data, self.step)
+        span = attention_span(self.config, self.step)
         with self.clock.part("optimizer"):
             is_clipped = self._update(loss_value, norm_value, norm)
         if device.type == "cuda":
@@ -253,7 +253,7 @@ class Trainer:
     def _fetch(self) -> tuple[list[Batch], UserError | None]:
         """The step's micro-batches, or why they cannot be read here."""
         try:
-            return self.loader.step(self.progress.consumed, attention_span(self.config.data, self.step)), None
+            return self.loader.step(self.progress.consumed, attention_span(self.config, self.step)), None
         except UserError as error:
             return [], error
 
@@ -302,7 +302,8 @@ class Trainer:
             return {}
         if results:
             tokens = self.progress.consumed * self.config.data.sequence_length
-            self.metrics.log(self.step, {"data/tokens": tokens, **results, **self.validation.costs()})
+            costs = self.progress.costs() | self.validation.costs()
+            self.metrics.log(self.step, {"data/tokens": tokens, **results, **costs})
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""
             self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")

@@ -1,8 +1,8 @@
 """Real text without a download: the Python sources installed on this machine.
 
-The standard library and torch, a package a document (cut at 3M tokens), each file under a line with its path. Some
-packages are held out for validation. The text differs between versions of Python and torch, so the tokens are kept
-under a fingerprint of the files.
+The standard library and torch, with `data.site_packages` all other packages installed beside it too; a package a
+document (cut at 3M tokens), each file under a line with its path. Some packages are held out for validation, the same
+ones either way. The text differs between machines, so the tokens are kept under a fingerprint of the files.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ HELD_OUT = {
 }  # fmt: skip
 
 
-def packages() -> dict[str, list[Path]]:
+def packages(site_packages: bool = False) -> dict[str, list[Path]]:
     """Package name -> its source files, sorted: `python/asyncio`, `torch/nn`; single modules: `python`, `torch`."""
     roots = {"python": Path(sysconfig.get_path("stdlib"))}
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
         roots["torch"] = Path(torch.origin).parent
+    if site_packages:
+        installed = sorted(path for path in Path(sysconfig.get_path("purelib")).iterdir() if path.is_dir())
+        roots = {path.name: path for path in installed} | roots
     grouped: dict[str, list[Path]] = {}
     for root_name, root in roots.items():
         for path in sorted(root.rglob("*.py")):
@@ -78,10 +81,10 @@ class Packages:
             yield Document(name, read_package(name, list(files)), name in HELD_OUT)
 
 
-def pieces(limit: int = 4 * MIB) -> list[Packages]:
+def pieces(site_packages: bool = False, limit: int = 4 * MIB) -> list[Packages]:
     """All packages, in order, in pieces of some `limit` bytes."""
     found, open_packages = [], {}
-    for name, files in packages().items():
+    for name, files in packages(site_packages).items():
         open_packages[name] = tuple(files)
         piece = Packages(tuple(open_packages), tuple(open_packages.values()))
         if piece.size >= limit:
@@ -90,26 +93,27 @@ def pieces(limit: int = 4 * MIB) -> list[Packages]:
     return [*found, Packages(tuple(open_packages), tuple(open_packages.values()))] if open_packages else found
 
 
-def fingerprint() -> str:
+def fingerprint(site_packages: bool = False) -> str:
     """Changes with the format, the tokenizer, the files and their sizes."""
-    names = [(name, [(p.name, p.stat().st_size) for p in files]) for name, files in packages().items()]
+    names = [(name, [(p.name, p.stat().st_size) for p in files]) for name, files in packages(site_packages).items()]
     return hashlib.sha256(repr((FORMAT, sha256(BUILTIN_TOKENIZER), sorted(HELD_OUT), names)).encode()).hexdigest()[:12]
 
 
-def folder(cache_folder: str) -> Path:
+def folder(cache_folder: str, site_packages: bool = False) -> Path:
     """Where this machine's tokens are kept."""
-    return Path(cache_folder).expanduser() / f"builtin-{fingerprint()}"
+    return Path(cache_folder).expanduser() / f"builtin-{fingerprint(site_packages)}"
 
 
-def build(target: Path) -> None:
-    """Tokenizes the sources into `target` (`folder(...)`), unless it is there: some ten seconds on two cores."""
+def build(target: Path, site_packages: bool = False) -> None:
+    """Tokenizes the sources into `target` (`folder(...)`), unless it is there: some ten seconds a 60 MB."""
     if target.exists():
         return
     print(f"tokenizing the Python sources of this machine into {target}, once", flush=True)
-    source = "Python sources of the standard library and torch"
+    others = " and all installed packages" if site_packages else ""
+    source = f"Python sources of the standard library and torch{others}"
     work = target.with_name(f"{target.name}.preparing-{uuid.uuid4().hex[:8]}")
     try:
-        prepare(pieces(), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source, work=work)
+        prepare(pieces(site_packages), target, max_document_tokens=MAX_DOCUMENT_TOKENS, source=source, work=work)
     except (DataError, OSError) as error:
         if not target.exists():  # else another machine was faster, on a disk that both see
             raise DataError(f"{error}; data.cache_folder=FOLDER keeps them elsewhere") from None

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from longctx.batch import Batch
-from longctx.config import DataConfig
+from longctx.config import DataConfig, micro_batch
 from longctx.data.packing import Sequence, cut_attention, pack
-from longctx.data.recall import Probe, copies_probe, recall_probe, recall_sequence
+from longctx.data.recall import Probe, copies_probe, copies_sequence, recall_probe, recall_sequence
 from longctx.data.tokens import TokenSplit
 from longctx.errors import DataError
 
@@ -117,12 +117,22 @@ class Copies:
         return copies_probe(number, self.length, self.vocab_size, self.seed)
 
 
+class CopiesStream:
+    """Endless random ids in which stretches come back, to train on; see `recall.py`."""
+
+    def __init__(self, data: DataConfig, vocab_size: int, seed: int) -> None:
+        self.length, self.vocab_size, self.seed = data.sequence_length, vocab_size, seed
+
+    def sequence(self, number: int) -> Sequence:
+        return copies_sequence(number, self.length, self.vocab_size, self.seed)
+
+
 class Loader:
     """Hands data rank `rank` of `ranks` its share of each step's sequences."""
 
     def __init__(self, source: Source, data: DataConfig, rank: int, ranks: int) -> None:
         self.source, self.rank, self.ranks = source, rank, ranks
-        self.micro_batch = data.sequences_per_micro_batch
+        self.micro_batch = micro_batch(data, ranks)
         self.accumulation = data.sequences_per_step // (ranks * self.micro_batch)
 
     def step(self, consumed: int, span: int | None = None) -> list[Batch]:

@@ -69,6 +69,28 @@ def copies_probe(index: int, length: int, vocab_size: int, seed: int) -> Probe:
     return Probe(Sequence(stream[:-1], targets, position, np.zeros_like(position)), distance)
 
 
+def copies_sequence(index: int, length: int, vocab_size: int, seed: int) -> Sequence:
+    """Sequence number `index` to train on, a pure function of its arguments: half of it comes back from earlier.
+
+    Stretches of 16 to 64 tokens, new ones and copies by turns; a copy's distance is as often near as far, by octaves.
+    Targets are the copies' tokens but for the first `CUE` of each, which nothing tells.
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, index]))
+    stream = random.integers(vocab_size, size=length + 1)
+    targets = np.full(length + 1, IGNORE_INDEX)
+    sizes = random.integers(16, 65, size=length // 16 + 1)
+    ends = np.minimum(np.cumsum(sizes), length + 1)
+    for first, end, far in zip(ends[:-1], ends[1:], random.random(len(sizes)), strict=False):
+        size = int(end - first)
+        if random.random() < 0.5 or first < size or size <= CUE:
+            continue
+        distance = int(size * (first / size) ** far)
+        stream[first:end] = stream[first - distance : end - distance]
+        targets[first + CUE : end] = stream[first + CUE : end]
+    position = np.arange(length)
+    return Sequence(stream[:-1], targets[1:], position, np.zeros_like(position))
+
+
 def _free_place(random: np.random.Generator, is_taken: np.ndarray, far: int) -> int | None:
     """Where a run may begin that comes back `far` tokens later; a place is drawn up to a hundred times."""
     for first in random.integers(len(is_taken) - far - RUN + 1, size=100):

@@ -310,6 +310,9 @@ def test_parameters_are_counted_without_making_them(model):
     assert sum(parameters(config.model)) == sum(p.numel() for p in made.parameters())
     config.parallel, config.optim.optimizer = ParallelConfig(context=2, tensor=2, shard=1), "adamw"
     assert state_bytes(config, 4) == 4 * sum(parameters(config.model))
+    config.optim.optimizer = "muon"  # one momentum where AdamW has two
+    matrices, rest = parameters(config.model)
+    assert state_bytes(config, 4) == 4 * rest + 3 * matrices
 
 
 def test_what_cannot_fit_is_refused_before_it_is_made(tmp_path, corpus):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from longctx import train
 from longctx.command_line import help_of_keys
-from longctx.config import Config, attention_span, keys
+from longctx.config import Config, attention_span, keys, micro_batch
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.suggest import explain_unknown_key
@@ -104,8 +104,14 @@ def test_sequence_must_divide():
 
 def test_batch_must_divide():
     config = composed("recipe=gpt_tiny", "parallel=auto", "data.sequences_per_step=6")
-    with pytest.raises(ConfigError, match=r"sequences_per_step=6 is no multiple of 8 .* use 8"):
+    with pytest.raises(
+        ConfigError, match=r"sequences_per_step=6 is no multiple of the 4 ranks .* use 8, or .*context=2"
+    ):
         check(config, 4)
+    config.parallel.context = 2
+    check(config, 4)
+    config.data.sequences_per_micro_batch = 4
+    assert [micro_batch(config.data, readers) for readers in (1, 2, 3, 6)] == [3, 3, 2, 1]
 
 
 def test_near_misses():
@@ -191,8 +197,11 @@ def test_mixtures_and_curricula():
         "data.curriculum={0: 512, 100: 1024}",
     )  # fmt: skip
     assert config.data.mixture == {"corpus/code-1.0": 0.7, "/data/books": 3.0}
-    assert [attention_span(config.data, step) for step in (0, 99, 100, 5000)] == [512, 512, 1024, 1024]
-    assert attention_span(composed("recipe=gpt_tiny").data, 0) is None
+    assert [attention_span(config, step) for step in (0, 99, 100, 5000)] == [512, 512, 1024, 1024]
+    assert attention_span(composed("recipe=gpt_tiny"), 0) is None
+    shares = composed("recipe=gpt_tiny", "data.curriculum={0: 256, 0.5: 512, 0.75: 4096}", "optim.steps=40")
+    check(shares, 1)
+    assert [attention_span(shares, step) for step in (0, 19, 20, 29, 30)] == [256, 256, 512, 512, 4096]
     check(config, 1)
     config.data.folder, config.data.mixture["/data/books"] = "a", 0.0
     config.data.curriculum[-1] = 4096
@@ -201,7 +210,7 @@ def test_mixtures_and_curricula():
     assert set(caught.value.problems) == {
         "data.folder=a and data.mixture are both given; put the folder into the mixture",
         "data.mixture: /data/books has the weight 0.0; give one above 0, or leave it out",
-        "data.curriculum: -1: 4096; give steps from 0 on, and 1 to data.sequence_length=2048 tokens",
+        "data.curriculum: -1: 4096; give steps from 0 on, or shares of optim.steps below 1, and 1 token or more",
     }
     train.refuse_unknown_keys(OmegaConf.structured(config))
     with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):

@@ -17,6 +17,7 @@ from longctx.data import builtin
 from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.recall import copies_sequence
 from longctx.data.text import Document
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError
@@ -295,12 +296,35 @@ def test_copies_can_be_read_off(length, vocab_size, number):
     assert np.array_equal(Copies(data, vocab_size, seed=1).probe(number).sequence.tokens, sequence.tokens)
 
 
+@given(length=st.integers(1, 3000), vocab_size=st.integers(2, 50000), number=st.integers(0, 100))
+@settings(max_examples=examples(100), deadline=None)
+def test_copies_to_train_on_ask_for_what_stood_before(length, vocab_size, number):
+    tokens, targets, positions, start = copies_sequence(number, length, vocab_size, seed=1)
+    whole = np.append(tokens, -1)
+    assert positions.tolist() == list(range(length))
+    assert not start.any()
+    asked = np.flatnonzero(targets != IGNORE_INDEX)
+    assert np.array_equal(whole[asked + 1][:-1], targets[asked][:-1])
+    assert tokens.max() < vocab_size
+    if length >= 1000:
+        assert 0.2 < len(asked) / length < 0.6
+    if vocab_size > 5000:  # the eight tokens up to a target stand somewhere before it, and the target after them
+        text = tokens.tolist()
+        for at in asked[:: max(1, len(asked) // 20)]:
+            before = text[at - 7 : at + 1]
+            assert any(text[i : i + 8] == before and text[i + 8] == targets[at] for i in range(at - 8)), at
+
+
 def test_builtin_packages():
     packages = builtin.packages()
     assert packages.keys() >= builtin.HELD_OUT
     assert {"python/json", "torch/nn"} <= packages.keys() - builtin.HELD_OUT
     text = "".join(builtin.read_package("python/json", packages["python/json"]))
     assert "# python: json/decoder.py\n" in text
+    installed = builtin.packages(site_packages=True)
+    assert packages.items() <= installed.items()
+    assert {"numpy/linalg", "sympy/core"} <= installed.keys() - packages.keys()
+    assert builtin.fingerprint() != builtin.fingerprint(site_packages=True)
 
 
 def test_shipped_tokenizer():

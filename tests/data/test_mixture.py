@@ -14,7 +14,7 @@ from corpora import Documents, make_corpus
 from longctx.config import DataConfig
 from longctx.data.loader import Loader, RecallStream
 from longctx.data.mixture import BLOCK, MixedTokens, Mixture, shares
-from longctx.data.packing import cut_attention, pack
+from longctx.data.packing import IGNORE_INDEX, cut_attention, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Document
 from longctx.data.tokens import TokenFolder
@@ -116,6 +116,15 @@ def test_fingerprints(corpora):
     assert Mixture([a], [1.0]).fingerprint() == a.fingerprint()
     found = {Mixture([a, b], weights).fingerprint() for weights in ([1.0, 1.0], [1.0, 2.0])}
     assert len(found | {Mixture([b, a], [1.0, 1.0]).fingerprint(), a.fingerprint()}) == 4
+
+
+def test_copies_are_a_share_of_the_training_sequences(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, data__copies=0.25)
+    with trainer_of(config) as trainer:
+        source = trainer.loader.source
+        sequences = [source.sequence(n) for n in range(BLOCK)]
+    is_copy = [bool((s.targets[:8] == IGNORE_INDEX).all()) for s in sequences]
+    assert sum(is_copy) == BLOCK // 4
 
 
 # curriculum ----------------------------------------------------------------------------------------------------------
