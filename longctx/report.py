@@ -83,6 +83,7 @@ def figures_that_count(rows: Rows, record: dict[str, Any]) -> list[tuple[str, st
         ("MFU", "mean/mfu", lambda x: f"{100 * x:.1f} %"),
         ("peak memory", "peak/mem_alloc_gib", lambda x: f"{x:.1f} GiB"),
         ("tokens", "last/tokens", lambda x: f"{x:,.0f}"),
+        (next(iter(costs_of(record))), "last/device_s", lambda x: f"{x:,.0f} ({found['last/pflop']:,.3g} PFLOP)"),
         ("ETTR", "last/ettr", lambda x: f"{100 * x:.1f} %"),
         ("skipped steps", "last/skipped_steps", lambda x: f"{x:.0f}"),
     ]
@@ -117,6 +118,7 @@ def _charts(rows: Rows, record: dict[str, Any]) -> list[Chart]:
     rates = [("AdamW", "optim/lr"), ("Muon", "optim/muon_lr")]
     return [
         _loss(rows),
+        *(_quality_for_cost(rows, cost, key) for cost, key in costs_of(record).items()),
         _by_octave(
             rows, "loss/pos/", "Validation loss by position", "nats a token", "tokens of the document before it",
             "A curve that goes on falling to the right: the model uses what stands far before.",
@@ -150,6 +152,25 @@ def _loss(rows: Rows) -> Chart:
     chart.faint(tokens, loss, color="C0")
     chart.line("training", tokens, smoothed(loss), color="C0")
     chart.line("validation", *series(rows, "data/tokens", "loss/val"), color="C1", marker="o", markersize=3)
+    return chart
+
+
+def costs_of(record: dict[str, Any]) -> dict[str, str]:
+    """The metrics of what a run has cost so far, by their unit."""
+    is_gpu = record.get("facts", {}).get("device", "CPU") != "CPU"
+    return {"GPU-seconds" if is_gpu else "process-seconds": "run/device_s", "PFLOP": "run/pflop"}
+
+
+def quality_of(rows: Rows) -> tuple[str, str]:
+    """The measure of quality that does not depend on the tokenizer, and its unit; without bytes of text, the loss."""
+    is_text = any("loss/val_bits_per_byte" in row for row in rows)
+    return ("loss/val_bits_per_byte", "bits a byte") if is_text else ("loss/val", "nats a token")
+
+
+def _quality_for_cost(rows: Rows, cost: str, key: str) -> Chart:
+    quality, unit = quality_of(rows)
+    chart = Chart(f"Quality for {cost}", "Of each validation; steps that counted, without validations.", cost, unit)
+    chart.line("validation", *series(rows, key, quality), color="C1", marker="o", markersize=3)
     return chart
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 WARM_UP_STEPS = 3  # of each start, left out of mean speeds: kernels are compiled there, and caches are empty
 SPEEDS = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "mfu_palm")
 PEAKS = ("alloc_gib", "reserved_gib", "of_device")
-LAST = ("data/tokens", "run/ettr", "run/restarts", "run/lost_steps", "optim/skipped_steps")
+LAST = (
+    "data/tokens", "run/device_s", "run/pflop", "run/ettr", "run/restarts", "run/lost_steps", "optim/skipped_steps",
+)  # fmt: skip
 
 
 class Mean:

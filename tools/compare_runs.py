@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longctx.metric_names import octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, page, smoothed, table
-from longctx.report import series, speed_of
+from longctx.report import costs_of, quality_of, series, speed_of
 from longctx.run_record import read_record
 from longctx.summary import summary
 
@@ -29,6 +29,7 @@ RESULTS = {  # by their name in `summary`: what they are called, how they are wr
     "mean/tokens_per_s": ("tokens/s", "{:,.0f}"), "mean/tokens_per_s_per_gpu": ("tokens/s a rank", "{:,.0f}"),
     "mean/mfu": ("MFU", "{:.1%}"), "mean/step_s": ("seconds a step", "{:.4g}"),
     "peak/mem_alloc_gib": ("peak memory, GiB", "{:.2f}"), "last/tokens": ("tokens", "{:,.0f}"),
+    "last/device_s": ("seconds times ranks", "{:,.0f}"), "last/pflop": ("PFLOP", "{:,.4g}"),
     "last/ettr": ("ETTR", "{:.1%}"), "last/skipped_steps": ("skipped steps", "{:.0f}"),
 }  # fmt: skip
 RELATIVE = ("mean/tokens_per_s", "mean/tokens_per_s_per_gpu", "last/loss_val")  # also told as a ratio to the first run
@@ -102,17 +103,20 @@ def results(runs: list[Run]) -> list[list[str]]:
 def curves(runs: list[Run]) -> list[Chart]:
     """Of all runs over each other."""
     speed, unit = speed_of(runs[0].record)
+    costs, (quality, bits) = costs_of(runs[0].record), quality_of(runs[0].rows)
+    places_of = {"tokens": "data/tokens", "step": "step", **costs}
     made = []
     for title, x, y, key, is_smoothed in (
         ("Training loss", "tokens", "nats a token", "loss/train", True),
         ("Validation loss", "tokens", "nats a token", "loss/val", False),
+        *((f"Quality for {cost}", cost, bits, quality, False) for cost in costs),
         ("Throughput", "step", unit, f"perf/{speed}", True),
         ("Memory", "step", "GiB", "mem/peak_alloc_gib", False),
         ("Gradient norm", "step", "before clipping", "optim/grad_norm", True),
     ):
         chart = Chart(title, "The mean of the last steps." if is_smoothed else "", x, y)
         for run in runs:
-            places, values = series(run.rows, "data/tokens" if x == "tokens" else "step", key)
+            places, values = series(run.rows, places_of[x], key)
             chart.line(run.name, places, smoothed(values) if is_smoothed else values)
         made.append(chart)
     for title, x, y, prefix in (

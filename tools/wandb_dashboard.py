@@ -105,6 +105,8 @@ SECTIONS: dict[str, list[Line | Number | Curve]] = {
     "Learning": [
         Line("Loss", ["loss/train", "loss/val"], TOKENS),
         Line("Bits a byte", ["loss/val_bits_per_byte"], TOKENS),
+        Line("Bits a byte for GPU-seconds", ["loss/val_bits_per_byte"], "run/device_s"),
+        Line("Bits a byte for PFLOP", ["loss/val_bits_per_byte"], "run/pflop"),
         Line("Loss over the process's time", ["loss/train"], TIME),
         Line("Gradient norm", ["optim/grad_norm"], TOKENS),
         Line("Share of clipped steps", ["optim/clipped"], TOKENS, SMOOTHED),

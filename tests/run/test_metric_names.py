@@ -77,7 +77,7 @@ def test_the_dashboard_names_what_runs_log(tmp_path, lines):
                     assert name.removeprefix("summary_metrics.") in figures
                 else:
                     assert name in METRICS or name.startswith("system/gpu.0.")
-            assert config.get("xAxis", "step") in ("step", "data/tokens", "_runtime")
+            assert config.get("xAxis", "step") in ("step", "data/tokens", "_runtime", "run/device_s", "run/pflop")
 
 
 def test_a_project_is_named_in_full():

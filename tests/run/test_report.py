@@ -42,9 +42,11 @@ def made_run(folder: Path, steps: int = 1000) -> list[dict[str, float]]:
             "time/optimizer_s": 0.05, "time/context_exposed_s": 0.02, "time/checkpoint_stall_s": 0.0,
             "mem/peak_alloc_gib": 60.0, "mem/peak_reserved_gib": 70.0, "mem/host_gib": 5.0, "mem/transport_gib": 0.5,
             "mem/peak_of_device": 0.5, "optim/grad_norm": 1.0, "optim/lr": 1e-3, "optim/muon_lr": 0.02, "run/ettr": 0.9,
+            "run/device_s": 2.0 * step, "run/pflop": 0.4 * step,
         })  # fmt: skip
         if step % 250 == 0:
             rows.append({"step": step, "data/tokens": 262144 * step, "loss/val": 4 - step / 1000 * (step < 1000)})
+            rows[-1] |= {"run/device_s": 2.0 * step, "run/pflop": 0.4 * step}
             rows[-1] |= {f"loss/pos/{2**k}": 4 - 0.1 * k for k in range(15)}
             rows[-1] |= {f"recall/{2**k}": 1 - 0.05 * k for k in range(5, 15)}
     folder.mkdir(exist_ok=True)
@@ -70,8 +72,20 @@ def test_it_opens_with_what_the_run_was(tmp_path):
     assert figures == {
         "best validation loss": "3.2500 (step 750)", "last validation loss": "4.0000 nats a token",
         "mean speed": "131,072 tokens/s a GPU", "MFU": "50.0 %", "peak memory": "60.0 GiB", "tokens": "262,144,000",
-        "ETTR": "90.0 %", "this start took": "2 h",
+        "GPU-seconds": "2,000 (400 PFLOP)", "ETTR": "90.0 %", "this start took": "2 h",
     }  # fmt: skip
+
+
+def test_quality_is_drawn_over_what_it_has_cost(tmp_path):
+    made_run(tmp_path)
+    found = re.findall(r'<script type="application/json">(.*?)</script>', write_report(tmp_path, []).read_text())
+    lines = [line for chart in map(json.loads, found) for line in chart["series"] if line["label"] == "validation"]
+    losses = [3.75, 3.5, 3.25, 4.0]
+    assert [(line["x"], line["y"]) for line in lines] == [
+        ([65536000, 131072000, 196608000, 262144000], losses),
+        ([500, 1000, 1500, 2000], losses),
+        ([100, 200, 300, 400], losses),
+    ]
 
 
 def test_a_folder_without_anything_has_a_page(tmp_path):
@@ -169,7 +183,7 @@ def test_every_picture_is_drawn(tmp_path, width):
     rows = made_run(tmp_path)
     file = write_report(tmp_path, ["x" * 300])
     written = re.findall(r'<script type="application/json">(.*?)</script>', file.read_text())
-    assert len(written) == file.read_text().count("<svg") == 9
+    assert len(written) == file.read_text().count("<svg") == 11
     loss = json.loads(written[0])
     assert [series["label"] for series in loss["series"]] == ["training", "validation"]
     assert loss["series"][1]["y"] == [row["loss/val"] for row in rows if "loss/val" in row]
@@ -179,7 +193,7 @@ def test_every_picture_is_drawn(tmp_path, width):
         found = seen(file, width)
         assert found["errors"] == []
         assert found["wide"] <= found["screen"] == width
-        assert len(found["charts"]) == 9
+        assert len(found["charts"]) == 11
         for chart in found["charts"]:
             assert chart["width"] > 300
             assert 0.4 < chart["height"] / chart["width"] < 0.8
