@@ -57,6 +57,35 @@ def speed() -> plt.Figure:
     return figure
 
 
+def learning() -> plt.Figure:
+    """What gpt_32k has learnt when: bits a byte, loss by position and recall by distance, of its validations."""
+    data = json.loads((HERE / "learning.json").read_text())
+    seen = data["validations"]
+    figure, (quality, by_position, by_distance) = plt.subplots(1, 3, figsize=(11, 3))
+    quality.plot(*([row[key] for row in seen] for key in ("gpu_s", "bits_per_byte")), marker="o", color=COLOURS[0])
+    quality.annotate("the recipe", (seen[1]["gpu_s"], seen[1]["bits_per_byte"]), (0, 8), textcoords="offset points")
+    for before, colour in zip(data["before"], COLOURS[1:], strict=False):
+        quality.plot(before["gpu_s"], before["bits_per_byte"], marker="s", color=colour)
+        where = before["gpu_s"] + 8, before["bits_per_byte"]
+        quality.annotate(before["name"], where, (-60, 7), textcoords="offset points", fontsize=8)
+    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.6, 2.2), xlim=(60, 400))
+    for row, shade in zip(seen, (0.25, 0.5, 0.75, 1.0), strict=True):
+        for axes, key in ((by_position, "loss_by_position"), (by_distance, "recall_by_distance")):
+            places = sorted(map(int, row[key]))
+            values = [row[key][str(place)] for place in places]
+            label = f"step {row['step']}, {row['gpu_s']} s"
+            axes.plot(places, values, marker="o", markersize=3, color=COLOURS[0], alpha=shade, label=label)
+    by_position.set(xlabel="tokens of the document before", title="Loss by position, nats a token")
+    by_distance.set(xlabel="tokens back", title="Recall of copies, share")
+    for axes in (by_position, by_distance):
+        axes.set_xscale("log", base=2)
+    by_position.legend(frameon=False, fontsize=8)
+    for axes in (quality, by_position, by_distance):
+        axes.title.set_size(10)
+    figure.tight_layout()
+    return figure
+
+
 def who_holds_which_tokens() -> plt.Figure:
     """Splits of one sequence over four ranks, and the work that each gives them."""
     length, size = 4096, 4
@@ -246,7 +275,7 @@ def checkpoint_commit() -> plt.Figure:
 
 
 PICTURES = {
-    "speed": speed, "who_holds_which_tokens": who_holds_which_tokens, "ring_timeline": ring_timeline, "masks": masks,
+    "speed": speed, "learning": learning, "who_holds_which_tokens": who_holds_which_tokens, "ring_timeline": ring_timeline, "masks": masks,
     "layers": layers, "checkpoint_commit": checkpoint_commit,
 }  # fmt: skip
 
