@@ -96,9 +96,9 @@ def steps_on_ranks(_rank: int, layout: str, bucket: int):
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "copies"), [("shard", 4, 1), ("replicate", 4, 2), ("tensor", 2, 1), ("tensor", 4, 1)]
+    ("layout", "ranks", "copies", "bucket"),
+    [("shard", 4, 1, 2**26), ("shard", 4, 1, 50), ("replicate", 4, 2, 50), ("tensor", 2, 1, 50), ("tensor", 4, 1, 50)],
 )
-@pytest.mark.parametrize("bucket", [2**26, 50], ids=["one bucket", "buckets"])
 def test_shards_take_the_steps_of_one_process(layout, ranks, copies, bucket):
     single = [nn.Parameter(value) for value in matrices(0)]
     optimizer = Muon(single, 0.02, 0.9, 0.1, torch.float32)
