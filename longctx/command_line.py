@@ -12,7 +12,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from longctx.config import Config, keys
+from longctx.config import Config, attention_span, keys
 from longctx.errors import ConfigError
 from longctx.schedule import schedule
 
@@ -122,15 +122,19 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
 def how_to_go_on(
     config: Config, overrides: list[str], world_size: int, step: int, undecayed: Path | None, is_complete: bool
 ) -> list[str]:
-    """The command that resumes; of a complete run also what its learning rate would do, and how to avoid that.
+    """The command that resumes; of a complete run also what learning rate and span would do, and how to avoid that.
 
     `undecayed`: a checkpoint from before the learning rate fell.
     """
     optim = config.optim
     steps = optim.steps * (2 if is_complete else 1)
     lines = [f"resume: {resume_command(config, overrides, world_size, optim__steps=str(steps))}"]
+    longer = replace(config, optim=replace(optim, steps=steps))
+    before, after = attention_span(config, step - 1), attention_span(longer, step)
+    if is_complete and after is not None and after != before:
+        lines.append(f"  attention will be cut every {after} tokens again, until data.curriculum lets it grow")
     now = optim.lr * schedule(step - 1, optim)
-    then = optim.lr * schedule(step, replace(optim, steps=steps))
+    then = optim.lr * schedule(step, longer.optim)
     if not is_complete or then <= 1.01 * now:
         return lines
     lines.append(f"  the learning rate will go back up, from {now:.2g} to {then:.2g} (optim.schedule={optim.schedule})")

@@ -274,7 +274,7 @@ class DataConfig:
     )
     cache_folder: str = knob("~/.cache/longctx", "where source=builtin keeps its tokens")
     site_packages: bool = knob(
-        False, "source=builtin: of all packages installed beside torch too, which is some times as much text"
+        False, "source=builtin: of all packages installed beside torch too, often several times as much text"
     )
     copies: float = knob(
         0.0, "share of the training sequences that are random ids of which half come back: teaches recall", least=0,
@@ -290,9 +290,9 @@ class DataConfig:
     )
     separate_documents: bool = knob(True, "attention stays inside a document and positions restart with each")
     curriculum: dict[Any, int] = knob(
-        help="{step: tokens}: from that step on attention is cut every so many tokens; a step below 1 is a share of "
-        "optim.steps; empty: never. Each step reads the same tokens with or without, so that a short start costs "
-        "neither order nor batch size",
+        help="{step: tokens}: from that step on attention is cut every so many tokens, 0: not; a step below 1 is a "
+        "share of optim.steps; empty: never. Each step reads the same tokens with or without, so that a short start "
+        "costs neither order nor batch size",
         factory=dict,
     )
     check_hashes: bool = knob(False, "read every shard in full at start and compare its sha256 with the manifest")
@@ -473,7 +473,7 @@ def attention_span(config: Config, step: int) -> int | None:
     begun = {
         first * config.optim.steps if first < 1 else first: tokens for first, tokens in config.data.curriculum.items()
     }
-    return next((begun[first] for first in sorted(begun, reverse=True) if first <= step), None)
+    return next((begun[first] or None for first in sorted(begun, reverse=True) if first <= step), None)
 
 
 def micro_batch(data: DataConfig, readers: int) -> int:

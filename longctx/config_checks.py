@@ -75,15 +75,20 @@ def _check_data(data: DataConfig) -> list[str]:
         )
     if data.folder and data.mixture:
         problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
+    if data.source == DataSource.recall and data.copies:
+        problems.append(f"data.copies={data.copies} is of text, data.source is recall; leave it out")
+    if data.source != DataSource.builtin and data.site_packages:
+        problems.append(f"data.site_packages is of data=builtin, data.source is {data.source}; leave it out")
     problems += [
         f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
         for folder, weight in data.mixture.items()
         if not 0 < weight < math.inf
     ]
     problems += [
-        f"data.curriculum: {step}: {span}; give steps from 0 on, or shares of optim.steps below 1, and 1 token or more"
+        f"data.curriculum: {step}: {span}; give steps from 0 on, or shares of optim.steps below 1, and tokens, 0 for "
+        "attention that is not cut"
         for step, span in data.curriculum.items()
-        if step < 0 or span < 1
+        if not isinstance(step, int | float) or step < 0 or span < 0
     ]
     return problems
 
@@ -138,11 +143,14 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
     readers = parallel.replicate * resolve_shard(parallel, world_size)
     if data.sequences_per_step % readers:
         near = max(1, round(data.sequences_per_step / readers)) * readers
-        together = readers // math.gcd(readers, data.sequences_per_step)
+        context = parallel.context * readers // math.gcd(readers, data.sequences_per_step)
+        others = parallel.replicate * parallel.tensor
+        or_shared = f", or parallel.context={context}, so that more ranks share each sequence"
         problems.append(
             f"data.sequences_per_step={data.sequences_per_step} is no multiple of the {readers} ranks that read "
-            f"sequences of their own; use {near}, or parallel.context={together * parallel.context}, so that more "
-            "ranks share each sequence"
+            f"sequences of their own; use {near}"
+            + or_shared
+            * (parallel.shard == -1 and world_size % (context * others) == 0)
         )
     rotary = model.rotary
     if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:

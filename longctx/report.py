@@ -83,7 +83,8 @@ def figures_that_count(rows: Rows, record: dict[str, Any]) -> list[tuple[str, st
         ("MFU", "mean/mfu", lambda x: f"{100 * x:.1f} %"),
         ("peak memory", "peak/mem_alloc_gib", lambda x: f"{x:.1f} GiB"),
         ("tokens", "last/tokens", lambda x: f"{x:,.0f}"),
-        (next(iter(costs_of(record))), "last/device_s", lambda x: f"{x:,.0f} ({found['last/pflop']:,.3g} PFLOP)"),
+        (next(iter(costs_of(record))), "last/device_s", lambda x: f"{x:,.0f}"),
+        ("PFLOP", "last/pflop", lambda x: f"{x:,.3g}"),
         ("ETTR", "last/ettr", lambda x: f"{100 * x:.1f} %"),
         ("skipped steps", "last/skipped_steps", lambda x: f"{x:.0f}"),
     ]

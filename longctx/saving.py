@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,7 +178,9 @@ class Saving:
         progress.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
         if is_own:
             progress.trained_s = facts["trained_s"]
-            progress.device_s, progress.pflop = facts.get("device_s", 0.0), facts.get("pflop", 0.0)
+        # what the weights have cost, those of a branch too; of a checkpoint that does not say it: unknown, or nearly
+        progress.pflop = facts.get("pflop", math.nan)
+        progress.device_s = facts.get("device_s", facts["trained_s"] * facts["layout"]["world_size"])
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None
         self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.consumed} sequences read")

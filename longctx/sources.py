@@ -64,7 +64,7 @@ def training_source(config: Config, tokens: Mixture | None) -> Source:
     text = tokens.training(data, seed)
     if not data.copies:
         return text
-    copies = CopiesStream(data, tokens.tokenizer_vocab, seed)
+    copies = CopiesStream(data, tokens.tokenizer_vocab, seed + 3)  # others than `probes` asks for
     return MixedTokens([text, copies], shares([1 - data.copies, data.copies], BLOCK), seed)
 
 

@@ -275,8 +275,8 @@ def checkpoint_commit() -> plt.Figure:
 
 
 PICTURES = {
-    "speed": speed, "learning": learning, "who_holds_which_tokens": who_holds_which_tokens, "ring_timeline": ring_timeline, "masks": masks,
-    "layers": layers, "checkpoint_commit": checkpoint_commit,
+    "speed": speed, "learning": learning, "who_holds_which_tokens": who_holds_which_tokens,
+    "ring_timeline": ring_timeline, "masks": masks, "layers": layers, "checkpoint_commit": checkpoint_commit,
 }  # fmt: skip
 
 

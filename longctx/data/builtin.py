@@ -35,9 +35,9 @@ def packages(site_packages: bool = False) -> dict[str, list[Path]]:
     torch = importlib.util.find_spec("torch")
     if torch is not None and torch.origin is not None:
         roots["torch"] = Path(torch.origin).parent
-    if site_packages:
-        installed = sorted(path for path in Path(sysconfig.get_path("purelib")).iterdir() if path.is_dir())
-        roots = {path.name: path for path in installed} | roots
+        if site_packages:
+            installed = sorted(path for path in roots["torch"].parent.iterdir() if path.is_dir())
+            roots = {path.name: path for path in installed} | roots
     grouped: dict[str, list[Path]] = {}
     for root_name, root in roots.items():
         for path in sorted(root.rglob("*.py")):
@@ -56,8 +56,10 @@ def read_package(name: str, files: list[Path]) -> Iterator[str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        inside = path.parts[path.parts.index(name.rsplit("/", maxsplit=1)[-1]) :] if "/" in name else path.parts[-1:]
-        yield f"# {name.split('/', maxsplit=1)[0]}: {'/'.join(inside)}\n{text}\n"
+        root, _, package = name.partition("/")
+        above = [i for i, part in enumerate(path.parts[:-1]) if part == package]  # the venv's path may have one too
+        inside = path.parts[above[-1] :] if above else path.parts[-1:]
+        yield f"# {root}: {'/'.join(inside)}\n{text}\n"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _most_trading_heads(config: Config, most: int) -> int:
 
 
 def _gathered_bytes(config: Config) -> int:
-    tokens = config.data.sequences_per_micro_batch * config.data.sequence_length
+    most = min(config.data.sequences_per_micro_batch, config.data.sequences_per_step)
+    tokens = most * config.data.sequence_length
     width = 2 * config.model.kv_heads // config.parallel.tensor * config.model.head_dim
     return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients

@@ -277,11 +277,14 @@ def test_a_complete_run_tells_what_its_learning_rate_would_do(tmp_path):
     undecayed = Path("runs/test/checkpoints/step_100")
     resume, rate, branch = how_to_go_on(config, ["recipe=gpt_tiny"], 2, 300, undecayed, True)
     assert resume.endswith("--nproc-per-node 2 train.py recipe=gpt_tiny name=test optim.steps=600")
-    assert rate == "  the learning rate will go back up, from 8.3e-05 to 0.01 (optim.schedule=wsd)"
+    assert rate == "  the learning rate will go back up, from 0.00017 to 0.02 (optim.schedule=wsd)"
     assert branch.endswith("name=test-longer optim.steps=600 checkpoint.resume=runs/test/checkpoints/step_100")
     config.optim.schedule = Schedule.constant
     assert len(how_to_go_on(config, [], 2, 300, None, True)) == 1
     assert len(how_to_go_on(config, [], 2, 100, None, False)) == 1
+    config.data.curriculum = {0: 256, 0.75: 0}
+    _resume, span = how_to_go_on(config, [], 2, 300, None, True)
+    assert span == "  attention will be cut every 256 tokens again, until data.curriculum lets it grow"
 
 
 def test_names_with_signs_are_quoted_in_the_command(tmp_path, monkeypatch):

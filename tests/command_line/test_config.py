@@ -108,7 +108,10 @@ def test_batch_must_divide():
         ConfigError, match=r"sequences_per_step=6 is no multiple of the 4 ranks .* use 8, or .*context=2"
     ):
         check(config, 4)
-    config.parallel.context = 2
+    config.parallel.shard = 4
+    with pytest.raises(ConfigError, match=r"; use 8$"):  # shard leaves no ranks to share a sequence
+        check(config, 4)
+    config.parallel.context, config.parallel.shard = 2, -1
     check(config, 4)
     config.data.sequences_per_micro_batch = 4
     assert [micro_batch(config.data, readers) for readers in (1, 2, 3, 6)] == [3, 3, 2, 1]
@@ -199,9 +202,12 @@ def test_mixtures_and_curricula():
     assert config.data.mixture == {"corpus/code-1.0": 0.7, "/data/books": 3.0}
     assert [attention_span(config, step) for step in (0, 99, 100, 5000)] == [512, 512, 1024, 1024]
     assert attention_span(composed("recipe=gpt_tiny"), 0) is None
-    shares = composed("recipe=gpt_tiny", "data.curriculum={0: 256, 0.5: 512, 0.75: 4096}", "optim.steps=40")
+    shares = composed("recipe=gpt_tiny", "data.curriculum={0: 256, 0.5: 512, 0.75: 0}", "optim.steps=40")
     check(shares, 1)
-    assert [attention_span(shares, step) for step in (0, 19, 20, 29, 30)] == [256, 256, 512, 512, 4096]
+    assert [attention_span(shares, step) for step in (0, 19, 20, 29, 30)] == [256, 256, 512, 512, None]
+    shares.data.curriculum["a"] = 1
+    with pytest.raises(ConfigError, match=r"data.curriculum: a: 1; give steps from 0 on"):
+        check(shares, 1)
     check(config, 1)
     config.data.folder, config.data.mixture["/data/books"] = "a", 0.0
     config.data.curriculum[-1] = 4096
@@ -210,11 +216,14 @@ def test_mixtures_and_curricula():
     assert set(caught.value.problems) == {
         "data.folder=a and data.mixture are both given; put the folder into the mixture",
         "data.mixture: /data/books has the weight 0.0; give one above 0, or leave it out",
-        "data.curriculum: -1: 4096; give steps from 0 on, or shares of optim.steps below 1, and 1 token or more",
+        "data.curriculum: -1: 4096; give steps from 0 on, or shares of optim.steps below 1, and tokens, 0 for "
+        "attention that is not cut",
     }
     train.refuse_unknown_keys(OmegaConf.structured(config))
     with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):
         check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)
+    with pytest.raises(ConfigError, match=r"data.copies=0.5 is of text.*\n.*site_packages is of data=builtin"):
+        check(composed("recipe=gpt_tiny", "data=recall", "data.copies=0.5", "data.site_packages=true"), 1)
 
 
 def test_help_tells_every_key_with_its_limits():
