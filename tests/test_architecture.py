@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what is read and written
     "data": {"batch", "config", "errors", "files"},
     "sources": {"config", "data", "errors", "runtime"},
-    "optim": {"config", "schedule"},
+    "muon": {"local_part"},
+    "optim": {"config", "muon", "schedule"},
     "checkpoint": {"errors", "files", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "runtime"},

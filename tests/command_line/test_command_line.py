@@ -301,7 +301,7 @@ def test_names_with_signs_are_quoted_in_the_command(tmp_path, monkeypatch):
 # memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["gpt_tiny", "gpt2_124m", "gpt_124m", "qwen3_0_6b", "llama3_8b"])
+@pytest.mark.parametrize("model", ["gpt_tiny", "gpt_91m", "gpt2_124m", "gpt_124m", "qwen3_0_6b", "llama3_8b"])
 def test_parameters_are_counted_without_making_them(model):
     import torch
 

@@ -45,7 +45,7 @@ def test_all_problems_at_once():
     assert set(caught.value.problems) == {
         "parallel.context=6 does not divide the 8 ranks of this run; use 1, 2, 4 or 8",
         "optim.steps=0 is less than 1; give 1 or more",
-        "model.kv_heads=3 does not divide model.heads=4; use 1, 2 or 4",
+        "model.kv_heads=3 does not divide model.heads=2; use 1 or 2",
         "optim.beta2=1.5 must be at least 0 and below 1",
     }
 
@@ -69,7 +69,7 @@ def test_problems_of_different_parts_at_once():
     with pytest.raises(ConfigError) as caught:
         check(config, 2)
     assert caught.value.problems == [
-        "model.kv_heads=4 does not divide model.heads=3; use 1 or 3",
+        "model.kv_heads=2 does not divide model.heads=3; use 1 or 3",
         "data.sequence_length=7 is no multiple of 2 (tensor 2); use 8",
     ]
 
@@ -81,7 +81,7 @@ def test_problems_of_different_parts_at_once():
         ({"shard": 1, "context": 2}, 1, "parallel.context=2 does not divide the 1 ranks"),
         ({"context": 4, "tensor": 4}, 8, "= 16 does not divide the 8 ranks"),
         ({"context": 4, "tensor": 2}, 8, None),
-        ({"context": 8, "strategy": "ulysses"}, 8, "does not divide the 4 query heads"),
+        ({"context": 8, "strategy": "ulysses"}, 8, "does not divide the 2 query heads"),
     ],
 )
 def test_layouts(changes, ranks, words):

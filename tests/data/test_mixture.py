@@ -19,6 +19,7 @@ from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Document
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError, UserError
+from longctx.sources import probes
 from runs import losses_of, small_config, trainer_of
 from thorough import examples
 
@@ -125,6 +126,8 @@ def test_copies_are_a_share_of_the_training_sequences(tmp_path, corpus):
         sequences = [source.sequence(n) for n in range(BLOCK)]
     is_copy = [bool((s.targets[:8] == IGNORE_INDEX).all()) for s in sequences]
     assert sum(is_copy) == BLOCK // 4
+    asked = probes(config, trainer.tokens).probe(0).sequence.tokens
+    assert (source.sources[1].sequence(0).tokens == asked).mean() < 0.1  # the model is not asked for what it has read
 
 
 # curriculum ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from longctx.model.transformer import Transformer, build, layer_windows, matmul_
 from runs import composed
 
 # of the published models; gpt_124m by hand: 50304 * 768 + 12 * (4 * 768^2 + 3 * 768 * 2048 + 2 * 768) + 768
+# and gpt_91m: 8192 * 768 + 12 * (4 * 768^2 + 3 * 768 * 2048 + 2 * 768 + 2 * 128) + 768
 PARAMETERS = {
+    "gpt_91m": 91_248_384,
     "gpt_124m": 123_587_328,
     "gpt2_124m": 124_439_808,
     "llama3_8b": 8_030_261_248,

@@ -91,7 +91,7 @@ def test_a_whole_run(tmp_path, corpus, capsys):
     assert "loss/val_bits_per_byte" in validations[0]
     assert {"loss/pos/1", "loss/pos/16", "recall/32"} <= set(validations[0])
     report = (tmp_path / "test" / "report.html").read_text()
-    assert report.count("<svg") == 9
+    assert report.count("<svg") == 11
     assert "_backward" in (tmp_path / "test" / "trace_step_6.txt").read_text()
     assert json.loads(gzip.decompress((tmp_path / "test" / "trace_step_6.json.gz").read_bytes()))["traceEvents"]
     assert not re.search(r'(src|href)="https?:', report.replace("xlink:href", ""))  # nothing is fetched
@@ -303,6 +303,8 @@ def test_restarts_and_what_they_cost(tmp_path, corpus):
     trained = sum(r["perf/step_s"] for r in read_metrics(path) if "perf/step_s" in r)
     assert (last["run/restarts"], last["run/lost_steps"]) == (1, 2)
     assert trained / (time.time() - started_at) <= last["run/ettr"] < 1
+    work = sum(r["perf/tflops_per_gpu"] * r["perf/step_s"] for r in read_metrics(path) if "perf/step_s" in r) / 1000
+    assert (last["run/device_s"], last["run/pflop"]) == pytest.approx((trained, work))
 
 
 @pytest.mark.slow
