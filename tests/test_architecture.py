@@ -14,7 +14,7 @@ SOURCES = [
     p
     for folder in ("longctx", "kernels", "tools")
     for p in (ROOT / folder).rglob("*.py")
-    if "longctx/kernels" not in str(p)
+    if (ROOT / "longctx" / "kernels") not in p.parents  # a link to kernels/
 ]
 
 # layer (a folder or a file of longctx) -> the other layers that it may import
