@@ -145,12 +145,11 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
         near = max(1, round(data.sequences_per_step / readers)) * readers
         context = parallel.context * readers // math.gcd(readers, data.sequences_per_step)
         others = parallel.replicate * parallel.tensor
-        or_shared = f", or parallel.context={context}, so that more ranks share each sequence"
+        can_share = parallel.shard == -1 and world_size % (context * others) == 0
+        or_shared = f", or parallel.context={context}, so that more ranks share each sequence" if can_share else ""
         problems.append(
             f"data.sequences_per_step={data.sequences_per_step} is no multiple of the {readers} ranks that read "
-            f"sequences of their own; use {near}"
-            + or_shared
-            * (parallel.shard == -1 and world_size % (context * others) == 0)
+            f"sequences of their own; use {near}{or_shared}"
         )
     rotary = model.rotary
     if rotary.scaling == RotaryScaling.dynamic and rotary.longest < data.sequence_length:

@@ -29,6 +29,11 @@ def parts_of_ranks(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ..
     return [found[rank] for rank in range(len(found))]
 
 
+def index_of(part: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[slice, ...]:
+    """Where a part (shape and offset) lies in the whole tensor, to index that with."""
+    return tuple(slice(begin, begin + size) for size, begin in zip(*part, strict=True))
+
+
 def _part_at(tensor: DTensor, coordinate: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     mesh, placements = tensor.device_mesh, tensor.placements
     # what tensor parallelism had left is what FSDP has split (a strided shard), though its mesh dim stands first

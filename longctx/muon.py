@@ -23,13 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longctx.local_part import parts_of_ranks
+from longctx.local_part import index_of, parts_of_ranks
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., as torch.optim.Muon has them
 ITERATIONS = 5
 BUCKET_ELEMENTS = 2**26  # that a rank brings together at a time
 
-Box = tuple[slice, slice]  # rows and columns of a matrix
+Box = tuple[slice, ...]  # rows and columns of a matrix
 
 
 class Matrix(NamedTuple):
@@ -177,10 +177,7 @@ def _matrix(parameter: Tensor, owner: int) -> Matrix:
     if not isinstance(parameter, DTensor):
         rows, columns = parameter.shape
         return Matrix(parameter, [(slice(0, rows), slice(0, columns))], [0], owner)
-    boxes: list[Box] = []
-    for shape, offset in parts_of_ranks(parameter):
-        rows, columns = (slice(first, first + size) for first, size in zip(offset, shape, strict=True))
-        boxes.append((rows, columns))
+    boxes = [index_of(part) for part in parts_of_ranks(parameter)]
     holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank, (rows, columns) in enumerate(boxes):
         holders[rows.start, rows.stop, columns.start, columns.stop].append(rank)

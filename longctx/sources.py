@@ -7,7 +7,7 @@ from pathlib import Path
 from longctx.config import Config, DataSource
 from longctx.data import builtin
 from longctx.data.corpus import open_corpus
-from longctx.data.loader import Copies, CopiesStream, Probes, RecallStream, Source
+from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
 from longctx.data.tokenizer import as_trained
 from longctx.errors import DataError
@@ -64,7 +64,7 @@ def training_source(config: Config, tokens: Mixture | None) -> Source:
     text = tokens.training(data, seed)
     if not data.copies:
         return text
-    copies = CopiesStream(data, tokens.tokenizer_vocab, seed + 3)  # others than `probes` asks for
+    copies = Copies(data, tokens.tokenizer_vocab, seed + 3)  # others than `probes` asks for
     return MixedTokens([text, copies], shares([1 - data.copies, data.copies], BLOCK), seed)
 
 

@@ -51,12 +51,12 @@ def packages(site_packages: bool = False) -> dict[str, list[Path]]:
 
 def read_package(name: str, files: list[Path]) -> Iterator[str]:
     """The text of each file under a comment with its path; files that are not UTF-8 are left out."""
+    root, _, package = name.partition("/")
     for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        root, _, package = name.partition("/")
         above = [i for i, part in enumerate(path.parts[:-1]) if part == package]  # the venv's path may have one too
         inside = path.parts[above[-1] :] if above else path.parts[-1:]
         yield f"# {root}: {'/'.join(inside)}\n{text}\n"

@@ -108,23 +108,16 @@ class RecallStream:
 
 
 class Copies:
-    """Endless random ids with runs that come back, to ask a model that was trained on text; see `recall.py`."""
-
-    def __init__(self, data: DataConfig, vocab_size: int, seed: int) -> None:
-        self.length, self.vocab_size, self.seed = data.sequence_length, vocab_size, seed
-
-    def probe(self, number: int) -> Probe:
-        return copies_probe(number, self.length, self.vocab_size, self.seed)
-
-
-class CopiesStream:
-    """Endless random ids in which stretches come back, to train on; see `recall.py`."""
+    """Endless random ids of which some come back, to train on or to ask a model of text; see `recall.py`."""
 
     def __init__(self, data: DataConfig, vocab_size: int, seed: int) -> None:
         self.length, self.vocab_size, self.seed = data.sequence_length, vocab_size, seed
 
     def sequence(self, number: int) -> Sequence:
         return copies_sequence(number, self.length, self.vocab_size, self.seed)
+
+    def probe(self, number: int) -> Probe:
+        return copies_probe(number, self.length, self.vocab_size, self.seed)
 
 
 class Loader:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from longctx.config import ModelConfig
 from longctx.hugging_face.convert import IGNORED, PretrainedError, Stored, differences, from_config_json, stored_tensors
-from longctx.local_part import local_part
+from longctx.local_part import index_of, local_part
 from longctx.runtime import Runtime
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -166,7 +166,7 @@ def _fill(parameter: nn.Parameter, part: Any, first_row: int, is_transposed: boo
         local = parameter.to_local()
     if not local.numel():
         return
-    index = [slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True)]
+    index = list(index_of((shape, offset)))
     index[0] = slice(index[0].start + first_row, index[0].stop + first_row)
     values = part[tuple(reversed(index)) if is_transposed else tuple(index)]
     local.copy_(values.t() if is_transposed else values)

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from longctx.config import ComputeDtype, PrecisionConfig
-from longctx.local_part import local_part
+from longctx.local_part import index_of, local_part
 from longctx.model.transformer import Transformer, initial_value
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.torch_versions import parameter_groups
@@ -70,6 +70,4 @@ def materialize(model: Transformer, seed: int, device: torch.device) -> None:
         for name, parameter in model.named_parameters():
             whole = initial_value(name, parameter, model.config, seed, device)
             assert isinstance(parameter, DTensor)
-            shape, offset = local_part(parameter)
-            mine = tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
-            parameter.to_local().copy_(whole[mine])
+            parameter.to_local().copy_(whole[index_of(local_part(parameter))])

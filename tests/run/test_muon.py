@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from longctx import muon
-from longctx.local_part import local_part
+from longctx.local_part import index_of, local_part
 from longctx.muon import Muon, in_buckets, newton_schulz
 from ranks import run_on_ranks
 
@@ -90,10 +90,8 @@ def steps_on_ranks(_rank: int, layout: str, bucket: int):
         optimizer = Muon(parameters, 0.02, 0.9, 0.1, torch.float32)
     for step in range(STEPS):
         for p, gradient in zip(parameters, matrices(step + 1), strict=True):
-            shape, offset = local_part(p)
-            rows, columns = (slice(first, first + size) for first, size in zip(offset, shape, strict=True))
             p.grad = torch.zeros_like(p)
-            p.grad.to_local().copy_(gradient[rows, columns])
+            p.grad.to_local().copy_(gradient[index_of(local_part(p))])
         optimizer.step()
     kept = [optimizer.state[p]["momentum_buffer"].to_local().numel() for p in parameters]
     mine = [m.parameter.numel() for bucket in optimizer.buckets for m in bucket if m.owner == dist.get_rank()]
