@@ -291,7 +291,7 @@ class DataConfig:
     separate_documents: bool = knob(True, "attention stays inside a document and positions restart with each")
     curriculum: dict[Any, int] = knob(
         help="{step: tokens}: from that step on attention is cut every so many tokens, 0: not; a step below 1 is a "
-        "share of optim.steps; empty: never. Each step reads the same tokens with or without, so that a short start "
+        "share of optim.steps; empty: never. Each step reads the same text with or without, so that a short start "
         "costs neither order nor batch size",
         factory=dict,
     )

@@ -26,9 +26,12 @@ def collate(sequences: list[Sequence]) -> Batch:
 
 
 class Source(Protocol):
-    """An endless stream of sequences that can be read at any place: number 0, 1, 2, ..."""
+    """An endless stream of sequences that can be read at any place: number 0, 1, 2, ...
 
-    def sequence(self, number: int) -> Sequence: ...
+    Attention is cut at every multiple of `span` tokens; None: not at all.
+    """
+
+    def sequence(self, number: int, span: int | None = None) -> Sequence: ...
 
 
 class Probes(Protocol):
@@ -77,9 +80,9 @@ class ShuffledTokens(TokenWindows):
         super().__init__(split, data, where)
         self.seed, self.size = seed, self.windows
 
-    def sequence(self, number: int) -> Sequence:
+    def sequence(self, number: int, span: int | None = None) -> Sequence:
         epoch, number = divmod(number, self.size)
-        return self.window(shuffled(number, self.size, self.seed, epoch))
+        return cut_attention(self.window(shuffled(number, self.size, self.seed, epoch)), span)
 
 
 class SpacedTokens(TokenWindows):
@@ -99,9 +102,10 @@ class RecallStream:
     def __init__(self, data: DataConfig, seed: int, size: int = 0) -> None:
         self.data, self.seed, self.size = data, seed, size
 
-    def sequence(self, number: int) -> Sequence:
+    def sequence(self, number: int, span: int | None = None) -> Sequence:
         recall = self.data.recall
-        return recall_sequence(number, self.data.sequence_length, recall.keys, recall.values, self.seed)
+        whole = recall_sequence(number, self.data.sequence_length, recall.keys, recall.values, self.seed)
+        return cut_attention(whole, span)
 
     def probe(self, number: int) -> Probe:
         return recall_probe(self.sequence(number))
@@ -113,8 +117,8 @@ class Copies:
     def __init__(self, data: DataConfig, vocab_size: int, seed: int) -> None:
         self.length, self.vocab_size, self.seed = data.sequence_length, vocab_size, seed
 
-    def sequence(self, number: int) -> Sequence:
-        return copies_sequence(number, self.length, self.vocab_size, self.seed)
+    def sequence(self, number: int, span: int | None = None) -> Sequence:
+        return copies_sequence(number, self.length, self.vocab_size, self.seed, span)
 
     def probe(self, number: int) -> Probe:
         return copies_probe(number, self.length, self.vocab_size, self.seed)
@@ -134,8 +138,4 @@ class Loader:
         Attention is cut at every multiple of `span` tokens; None: not at all.
         """
         firsts = (consumed + (part * self.ranks + self.rank) * self.micro_batch for part in range(self.accumulation))
-        return [collate([self._sequence(first + i, span) for i in range(self.micro_batch)]) for first in firsts]
-
-    def _sequence(self, number: int, span: int | None) -> Sequence:
-        sequence = self.source.sequence(number)
-        return sequence if span is None else cut_attention(sequence, span)
+        return [collate([self.source.sequence(first + i, span) for i in range(self.micro_batch)]) for first in firsts]

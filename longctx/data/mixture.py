@@ -89,9 +89,9 @@ class MixedTokens:
         self.sources, self.counts, self.seed = sources, counts, seed
         self.block_order = lru_cache(maxsize=4)(self._block_order)
 
-    def sequence(self, number: int) -> Sequence:
+    def sequence(self, number: int, span: int | None = None) -> Sequence:
         source, inner = self.place(number)
-        return self.sources[source].sequence(inner)
+        return self.sources[source].sequence(inner, span)
 
     def place(self, number: int) -> tuple[int, int]:
         """Which source gives sequence `number`, and the number it has there: each counts 0, 1, 2 ..."""

@@ -40,8 +40,10 @@ def pack(ids: np.ndarray, new_documents: np.ndarray, separate_documents: bool = 
     return Sequence(ids[:-1], targets, index - document_start, document_start)
 
 
-def cut_attention(sequence: Sequence, span: int) -> Sequence:
-    """The same tokens and targets, with attention and positions begun anew at every multiple of `span` tokens."""
+def cut_attention(sequence: Sequence, span: int | None) -> Sequence:
+    """The same tokens and targets, with attention and positions begun anew at every multiple of `span`; None: as is."""
+    if span is None:
+        return sequence
     index = np.arange(len(sequence.tokens))
     start = np.maximum(sequence.document_start, index // span * span)
     return sequence._replace(positions=index - start, document_start=start)

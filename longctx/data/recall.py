@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longctx.data.packing import IGNORE_INDEX, Sequence
+from longctx.data.packing import IGNORE_INDEX, Sequence, cut_attention
 
 RUN = 32  # tokens that come back
 CUE = 8  # of them, that only tell which run it is
@@ -69,26 +69,28 @@ def copies_probe(index: int, length: int, vocab_size: int, seed: int) -> Probe:
     return Probe(Sequence(stream[:-1], targets, position, np.zeros_like(position)), distance)
 
 
-def copies_sequence(index: int, length: int, vocab_size: int, seed: int) -> Sequence:
+def copies_sequence(index: int, length: int, vocab_size: int, seed: int, span: int | None = None) -> Sequence:
     """Sequence number `index` to train on, a pure function of its arguments: half of it comes back from earlier.
 
     Stretches of 16 to 64 tokens, new ones and copies by turns; a copy's distance is as often near as far, by octaves.
-    Targets are the copies' tokens but for the first `CUE` of each, which nothing tells.
+    Targets are the copies' tokens but for the first `CUE` of each, which nothing tells. Attention is cut at every
+    multiple of `span` tokens, and what stands before a cut is never asked for after it.
     """
+    span = span or length + 1
     random = np.random.Generator(np.random.Philox(key=[seed, index]))
     stream = random.integers(vocab_size, size=length + 1)
     targets = np.full(length + 1, IGNORE_INDEX)
     sizes = random.integers(16, 65, size=length // 16 + 1)
     ends = np.minimum(np.cumsum(sizes), length + 1)
     for first, end, far in zip(ends[:-1], ends[1:], random.random(len(sizes)), strict=False):
-        size = int(end - first)
-        if random.random() < 0.5 or first < size or size <= CUE:
+        size, seen = int(end - first), int(first % span)
+        if random.random() < 0.5 or seen < size or size <= CUE or seen + size > span:
             continue
-        distance = int(size * (first / size) ** far)
+        distance = int(size * (seen / size) ** far)
         stream[first:end] = stream[first - distance : end - distance]
         targets[first + CUE : end] = stream[first + CUE : end]
     position = np.arange(length)
-    return Sequence(stream[:-1], targets[1:], position, np.zeros_like(position))
+    return cut_attention(Sequence(stream[:-1], targets[1:], position, np.zeros_like(position)), span)
 
 
 def _free_place(random: np.random.Generator, is_taken: np.ndarray, far: int) -> int | None:

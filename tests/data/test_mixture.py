@@ -30,7 +30,7 @@ class Named:
     def __init__(self, name: int) -> None:
         self.name = name
 
-    def sequence(self, number):
+    def sequence(self, number, span=None):
         return pack(np.array([self.name, number, 0]), np.empty(0, dtype=np.int64))
 
 

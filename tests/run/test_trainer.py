@@ -244,7 +244,7 @@ def sequences_and_losses(rank, config, steps):
     with trainer_of(config) as trainer:
         read: list[int] = []
         source = trainer.loader.source
-        trainer.loader.source = SimpleNamespace(sequence=lambda number: read.append(number) or source.sequence(number))
+        trainer.loader.source = SimpleNamespace(sequence=lambda number, span: read.append(number) or source.sequence(number))
         found = []
         for _ in range(steps):
             read.clear()
