@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.config import ValidationConfig
-from longctx.data.loader import Probes, Source, collate
+from longctx.data.loader import HeldOut, Probes, collate
 from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.data.tokenizer import open_tokenizer
@@ -89,7 +89,7 @@ class ByOctave:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, source: Source, sequences: int, mesh: Mesh, device: torch.device,
+    model: nn.Module, source: HeldOut, sequences: int, mesh: Mesh, device: torch.device,
     token_bytes: np.ndarray | None, must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.

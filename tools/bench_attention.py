@@ -26,7 +26,7 @@ from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from longctx.kernels.attention.tiles import TILE, merge_flags
+from longctx.kernels.attention.tiles import MERGED_ROWS, merge_flags
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Into(torch.autograd.Function):
         options = Options(q.shape[-1] ** -0.5)
         implementation = choose_implementation(implementation, q, mask, options)
         mask = mask.with_bounds(q.device)
-        _, last = merge_flags([mask, mask], TILE)
+        _, last = merge_flags([mask, mask], MERGED_ROWS)
         forward = passes.PartialForward(q, options, implementation)
         forward.sums.zero_()
         forward.lse.fill_(-torch.inf)

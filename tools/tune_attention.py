@@ -38,16 +38,17 @@ def forward_tiles(head_dim: int) -> list[hopper_tiles.HopperForward]:
     """What fits and hardly spills."""
     keys, stages = {64: (128, (3, 4)), 128: (128, (2,)), 256: (64, (2,))}[head_dim]
     return [
-        hopper_tiles.HopperForward(keys, n, own_out, ping_pong, *registers)
+        hopper_tiles.HopperForward(consumers, keys, n, own_out, ping_pong, *registers)
         for n in stages
         for own_out in ((True, False) if head_dim <= 128 else (False,))
         for ping_pong in (True, False)
-        for registers in ((240, 24), (232, 40))
+        for consumers, *registers in ((2, 240, 24), (2, 232, 40), *([(3, 160, 24)] if head_dim == 64 else []))
     ]
 
 
 def backward_tiles(head_dim: int) -> list[hopper_tiles.HopperBackward]:
-    return [hopper_tiles.HopperBackward({64: 128, 128: 64}[head_dim], 2, registers) for registers in (240, 232)]
+    rows, ordered_dq_stages = {64: (128, 1), 128: (64, 2), 256: (64, 1)}[head_dim]
+    return [hopper_tiles.HopperBackward(rows, 2, ordered_dq_stages, registers) for registers in (240, 232)]
 
 
 def first_of(now: Tile, tiles: list[Tile]) -> list[Tile]:
@@ -94,7 +95,7 @@ def fastest(
     return best
 
 
-def tune(head_dim: int, device: torch.device) -> tuple[hopper_tiles.HopperForward, hopper_tiles.HopperBackward | None]:
+def tune(head_dim: int, device: torch.device) -> tuple[hopper_tiles.HopperForward, hopper_tiles.HopperBackward]:
     q, k, v, dout = random_inputs(head_dim, device)
     mask, options = KeyIntervals.causal(q.shape[1]), Options(head_dim**-0.5)
     flops = 2.0 * head_dim * q.shape[2] * q.shape[1] ** 2
@@ -105,8 +106,6 @@ def tune(head_dim: int, device: torch.device) -> tuple[hopper_tiles.HopperForwar
     of_forward = fastest(
         "forward_tiles", first_of(hopper_tiles.forward_tiles(q), forward_tiles(head_dim)), forward, flops, device
     )
-    if head_dim > 128:
-        return of_forward, None
     out, lse = forward()
 
     def backward() -> tuple[Tensor, ...]:
@@ -127,8 +126,7 @@ def main() -> None:
     for head_dim in SHAPES:
         forward, backward = tune(head_dim, device)
         table["forward"][str(head_dim)] = forward._asdict()
-        if backward is not None:
-            table["backward"][str(head_dim)] = backward._asdict()
+        table["backward"][str(head_dim)] = backward._asdict()
     text = json.dumps(table, indent=2) + "\n"
     print(text)
     if arguments.write:

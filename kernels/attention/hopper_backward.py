@@ -7,6 +7,7 @@ one warpgroup, with 64 keys of a tile; both take part of each tile of dQ, to whi
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 # a kernel is launched with arguments that its signature does not show, and its constants are no Python values
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,13 +29,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.attention import hopper_tiles, triton_backward
+from longctx.kernels.attention.hopper_backward_wide import attention_backward_wide_hopper
 from longctx.kernels.attention.hopper_gluon import (
     named_barrier,
     reduce_add_to_global,
     threads_meet,
-    tma_load,
     tma_store,
     wait_for_writes,
+)
+from longctx.kernels.attention.hopper_gradients import (
+    KEYS,
+    attention_backward_dq_hopper,
+    by_register,
+    load_items,
+    send_gradient,
 )
 from longctx.kernels.attention.hopper_scheduler import (
     addressable,
@@ -43,12 +50,10 @@ from longctx.kernels.attention.hopper_scheduler import (
     barriers,
     descriptor,
     heads_together,
-    item_of,
     make_box,
     part_descriptor,
     phase_of,
     pointers_to,
-    post_item,
     read_item,
     vector_descriptor,
 )
@@ -56,9 +61,8 @@ from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
 from longctx.kernels.attention.triton_tile import wait_for
-from longctx.kernels.triton_math import LOG2_E, wide
+from longctx.kernels.triton_math import LOG2_E
 
-KEYS = gl.constexpr(64)  # of a consumer
 SIZES = [  # one compilation for all of them
     "tiles_batch", "turns_batch", "bounds_batch", "n_keys", "n_heads", "group", "n_items", "n_pairs",
     "together", "key_blocks", "row_blocks",
@@ -71,10 +75,9 @@ def _of_consumer(block, NUMBER: gl.constexpr, index):
 
 
 @gluon.jit
-def _probabilities(score, rows, stage, key, is_edge, factor, column: gl.constexpr):
+def _probabilities(score, exponent, rows, stage, key, is_edge, factor, column: gl.constexpr):
     """exp2(score * factor - exponent), (K, Q), 0 where a row does not see a key."""
-    exponents, starts, ends = rows[0], rows[2], rows[3]
-    exponent = exponents.index(stage).load(column)
+    starts, ends = rows[2], rows[3]
     p = gl.exp2(score * factor - exponent[None, :])
     if is_edge:
         row_start, row_end = starts.index(stage).load(column), ends.index(stage).load(column)
@@ -84,35 +87,10 @@ def _probabilities(score, rows, stage, key, is_edge, factor, column: gl.constexp
 
 
 @gluon.jit
-def _by_thread(dq):
-    """(64, 64) of a warpgroup's product as (128, 32): a row for each thread, of what it has in registers anyway."""
-    parts = dq.reshape([4, 2, 8, 8, 4, 2]).permute([0, 2, 4, 1, 3, 5])
-    rows: gl.constexpr = gl.BlockedLayout([1, 32], [32, 1], [4, 1], [1, 0])
-    return gl.convert_layout(parts.reshape([128, 32]), rows)
-
-
-@gluon.constexpr_function
-def _sector_layout(BLOCK_D):
-    """A consumer's sums (64, D), a pair of columns of each thread traded for another's: four threads hold 64 bytes."""
-    columns = [[0, 16], [0, 32], [0, 64]][: 1 + BLOCK_D // 64]
-    lanes, warps = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0], *columns], lanes, warps, [], [64, BLOCK_D])
-
-
-@gluon.jit
-def _send(home, strides, batch, head, NUMBER: gl.constexpr, head_dim, x, BLOCK_D: gl.constexpr):
-    """Writes a consumer's part of a tile to its home: 16 bytes a thread, as links between GPUs want it."""
-    layout: gl.constexpr = _sector_layout(BLOCK_D)
-    pointers, inside = pointers_to(
-        home, strides, batch, head, NUMBER * KEYS, 2 * KEYS, head_dim, KEYS, BLOCK_D, layout
-    )  # fmt: skip
-    gl.store(pointers, gl.convert_layout(x, layout), mask=inside)
-
-
-@gluon.jit
 def _consumer(
     box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes,
     NUMBER: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 keys of each item, over all query heads of the group."""
     keys, values, key_full, key_empty = key_ring
@@ -126,7 +104,8 @@ def _consumer(
     column: gl.constexpr = gl.SliceLayout(0, score_layout)
     score_zeros = gl.zeros([KEYS, BLOCK_Q], gl.float32, score_layout)
     dq_zeros = gl.zeros([64, 64], gl.float32, dq_layout)
-    deltas = rows[1]
+    exponents, deltas = rows[0], rows[1]
+    EARLY: gl.constexpr = BLOCK_Q == 64  # with longer tiles there are no registers for it
     done = gl.to_tensor(0)  # tiles of rows so far
     turn = gl.to_tensor(0)  # items so far
     pair = await_item(box, turn)
@@ -142,68 +121,63 @@ def _consumer(
         dk = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
 
-        # the first tile's weights and their gradients, which nothing overlaps
-        k, v = _of_consumer(keys, NUMBER, 0), _of_consumer(values, NUMBER, 0)
         mbarrier.wait(key_full, turn & 1)
-        stage, parity = done % STAGES, phase_of(done, STAGES)
-        mbarrier.wait(query_full.index(stage), parity, pred=n_all > 0)
-        score = warpgroup_mma(k, queries.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
-        mbarrier.wait(dout_full.index(stage), parity, pred=n_all > 0)
-        dp = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
-        score = warpgroup_mma_wait(1, deps=(score,))
-        is_edge = (near > 0) | (far == 0)
-        p = _probabilities(score, rows, stage, key, is_edge, factor, column)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
         place = gl.to_tensor(0)  # of the tile among those of its head
-        for i in range(0, n_all):
+        for _ in range(0, n_all):
             # addresses that seem to change are computed, not kept in registers, of which none are left
             zero = done >> 30
             k, v = _of_consumer(keys, NUMBER, zero), _of_consumer(values, NUMBER, zero)
-            stage = done % STAGES
-            done += 1
-            p_operand = gl.convert_layout(p.to(k.dtype), operand)
-            dv = warpgroup_mma(p_operand, douts.index(stage), dv, is_async=True)
-            delta = deltas.index(stage).load(column)
+            stage, parity = done % STAGES, phase_of(done, STAGES)
+            mbarrier.wait(query_full.index(stage), parity)
+            score = warpgroup_mma(k, queries.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
+            if EARLY:
+                exponent = exponents.index(stage).load(column)
+            mbarrier.wait(dout_full.index(stage), parity)
+            dp = warpgroup_mma(v, douts.index(stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(1, deps=(score,))
+            if not EARLY:
+                exponent = exponents.index(stage).load(column)
+            # its branch keeps the compiler from hoisting the wait above the exponentials
+            is_edge = (place < near) | (place >= far)
+            p = _probabilities(score, exponent, rows, stage, key, is_edge, factor, column)
+            if EARLY:
+                delta = deltas.index(stage).load(column)
+            dp, p = warpgroup_mma_wait(0, deps=(dp, p))
+            if not EARLY:
+                delta = deltas.index(stage).load(column)
             dscore = (p * (dp * scale - delta[None, :])).to(k.dtype)
             dscore_tile = dscores.index(done & 1)
-            dscore_tile.slice(NUMBER * KEYS, KEYS, dim=0).store(dscore)
+            if BLOCK_Q == 64:
+                dscore_tile.slice(NUMBER * KEYS, KEYS, dim=0).store(dscore)
+            else:  # as (Q, K), which spares registers here
+                dscore_tile.slice(NUMBER * KEYS, KEYS, dim=1).permute((1, 0)).store(dscore)
+            p_operand = gl.convert_layout(p.to(k.dtype), operand)
+            dv = warpgroup_mma(p_operand, douts.index(stage), dv, is_async=True)
             fence_async_shared()
             named_barrier(9, 256)
             dscore_operand = gl.convert_layout(dscore, operand)
             if BLOCK_Q == 64:  # of dQ's tile each consumer has half of the columns
-                dscore_part, k_part = dscore_tile, keys.index(zero).slice(NUMBER * 64, 64, dim=1)
+                dscore_part, k_part = dscore_tile.permute((1, 0)), keys.index(zero).slice(NUMBER * 64, 64, dim=1)
             else:  # or of the rows
-                dscore_part, k_part = dscore_tile.slice(NUMBER * 64, 64, dim=1), keys.index(zero)
-            dq = warpgroup_mma(dscore_part.permute((1, 0)), k_part, dq_zeros, use_acc=False, is_async=True)
+                dscore_part, k_part = dscore_tile.slice(NUMBER * 64, 64, dim=0), keys.index(zero)
+            dq = warpgroup_mma(dscore_part, k_part, dq_zeros, use_acc=False, is_async=True)
             dk = warpgroup_mma(dscore_operand, queries.index(stage), dk, is_async=True)
             dq, dv, p_operand = warpgroup_mma_wait(1, deps=(dq, dv, p_operand))
-            mbarrier.wait(dq_empty.index(NUMBER), done & 1)
-            dq_tiles.index(NUMBER).store(_by_thread(dq))
+            buffer = NUMBER * DQ_STAGES + done % DQ_STAGES
+            mbarrier.wait(dq_empty.index(buffer), phase_of(done, DQ_STAGES) ^ 1)
+            dq_tiles.index(buffer).store(by_register(dq))
             fence_async_shared()
-            mbarrier.arrive(dq_full.index(NUMBER), count=1)
-
-            # the next tile's scores are in the queue before dK is waited for (of the last tile: for nothing)
-            next_stage, parity = done % STAGES, phase_of(done, STAGES)
-            mbarrier.wait(query_full.index(next_stage), parity, pred=i + 1 < n_all)
-            score = warpgroup_mma(
-                k, queries.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True
-            )
-            dk, dscore_operand = warpgroup_mma_wait(1, deps=(dk, dscore_operand))
+            mbarrier.arrive(dq_full.index(buffer), count=1)
+            dk, dscore_operand = warpgroup_mma_wait(0, deps=(dk, dscore_operand))
             mbarrier.arrive(row_empty.index(stage), count=1)
-            mbarrier.wait(dout_full.index(next_stage), parity, pred=i + 1 < n_all)
-            dp = warpgroup_mma(v, douts.index(next_stage).permute((1, 0)), score_zeros, use_acc=False, is_async=True)
-            score = warpgroup_mma_wait(1, deps=(score,))
+            done += 1
             place = gl.where(place + 1 == n_tiles, 0, place + 1)
-            # its branch keeps the compiler from hoisting the wait above the exponentials
-            is_edge = (place < near) | (place >= far)
-            p = _probabilities(score, rows, next_stage, key, is_edge, factor, column)
-            dp, p = warpgroup_mma_wait(0, deps=(dp, p))
 
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         if homes is not None:
             dk_home = gl.multiple_of(gl.load(homes + key_block).to(gl.pointer_type(gl.float32)), 16)
-            _send(dk_home, dk_strides, batch, head, NUMBER, head_dim, dk, BLOCK_D)
-            _send(dk_home + dk_strides[1] // 2, dk_strides, batch, head, NUMBER, head_dim, dv, BLOCK_D)
+            send_gradient(dk_home, dk_strides, batch, head, NUMBER, head_dim, dk, BLOCK_D)
+            send_gradient(dk_home + dk_strides[1] // 2, dk_strides, batch, head, NUMBER, head_dim, dv, BLOCK_D)
         elif ACCUMULATE:
             pointers, inside = pointers_to(
                 dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
@@ -215,12 +189,13 @@ def _consumer(
             gl.store(pointers, dv + gl.load(pointers, mask=inside, other=0.0), mask=inside)
         else:
             named_barrier(9, 256)  # both have read all of the keys, whose place is taken
-            v.store(dv.to(v.dtype))
-            k.store(dk.to(k.dtype))
+            dk_tile, dv_tile = _of_consumer(keys, NUMBER, 0), _of_consumer(values, NUMBER, 0)
+            dv_tile.store(dv.to(dv_tile.dtype))
+            dk_tile.store(dk.to(dk_tile.dtype))
             fence_async_shared()
             threads_meet()
-            tma_store(dv_descriptor, [batch, head, first_key, 0], v)
-            tma_store(dk_descriptor, [batch, head, first_key, 0], k)
+            tma_store(dv_descriptor, [batch, head, first_key, 0], dv_tile)
+            tma_store(dk_descriptor, [batch, head, first_key, 0], dk_tile)
             tma.store_wait(0)
         mbarrier.arrive(key_empty, count=1)
         turn += 1
@@ -228,65 +203,18 @@ def _consumer(
 
 
 @gluon.jit
-def _loader(
-    descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
-    ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """One warp: takes items, says which, and copies all that they are made of."""
-    (
-        query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
-        start_descriptor, end_descriptor,
-    ) = descriptors  # fmt: skip
-    keys, values, key_full, key_empty = key_ring
-    queries, douts, query_full, dout_full, row_empty = row_ring
-    exponents, deltas, starts, ends = rows
-    order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
-    done = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    item = gl.atomic_add(counter, 1)  # the first one too: who waits for another's turn waits for a program that runs
-    while item < n_items:
-        pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, key_blocks)
-        n_tiles = visit[3] - visit[0]
-        if not (ACCUMULATE and n_tiles == 0):  # nothing to add
-            post_item(box, turn, pair, head, visit)
-            batch, key_block = pair // key_blocks, pair % key_blocks
-            mbarrier.wait(key_empty, (turn & 1) ^ 1)
-            mbarrier.expect(key_full, key_descriptor.block_type.nbytes + value_descriptor.block_type.nbytes)
-            first_key = key_block * (2 * KEYS)
-            tma_load(key_descriptor, [batch, head, first_key, 0], key_full, keys.index(0))
-            tma_load(value_descriptor, [batch, head, first_key, 0], key_full, values.index(0))
-            for member in range(0, group):
-                query_head = head * group + member
-                for i in range(0, n_tiles):
-                    stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
-                    row = (visit[0] + i) * BLOCK_Q
-                    of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
-                    of_batch = batch * bounds_batch + row
-                    full = query_full.index(stage)
-                    mbarrier.wait(row_empty.index(stage), parity)
-                    mbarrier.expect(full, query_descriptor.block_type.nbytes + 3 * 4 * BLOCK_Q)
-                    tma_load(query_descriptor, [batch, query_head, row, 0], full, queries.index(stage))
-                    tma_load(exponent_descriptor, [of_head], full, exponents.index(stage))
-                    tma_load(start_descriptor, [of_batch], full, starts.index(stage))
-                    tma_load(end_descriptor, [of_batch], full, ends.index(stage))
-                    full = dout_full.index(stage)
-                    mbarrier.expect(full, dout_descriptor.block_type.nbytes + 4 * BLOCK_Q)
-                    tma_load(dout_descriptor, [batch, query_head, row, 0], full, douts.index(stage))
-                    tma_load(delta_descriptor, [of_head], full, deltas.index(stage))
-                    done += 1
-            turn += 1
-        item = gl.atomic_add(counter, 1)
-    post_item(box, turn, -1, 0, (0, 0, 0, 0))
-
-
-@gluon.jit
 def _adder(
     dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads, row_blocks,
-    NUMBER: gl.constexpr,
+    NUMBER: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp a consumer: adds its part of each tile of dQ to the others', with `locks` in the order of `turns`."""
+    """One of two warps that add the tiles of dQ to the others', with `locks` in the order of `turns`.
+
+    It serves one consumer; or, of two buffers, one, and so both parts of every second tile: until an addition is seen
+    by all takes about as long as a tile of head_dim 128.
+    """
+    FIRST: gl.constexpr = 0 if DQ_STAGES == 2 else NUMBER
+    LAST: gl.constexpr = 2 if DQ_STAGES == 2 else NUMBER + 1
     dq_tiles, dq_full, dq_empty = dq_ring
-    dq_tile = dq_tiles.index(NUMBER)
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     pair = await_item(box, turn)
@@ -297,18 +225,24 @@ def _adder(
         for member in range(0, group):
             query_head = head * group + member
             for i in range(0, n_tiles):
-                tile = visit[0] + i  # ascending: in the order in which the blocks of keys take their turns
-                part = ((batch * n_heads + query_head) * row_blocks + tile) * 2 + NUMBER
-                mbarrier.wait(dq_full.index(NUMBER), done & 1)
-                if locks is not None:
-                    place = gl.load(turns + batch * turns_batch + tile * 4 + 3) - 1 - key_block
-                    wait_for(locks + part, place, True)
-                reduce_add_to_global(dq_descriptor, [part * 128, 0], dq_tile)
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(NUMBER), count=1)
-                if locks is not None:
-                    wait_for_writes()
-                    gl.atomic_add(locks + part, 1, sem="release")
+                if DQ_STAGES == 1 or (done & 1) == NUMBER:
+                    tile = visit[0] + i  # ascending: in the order in which the blocks of keys take their turns
+                    part = ((batch * n_heads + query_head) * row_blocks + tile) * 2
+                    buffer, parity = done % DQ_STAGES, phase_of(done, DQ_STAGES)
+                    if locks is not None:
+                        place = gl.load(turns + batch * turns_batch + tile * 4 + 3) - 1 - key_block
+                        wait_for(locks + part + FIRST, place, True)
+                    for c in gl.static_range(FIRST, LAST):
+                        mbarrier.wait(dq_full.index(c * DQ_STAGES + buffer), parity)
+                        reduce_add_to_global(
+                            dq_descriptor, [(part + c) * 16, 0], dq_tiles.index(c * DQ_STAGES + buffer)
+                        )
+                    tma.store_wait(0)
+                    for c in gl.static_range(FIRST, LAST):
+                        mbarrier.arrive(dq_empty.index(c * DQ_STAGES + buffer), count=1)
+                    if locks is not None:
+                        wait_for_writes()
+                        gl.atomic_add(locks + part + FIRST, 1, sem="release")
                 done += 1
         turn += 1
         pair = await_item(box, turn)
@@ -321,7 +255,7 @@ def attention_backward_hopper(
     locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch,
     n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    DQ_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
     matrix: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -332,7 +266,7 @@ def attention_backward_hopper(
     queries = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], matrix)
     douts = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_Q, BLOCK_D], matrix)
     dscores = gl.allocate_shared_memory(dtype, [2, 2 * KEYS, BLOCK_Q], matrix)
-    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, 128, 32], sums)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [2 * DQ_STAGES, 16, 256], sums)
     exponents = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
     starts = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
@@ -340,7 +274,7 @@ def attention_backward_hopper(
     box = make_box(4)
     key_ring = keys, values, barriers(1, 1).index(0), barriers(1, 2).index(0)
     row_ring = queries, douts, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
-    dq_ring = dq_tiles, barriers(2, 1), barriers(2, 1)
+    dq_ring = dq_tiles, barriers(2 * DQ_STAGES, 1), barriers(2 * DQ_STAGES, 1)
     fence_async_shared()
     descriptors = (
         query_descriptor, key_descriptor, value_descriptor, dout_descriptor, exponent_descriptor, delta_descriptor,
@@ -361,40 +295,19 @@ def attention_backward_hopper(
     gl.warp_specialize(
         [
             (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 0, ACCUMULATE, BLOCK_Q,
-                         BLOCK_D, STAGES)),
+                         BLOCK_D, STAGES, DQ_STAGES)),
             (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q,
-                         BLOCK_D, STAGES)),
-            (_loader, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
-                       ACCUMULATE, BLOCK_Q, STAGES)),
+                         BLOCK_D, STAGES, DQ_STAGES)),
+            (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
+                       ACCUMULATE, BLOCK_Q, 2 * KEYS, STAGES)),
             (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
-                      row_blocks, 0)),
+                      row_blocks, 0, DQ_STAGES)),
             (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
-                      row_blocks, 1)),
+                      row_blocks, 1, DQ_STAGES)),
         ],
         [4, 1, 1, 1],
         [REGISTERS, 24, 24, 24],
     )  # fmt: skip
-
-
-@triton.jit
-def attention_backward_dq_hopper(
-    parts, dq, dq_batch, dq_row, dq_head, n_queries, head_dim, row_blocks,
-    ACCUMULATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dQ out of the parts that threads hold (see `_by_thread`): of columns 64 to 128 the second, or of those rows."""
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts += ((wide(batch) * tl.num_programs(1) + head) * row_blocks + tile) * (BLOCK_Q * BLOCK_D)
-    row, column = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    part = row // 64 + column // 64
-    thread = row % 64 // 16 * 32 + row % 8 * 4 + column % 8 // 2
-    register = row // 8 % 2 * 16 + column % 64 // 8 * 2 + column % 2
-    result = tl.load(parts + part * 4096 + thread * 32 + register)
-    row += tile * BLOCK_Q
-    pointers = dq + wide(batch) * dq_batch + wide(head) * dq_head + row.to(tl.int64) * dq_row + column
-    inside = (row < n_queries) & (column < head_dim)
-    if ACCUMULATE:
-        result += tl.load(pointers, mask=inside)
-    tl.store(pointers, result.to(dq.dtype.element_ty), mask=inside)
 
 
 class GradientTargets(NamedTuple):
@@ -423,14 +336,16 @@ class PartialBackwardOnHopper:
         self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientTargets
     ) -> None:  # fmt: skip
         """One block: dk and dv are written to tensors of the inputs' dtype or to homes, added to float32 tensors."""
-        q, options, blocks, block_keys = self.q, self.options, self.blocks, 2 * KEYS.value
+        q, options, blocks = self.q, self.options, self.blocks
+        is_wide = self.width > 128
+        block_keys = KEYS.value if is_wide else 2 * KEYS.value
         (batch, _, heads, head_dim), (n_keys, kv_heads) = q.shape, k.shape[1:3]
         k, v = addressable(k), addressable(v)
         if isinstance(into, GradientTargets):
             homes, (dk, dv) = into.addresses, into.like.unbind(2)
         else:
             homes, (dk, dv) = None, into
-        is_wide = dk.dtype == torch.float32
+        is_sum = dk.dtype == torch.float32
         mask = mask.with_bounds(q.device)
         start, end = padded_bounds(mask, blocks.rows)
         tiles = row_tiles(mask, blocks.rows, block_keys)
@@ -444,18 +359,24 @@ class PartialBackwardOnHopper:
         n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0
         zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
         tile = {"rows": blocks.rows, "width": self.width}
+        kernel, dq_parts, form = attention_backward_hopper, part_descriptor(self.dq_parts), {}
+        if is_wide:
+            kernel, dq_parts = attention_backward_wide_hopper, self.dq_parts
+        else:
+            dq_stages = blocks.ordered_dq_stages if options.deterministic else 1
+            form = {"BLOCK_D": self.width, "DQ_STAGES": dq_stages}
         with hardware.on_device(q):
-            attention_backward_hopper[(min(n_items, hardware.multiprocessors(q.device)),)](
+            kernel[(min(n_items, hardware.multiprocessors(q.device)),)](
                 descriptor(q, **tile), *(descriptor(x, block_keys, self.width) for x in (k, v)),
-                descriptor(self.dout, **tile), part_descriptor(self.dq_parts),
-                *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_wide else (dk, dv))),
+                descriptor(self.dout, **tile), dq_parts,
+                *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_sum else (dk, dv))),
                 *(vector_descriptor(x, blocks.rows) for x in (*self.statistics, start, end)),
                 dk, dv, homes, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
                 *dk.stride()[:3], *dv.stride()[:3], addressing.shared_stride(tiles), addressing.shared_stride(of_rows),
                 addressing.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
                 together, order.numel() // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,
-                ACCUMULATE=is_wide and homes is None, BLOCK_Q=blocks.rows, BLOCK_D=self.width, STAGES=blocks.stages,
-                REGISTERS=blocks.registers, num_warps=4,
+                ACCUMULATE=is_sum and homes is None, BLOCK_Q=blocks.rows, STAGES=blocks.stages,
+                REGISTERS=blocks.registers, **form, num_warps=4,
             )  # fmt: skip
 
     def dq(self, out: Tensor, is_added: bool = False) -> Tensor:

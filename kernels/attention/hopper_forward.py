@@ -1,4 +1,4 @@
-"""The forward pass of attention on Hopper, in Gluon: one warp copies, two warpgroups multiply and take the softmax.
+"""The forward pass of attention on Hopper, in Gluon: a warp copies, two or three warpgroups multiply and take softmax.
 
 docs/attention_on_hopper.md says how it works. Letters in shapes: Q rows and K keys of a tile, D head dim padded to 64,
 128 or 256. A consumer is one warpgroup, with 64 rows of a tile.
@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.attention import hopper_tiles
+from longctx.kernels.attention import tiles as tile_lists
 from longctx.kernels.attention.hopper_gluon import (
     arrive_at_named_barrier,
     named_barrier,
@@ -50,18 +51,22 @@ from longctx.kernels.attention.hopper_scheduler import (
 )
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
-from longctx.kernels.attention.tiles import HAS_AFTER as _HAS_AFTER
-from longctx.kernels.attention.tiles import HAS_BEFORE as _HAS_BEFORE
-from longctx.kernels.attention.tiles import contiguous_bounds, key_tiles, longest_first
 from longctx.kernels.triton_math import LN_2, LOG2_E, finite
 
-ROWS = gl.constexpr(64)  # of a consumer
-ITEM_ROWS = 2 * ROWS.value
-HAS_BEFORE, HAS_AFTER = gl.constexpr(_HAS_BEFORE), gl.constexpr(_HAS_AFTER)
+ROWS = gl.constexpr(tile_lists.MERGED_ROWS)  # of a consumer
+TAKES_PART, HAS_BEFORE, HAS_AFTER = (
+    gl.constexpr(bit) for bit in (tile_lists.TAKES_PART, tile_lists.HAS_BEFORE, tile_lists.HAS_AFTER)
+)
 SIZES = [  # one compilation for all of them
     "bounds_batch", "tiles_batch", "flags_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
     "row_blocks",
 ]  # fmt: skip
+
+
+@gluon.jit
+def _merge_flags_of(of_batch, row, n_queries):
+    """The merge flags of the rows of a consumer, from `row` on; 0 where there are none."""
+    return gl.load(of_batch + row // ROWS, mask=row < n_queries, other=0)
 
 
 @gluon.jit
@@ -71,8 +76,8 @@ def _lane_sums(p):
 
 
 @gluon.jit
-def _softmax_step(score, row_max, factor, key, row_start, row_end, MASKED: gl.constexpr):
-    """exp2(score * factor - new row_max), the new row_max, and what the sums so far shrink by."""
+def _new_max(score, row_max, factor, key, row_start, row_end, MASKED: gl.constexpr):
+    """Scores with -inf where a row sees no key, the new row_max, it again but 0 for -inf, and what sums shrink by."""
     if MASKED:
         seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
         score = gl.where(seen, score, float("-inf"))
@@ -80,14 +85,14 @@ def _softmax_step(score, row_max, factor, key, row_start, row_end, MASKED: gl.co
     base = new_row_max
     if MASKED:
         base = finite(new_row_max)
-    return gl.exp2(score * factor - base[:, None]), new_row_max, gl.exp2(row_max - base)
+    return score, new_row_max, base, gl.exp2(row_max - base)
 
 
 @gluon.jit
 def _consume_tiles(
     i_first, i_last, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start, row_end,
-    MASKED: gl.constexpr, NUMBER: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
-    score_layout: gl.constexpr, acc_layout: gl.constexpr,
+    MASKED: gl.constexpr, NUMBER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr, score_layout: gl.constexpr, acc_layout: gl.constexpr,
 ):  # fmt: skip
     """Tiles i_first to i_last of an item: their scores, and the products of the weights before with their values."""
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
@@ -100,27 +105,35 @@ def _consume_tiles(
     zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, score_layout)
     for i in range(i_first, i_last):
         count = done + i
-        if PING_PONG:  # one consumer multiplies while the other takes its softmax
+        if PING_PONG:  # one consumer multiplies while the others take their softmax
             named_barrier(10 + NUMBER, 256)
         score = warpgroup_mma(q, slot(keys, count, STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(slot(value_full, count - 1, STAGES), phase_of(count - 1, STAGES))
         acc = warpgroup_mma(p, slot(values, count - 1, STAGES), acc, is_async=True)
         if PING_PONG:
-            arrive_at_named_barrier(11 - NUMBER, 256)
+            arrive_at_named_barrier(10 + (NUMBER + 1) % CONSUMERS, 256)
         score = warpgroup_mma_wait(1, deps=(score,))
         mbarrier.arrive(slot(key_empty, count, STAGES), count=1)
         tile_key = key
         if MASKED:
             tile_key = key + visited_tile(i, visit) * BLOCK_K
-        next_p, row_max, shrink = _softmax_step(score, row_max, factor, tile_key, row_start, row_end, MASKED)
+        score, row_max, base, shrink = _new_max(score, row_max, factor, tile_key, row_start, row_end, MASKED)
+        if CONSUMERS == 3:  # whose registers do not hold two tiles of p: the other consumers hide this wait
+            acc, p, score = warpgroup_mma_wait(0, deps=(acc, p, score))
+            mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
+            acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+        next_p = gl.exp2(score * factor - base[:, None])
         row_sum = row_sum * gl.convert_layout(shrink, lane_row)[:, None] + _lane_sums(next_p)
         next_p = gl.convert_layout(next_p.to(q.dtype), p_layout)
         # the spin of this wait keeps the compiler from hoisting the next one above the softmax
         mbarrier.wait(slot(key_full, count + 1, STAGES), phase_of(count + 1, STAGES), pred=i + 1 < n_tiles)
-        acc, p, next_p = warpgroup_mma_wait(0, deps=(acc, p, next_p))
-        mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
-        acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
-        p = next_p
+        if CONSUMERS == 3:  # for nothing, but it keeps pairs of p in their registers around the loop
+            p = warpgroup_mma_wait(0, deps=(next_p,))
+        else:
+            acc, p, next_p = warpgroup_mma_wait(0, deps=(acc, p, next_p))
+            mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
+            acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+            p = next_p
     return acc, p, row_max, row_sum
 
 
@@ -137,11 +150,12 @@ def _write_out(descriptor, tile, coordinates, acc):
 
 @gluon.jit
 def _consumer(
-    box, query_ring, key_ring, value_ring, outs, rows,
+    rings, outs, rows,
     NUMBER: gl.constexpr, IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr,
+    OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of each item."""
+    box, query_ring, key_ring, value_ring = rings
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
@@ -157,7 +171,7 @@ def _consumer(
     q = queries.index(NUMBER)
     out_tile = outs.index(NUMBER)
     zeros = gl.zeros([ROWS, BLOCK_K], gl.float32, score_layout)
-    if PING_PONG and NUMBER == 1:
+    if PING_PONG and NUMBER == CONSUMERS - 1:
         arrive_at_named_barrier(10, 256)
     done = gl.to_tensor(0)  # tiles of keys so far
     turn = gl.to_tensor(0)  # items so far
@@ -166,17 +180,18 @@ def _consumer(
         head, visit = read_item(box, turn)
         first, full_first, full_last, last = visit
         batch = pair // row_blocks
-        first_row = (pair % row_blocks) * (2 * ROWS) + NUMBER * ROWS
+        first_row = (pair % row_blocks) * (CONSUMERS * ROWS) + NUMBER * ROWS
         row = first_row + gl.arange(0, ROWS, layout=score_row)
         is_row = row < n_queries
         row_start = gl.load(start + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
         row_end = gl.load(end + batch.to(gl.int64) * bounds_batch + row, mask=is_row, other=0)
         edges = full_first - first + last - full_last
         n_tiles = last - first
-        has_before, has_after = False, False
+        is_written, has_before, has_after = is_row, False, False
         if IS_PART:
-            flags = gl.load(merge_flags + batch * flags_batch + pair % row_blocks)
+            flags = _merge_flags_of(merge_flags + batch * flags_batch, first_row, n_queries)
             has_before, has_after = (flags & HAS_BEFORE) != 0, (flags & HAS_AFTER) != 0
+            is_written = is_row & ((flags & TAKES_PART) != 0)  # others of the item's rows may alone
 
         # the first tile, whose scores nothing overlaps
         mbarrier.wait(query_full.index(NUMBER), turn & 1)
@@ -187,18 +202,19 @@ def _consumer(
         key = visited_tile(0, visit) * BLOCK_K
         key += gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
         row_max = gl.full([ROWS], float("-inf"), gl.float32, score_row)
-        p, row_max, _ = _softmax_step(score, row_max, factor, key, row_start, row_end, True)
+        score, row_max, base, _ = _new_max(score, row_max, factor, key, row_start, row_end, True)
+        p = gl.exp2(score * factor - base[:, None])
         row_sum = _lane_sums(p)
         p = gl.convert_layout(p.to(q.dtype), p_layout)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, acc_layout)
         mbarrier.wait(slot(key_full, done + 1, STAGES), phase_of(done + 1, STAGES), pred=n_tiles > 1)
         state = _consume_tiles(
             1, edges, n_tiles, visit, done, q, key_ring, value_ring, (acc, p, row_max, row_sum), factor, row_start,
-            row_end, True, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            row_end, True, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
         acc, p, row_max, row_sum = _consume_tiles(
             gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start,
-            row_end, False, NUMBER, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            row_end, False, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
         )  # fmt: skip
         if OWN_OUT:
             mbarrier.arrive(query_empty.index(NUMBER), count=1)
@@ -222,7 +238,7 @@ def _consumer(
             share = share * gl.exp2((row_lse - base) * LOG2_E)
             of_before = gl.convert_layout(gl.exp2((before - base) * LOG2_E), acc_row)
             row_lse = merged
-        gl.store(lse_row, row_lse, mask=is_row)
+        gl.store(lse_row, row_lse, mask=is_written)
         acc = acc * gl.convert_layout(share, acc_row)[:, None]
         if IS_PART:
             pointers, inside = pointers_to(
@@ -230,7 +246,10 @@ def _consumer(
             )
             acc += gl.load(pointers, mask=inside & has_before, other=0.0) * of_before[:, None]
             gl.store(pointers, acc, mask=inside & has_after)
-        if not has_after:
+        if IS_PART:
+            if (flags & (TAKES_PART | HAS_AFTER)) == TAKES_PART:
+                _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
+        else:
             _write_out(out_descriptor, out_tile, [batch, head, first_row, 0], acc)
         if not OWN_OUT:
             tma.store_wait(0)
@@ -242,15 +261,19 @@ def _consumer(
 
 @gluon.jit
 def _producer(
-    descriptors, box, query_ring, key_ring, value_ring, work,
-    IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    descriptors, rings, work,
+    IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items, says which, and copies their queries, keys and values."""
+    box, query_ring, key_ring, value_ring = rings
     query_descriptor, key_descriptor, value_descriptor = descriptors
     queries, query_full, query_empty = query_ring
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
-    order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_items, n_pairs, together, row_blocks, group = work
+    (
+        order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
+        group,
+    ) = work  # fmt: skip
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.program_id(0)
@@ -258,10 +281,13 @@ def _producer(
         pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
         first, full_first, full_last, last = visit
         is_empty = first >= last
+        is_wanted = True
         if IS_PART:
-            is_wanted = gl.load(merge_flags + (pair // row_blocks) * flags_batch + pair % row_blocks) != 0
-        else:
-            is_wanted = True
+            flags = gl.to_tensor(0)
+            for c in gl.static_range(CONSUMERS):
+                row = (pair % row_blocks * CONSUMERS + c) * ROWS
+                flags |= _merge_flags_of(merge_flags + (pair // row_blocks) * flags_batch, row, n_queries)
+            is_wanted = flags != 0
         if is_wanted:
             if is_empty:  # one tile, of which no row sees anything
                 first = gl.maximum(first - 1, 0)
@@ -269,10 +295,10 @@ def _producer(
             visit = first, full_first, full_last, last
             post_item(box, turn, pair, head, visit)
             batch, row_block = pair // row_blocks, pair % row_blocks
-            for c in gl.static_range(2):
+            for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(query_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(query_full.index(c), query_descriptor.block_type.nbytes)
-                row = (row_block * 2 + c) * ROWS
+                row = (row_block * CONSUMERS + c) * ROWS
                 tma_load(query_descriptor, [batch, head, row, 0], query_full.index(c), queries.index(c))
             for i in range(0, last - first):
                 stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
@@ -296,43 +322,58 @@ def attention_forward_hopper(
     head_dim, heads, group, n_items, n_pairs, together, row_blocks, factor,
     IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     OWN_OUT: gl.constexpr, PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
     matrix: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    queries = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], matrix)
+    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], matrix)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], matrix)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, BLOCK_D], matrix)
     outs = queries
     if OWN_OUT:
-        outs = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], matrix)
-    box = make_box(2)
-    query_ring = queries, barriers(2, 1), barriers(2, 1)
-    key_ring = keys, barriers(STAGES, 1), barriers(STAGES, 2)
-    value_ring = values, barriers(STAGES, 1), barriers(STAGES, 2)
+        outs = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], matrix)
+    box = make_box(CONSUMERS)
+    query_ring = queries, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1)
+    key_ring = keys, barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    value_ring = values, barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     fence_async_shared()
     rows = (
         out_descriptor, sums, lse, start, end, merge_flags, (sums_batch, sums_row, sums_head), bounds_batch,
         flags_batch, n_queries, head_dim, heads, row_blocks, factor,
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
-    work = order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_items, n_pairs, together, row_blocks, group
-    gl.warp_specialize(
-        [
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 0, IS_PART, BLOCK_K, BLOCK_D, STAGES,
-                         OWN_OUT, PING_PONG)),
-            (_consumer, (box, query_ring, key_ring, value_ring, outs, rows, 1, IS_PART, BLOCK_K, BLOCK_D, STAGES,
-                         OWN_OUT, PING_PONG)),
-            (_producer, (descriptors, box, query_ring, key_ring, value_ring, work, IS_PART, BLOCK_K, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, PRODUCER_REGISTERS],
+    work = (
+        order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
+        group,
     )  # fmt: skip
+    rings = box, query_ring, key_ring, value_ring
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_consumer, (rings, outs, rows, 0, IS_PART, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG, CONSUMERS)),
+                (_consumer, (rings, outs, rows, 1, IS_PART, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG, CONSUMERS)),
+                (_consumer, (rings, outs, rows, 2, IS_PART, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG, CONSUMERS)),
+                (_producer, (descriptors, rings, work, IS_PART, BLOCK_K, STAGES, CONSUMERS)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (rings, outs, rows, 0, IS_PART, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG, CONSUMERS)),
+                (_consumer, (rings, outs, rows, 1, IS_PART, BLOCK_K, BLOCK_D, STAGES, OWN_OUT, PING_PONG, CONSUMERS)),
+                (_producer, (descriptors, rings, work, IS_PART, BLOCK_K, STAGES, CONSUMERS)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 class PartialOutput(NamedTuple):
     """The running results of attention over several blocks of keys, and what each tile of rows does with the next."""
 
-    merge_flags: Tensor  # of each tile of rows, see `tiles.merge_flags`
+    merge_flags: Tensor  # of each `MERGED_ROWS` rows, see `tiles.merge_flags`
     out: Tensor  # like q: written with the last block that a row has part in
     sums: Tensor  # float32, of those before it
     lse: Tensor  # (batch, heads, n_queries) float32
@@ -360,9 +401,10 @@ def forward_on_hopper(
     q, k, v = (addressable(x) for x in (q, k, v))
     blocks, width = hopper_tiles.forward_tiles(q), hopper_tiles.hopper_head_dim(q)
     mask = mask.with_bounds(q.device)
-    start, end = contiguous_bounds(mask)
-    tiles = key_tiles(mask, ITEM_ROWS, blocks.keys)
-    order = longest_first(mask, batch, ITEM_ROWS, blocks.keys)
+    start, end = tile_lists.contiguous_bounds(mask)
+    item_rows = blocks.consumers * ROWS.value
+    tiles = tile_lists.key_tiles(mask, item_rows, blocks.keys)
+    order = tile_lists.longest_first(mask, batch, item_rows, blocks.keys)
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
     n_items = order.numel() * heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -375,6 +417,6 @@ def forward_on_hopper(
             n_queries, head_dim, heads, heads // kv_heads, n_items, order.numel(), together, order.numel() // batch,
             options.scale * LOG2_E.value, IS_PART=part is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
-            PRODUCER_REGISTERS=blocks.producer_registers, num_warps=4,
+            PRODUCER_REGISTERS=blocks.producer_registers, CONSUMERS=blocks.consumers, num_warps=4,
         )  # fmt: skip
     return out, lse

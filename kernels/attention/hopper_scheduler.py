@@ -162,8 +162,8 @@ def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:
 
 
 def part_descriptor(x: Tensor) -> TensorDescriptor:
-    """Of contiguous float32 x (..., 32), 128 rows at a time: 16 KiB beside each other."""
-    return TensorDescriptor(x, [x.numel() // 32, 32], [32, 1], [128, 32], _layout(128, 32, 2))
+    """Of contiguous float32 x, 4096 numbers at a time, which stand in the same order in shared memory."""
+    return TensorDescriptor(x, [x.numel() // 256, 256], [256, 1], [16, 256], _layout(0, 32, 2))
 
 
 def vector_descriptor(x: Tensor, n: int) -> TensorDescriptor:

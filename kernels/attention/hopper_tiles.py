@@ -16,8 +16,9 @@ HOPPER_TILES = Path(__file__).with_name("hopper_tiles.json")
 
 
 class HopperForward(NamedTuple):
-    """Of a tile of 128 rows: keys and stages in shared memory, and how its two warpgroups share a multiprocessor."""
+    """Of a tile of 64 rows a warpgroup: keys and stages in shared memory, and how they share a multiprocessor."""
 
+    consumers: int  # warpgroups: 2 or 3
     keys: int
     stages: int
     own_out: bool  # whether the output has shared memory of its own, or takes the queries'
@@ -27,10 +28,11 @@ class HopperForward(NamedTuple):
 
 
 class HopperBackward(NamedTuple):
-    """Of a tile of 128 keys: rows and stages in shared memory, registers of a thread of a warpgroup."""
+    """Of a tile of 128 keys, or 64 at a head dim of 256: rows and stages in shared memory, registers of a thread."""
 
     rows: int
     stages: int
+    ordered_dq_stages: int  # buffers of each warpgroup for its part of dQ, if that is added in a fixed order
     registers: int
 
 
@@ -50,5 +52,5 @@ def forward_tiles(q: Tensor) -> HopperForward:
 
 
 def backward_tiles(q: Tensor) -> HopperBackward:
-    """Tiles of the backward pass on Hopper for queries like `q`, head dims up to 128."""
+    """Tiles of the backward pass on Hopper for queries like `q`."""
     return HopperBackward(**_hopper_tiles()["backward"][str(hopper_head_dim(q))])

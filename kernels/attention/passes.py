@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import hardware
-from longctx.kernels.attention import hopper, hopper_forward, reference, torch_sdpa, triton_backward, triton_forward
+from longctx.kernels.attention import hopper_forward, reference, torch_sdpa, triton_backward, triton_forward
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.hopper_backward import GradientTargets, PartialBackwardOnHopper
+from longctx.kernels.attention.hopper_backward import GradientTargets, PartialBackwardOnHopper, backward_on_hopper
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.precision import accumulation_dtype
@@ -66,7 +66,7 @@ def attention_backward(
     if implementation == "triton":
         return triton_backward.backward_in_triton(dout, dlse, saved, mask, options, into)
     if implementation == "hopper" and isinstance(mask, KeyIntervals):
-        return hopper.backward(dout, dlse, saved, mask, options, into)
+        return backward_on_hopper(dout, dlse, saved, mask, options, into)
     if implementation == "sdpa" and isinstance(mask, KeyIntervals):
         gradients = torch_sdpa.backward_by_torch(dout, dlse, saved, mask, options.scale)
     else:
@@ -102,8 +102,8 @@ class PartialForward:
     def add(self, k: Tensor, v: Tensor, mask: KeyIntervals, merge_flags: Tensor) -> None:
         """One block of keys and values, with at least one key.
 
-        The Hopper kernel goes by the merge flags of each tile of rows (see `tiles.merge_flags`), and writes to `out`
-        what later blocks do not change; the others merge all rows.
+        The Hopper kernel goes by the merge flags of each `MERGED_ROWS` rows (see `tiles.merge_flags`), and writes to
+        `out` what later blocks do not change; the others merge all rows.
         """
         q, options, sums, lse = self.q, self.options, self.sums, self.lse
         if self.merges_by_flags:
@@ -135,7 +135,7 @@ class PartialBackward:
     ) -> None:  # fmt: skip
         self.dout, self.dlse, self.q, self.out, self.lse = dout, dlse, q, out, lse
         self.options, self.implementation = options, implementation
-        self.writes_to_targets = implementation == "hopper" and hopper.has_own_backward(q)
+        self.writes_to_targets = implementation == "hopper"
         if self.writes_to_targets:
             self.on_hopper = PartialBackwardOnHopper(dout, dlse, q, out, lse, options)
         else:

@@ -14,7 +14,8 @@ from torch import Tensor
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.mask_cache import cached_per_mask
 
-TILE = 128  # rows or keys: in these, work is cut for ranks, and results of blocks of keys are merged
+TILE = 128  # rows or keys: in these, work is cut for ranks
+MERGED_ROWS = 64  # rows whose results over blocks of keys are merged, or left alone, together
 TAKES_PART, HAS_BEFORE, HAS_AFTER = 1, 2, 4  # bits of a merge flag
 
 

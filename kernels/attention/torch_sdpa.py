@@ -65,7 +65,7 @@ def backward_by_torch(
     if dout.device.type == "cpu":
         return _cpu_backward(dout, saved, mask, scale)
     if uses_cudnn(saved.q, mask):
-        return cudnn_backward(dout, saved, mask, scale)
+        return _cudnn_backward(dout, saved, mask, scale)
     return _varlen_backward(dout, saved, mask, scale)
 
 
@@ -215,11 +215,11 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def uses_cudnn(q: Tensor, mask: KeyIntervals) -> bool:
     """Whether cuDNN serves a call rather than FlashAttention-2."""
-    return knows_mask(mask) and q.shape[-1] <= 128 and torch.version.hip is None
+    return _cudnn_knows(mask) and q.shape[-1] <= 128 and torch.version.hip is None
 
 
-def knows_mask(mask: KeyIntervals) -> bool:
-    """Whether cuDNN does: full, or causal and square, since it aligns a causal mask to the top left."""
+def _cudnn_knows(mask: KeyIntervals) -> bool:
+    """Full, or causal and square, since it aligns a causal mask to the top left."""
     return mask.start is None and (mask.n_queries == mask.n_keys or not mask.is_causal)
 
 
@@ -230,7 +230,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: f
     return out.transpose(1, 2).contiguous(), lse.view(lse.shape[:3]).contiguous()
 
 
-def cudnn_backward(dout: Tensor, saved: Saved, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(dout: Tensor, saved: Saved, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(

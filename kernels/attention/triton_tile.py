@@ -89,6 +89,7 @@ def wait_for(lock, value, NVIDIA: tl.constexpr):
                 AGAIN:
                 ld.acquire.gpu.global.b32 seen, [$1];
                 setp.ne.s32 differs, seen, $2;
+                @differs nanosleep.u32 20;
                 @differs bra AGAIN;
                 mov.b32 $0, seen;
             }

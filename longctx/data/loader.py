@@ -34,6 +34,12 @@ class Source(Protocol):
     def sequence(self, number: int, span: int | None = None) -> Sequence: ...
 
 
+class HeldOut(Protocol):
+    """The same of sequences to validate on, whose attention is never cut."""
+
+    def sequence(self, number: int) -> Sequence: ...
+
+
 class Probes(Protocol):
     """The same of sequences that ask what a model recalls."""
 

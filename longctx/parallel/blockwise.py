@@ -19,7 +19,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals, to_device
 from longctx.kernels.attention.mask_cache import cached_per_mask
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.passes import PartialBackward, PartialForward
-from longctx.kernels.attention.tiles import TILE, merge_flags
+from longctx.kernels.attention.tiles import MERGED_ROWS, TILE, merge_flags
 from longctx.kernels.precision import accumulation_dtype
 from longctx.parallel.key_exchange import ExchangePlan, Move, make_exchange_plan
 from longctx.parallel.load_balance import SplitMask
@@ -51,7 +51,9 @@ class Step:
     moves: list[Move]  # of all ranks
     n_keys: int  # 0: this rank only sends
     mask: KeyIntervals  # of this rank's rows over the keys of the step
-    merge_flags: Tensor  # of tiles of rows in the forward pass: skip, first, middle or last, see `tiles.merge_flags`
+    merge_flags: (
+        Tensor  # of each `MERGED_ROWS` rows in the forward pass: skip, first, middle or last, see `tiles.merge_flags`
+    )
     tiles_have_one_owner: bool  # then kernels may store the gradients of keys straight into the owners' memory
     gradient_targets: dict = field(default_factory=dict)  # where they do, see `_gradient_targets`
 
@@ -83,7 +85,7 @@ def schedule_of(
     masks = [rows.keys(to_device(plan.tokens(step, rank), device)) for step in range(len(plan.moves))]
     steps = [
         Step(plan.moves[number], step_mask.n_keys, step_mask, flags, plan.tiles_have_one_owner(number, rank))
-        for number, (step_mask, flags) in enumerate(zip(masks, merge_flags(masks, TILE), strict=True))
+        for number, (step_mask, flags) in enumerate(zip(masks, merge_flags(masks, MERGED_ROWS), strict=True))
     ]
     return Schedule(plan, steps)
 

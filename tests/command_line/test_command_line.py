@@ -253,7 +253,7 @@ def test_a_curriculum_is_compared_as_a_whole():
     assert resume.changes("name: a\noptim: {lr: 1}", "name: b\noptim: {lr: 2}") == {"optim.lr": (1, 2)}
 
 
-@pytest.mark.parametrize("key", ["model__norm_eps", "model__window", "model__rotary__theta"])
+@pytest.mark.parametrize("key", ["model__norm_eps", "model__rotary__theta"])
 def test_what_would_be_another_model_is_refused(tmp_path, corpus, capsys, key):
     go(small_config(tmp_path, corpus, optim__steps=3))
     with pytest.raises(

@@ -96,6 +96,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="drawing", node=Drawing
 """
 
 
+@pytest.mark.slow
 def test_the_sweeper_of_rank_0_decides(tmp_path, corpus):
     """All ranks run what it draws, and get the loss of that; a value that it draws twice is two runs."""
     (tmp_path / "plugins" / "hydra_plugins").mkdir(parents=True)

@@ -313,7 +313,9 @@ def test_copies_to_train_on_ask_for_what_stood_before(length, vocab_size, number
     assert tokens.max() < vocab_size
     if length >= 1000:
         assert 0.15 < len(asked) / length < 0.6
-    if vocab_size > 5000:  # eight tokens up to a target stand somewhere before it, where attention reaches, and it after
+    if (
+        vocab_size > 5000
+    ):  # eight tokens up to a target stand somewhere before it, where attention reaches, and it after
         text = tokens.tolist()
         for at in asked[:: max(1, len(asked) // 20)]:
             before = text[at - 7 : at + 1]

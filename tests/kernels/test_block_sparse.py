@@ -66,7 +66,7 @@ def test_against_dense(n_queries, n_keys, block_q, block_k, per_head, causal, im
     )  # fmt: skip
 
 
-@settings(max_examples=examples(15), deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(st.data())
 def test_any_layout(data):
     torch.manual_seed(data.draw(st.integers(0, 100)))

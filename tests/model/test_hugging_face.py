@@ -329,7 +329,9 @@ def test_yarn_is_written_so_that_every_version_reads_it_alike():
         assert written["factor"] == 4.0
 
 
-@pytest.mark.parametrize(("name", "begins"), [("llama", True), ("qwen3", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("name", "begins"), [("llama", True), ("qwen3", False), pytest.param("gpt2", True, marks=pytest.mark.slow)]
+)
 def test_the_tokenizer_goes_along(tmp_path, name, begins):
     """AutoTokenizer gives the ids that were trained on, whatever the model; end of text is known; all may read it."""
     tokenizer = byte_tokenizer(tmp_path / "t.json", begin=True)

@@ -166,7 +166,7 @@ def as_on_hopper(q, k, v, mask, options, part) -> None:
     assert k.shape[1]  # no kernel is launched for a block without keys
     found, found_lse = reference.attention_forward(q, k, v, mask, options)
     for tile, flags in enumerate(part.merge_flags[0].tolist()):
-        rows = slice(tile * tiles.TILE, (tile + 1) * tiles.TILE)
+        rows = slice(tile * tiles.MERGED_ROWS, (tile + 1) * tiles.MERGED_ROWS)
         result, lse = found[:, rows], found_lse[:, :, rows]
         if flags & tiles.HAS_BEFORE:
             result, lse = reference.merge(part.sums[:, rows], part.lse[:, :, rows], result, lse)

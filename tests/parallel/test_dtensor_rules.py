@@ -286,19 +286,22 @@ def test_two_axes():
 # torch.compile, refusals ---------------------------------------------------------------------------------------------
 
 COMPILED = (
-    "add_rms_norm, sequence", "layer_norm, sequence", "rotary, sequence", "swiglu, width", "softmax, heads",
-    "cross_entropy, classes", "cross_entropy, classes, all options", "linear_cross_entropy, classes and sequence",
+    "add_rms_norm, sequence", "rotary, sequence", "swiglu, width", "linear_cross_entropy, classes and sequence",
+)  # fmt: skip
+COMPILED_TOO = (
+    "layer_norm, sequence", "softmax, heads", "cross_entropy, classes", "cross_entropy, classes, all options",
 )  # fmt: skip
 
 
-def compiled_on_ranks(_rank: int) -> dict[str, dict]:
+def compiled_on_ranks(_rank: int, names: tuple[str, ...]) -> dict[str, dict]:
     mesh = init_device_mesh("cpu", (2,))
-    cases = {name: CASES[name] for name in COMPILED}
+    cases = {name: CASES[name] for name in names}
     return {name: compared(case, mesh, [[p] for _, p in case.inputs], True) for name, case in cases.items()}
 
 
-def test_one_graph():
-    for of_rank in run_on_ranks(2, compiled_on_ranks):
+@pytest.mark.parametrize("names", [COMPILED, pytest.param(COMPILED_TOO, marks=pytest.mark.slow)], ids=len)
+def test_one_graph(names):
+    for of_rank in run_on_ranks(2, compiled_on_ranks, names):
         for name, result in of_rank.items():
             assert result["error"] < 3e-6, (name, result)
 

@@ -41,7 +41,8 @@ def train_and_go_on(_rank, config, save):
 @pytest.mark.parametrize(
     ("axes", "tied"),
     [
-        ({"tensor": 2, "context": 3}, False),
+        ({"context": 3}, False),
+        pytest.param({"tensor": 2, "context": 3}, False, marks=pytest.mark.slow),
         pytest.param({"tensor": 2, "replicate": 2, "shard": 2}, True, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -78,7 +78,11 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(
-    ("parallel", "ranks"), [(ParallelConfig(), 2), (ParallelConfig(tensor=2), 4)], ids=["shard 2", "shard 2 x tensor 2"]
+    ("parallel", "ranks"),
+    [
+        pytest.param(ParallelConfig(), 2, id="shard 2", marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(tensor=2), 4, id="shard 2 x tensor 2"),
+    ],
 )
 def test_loads_bitwise_on_any_layout(tmp_path, parallel, ranks):
     saved = run_on_ranks(ranks, save, tmp_path, parallel, [3])[0]

@@ -147,7 +147,9 @@ def interrupted(rank, config, moment):
     return is_complete, time.monotonic() - sent[0] if sent else 0.0
 
 
-@pytest.mark.parametrize("moment", ["warm-up", "step", "validation", "save", "any"])
+@pytest.mark.parametrize(
+    "moment", ["warm-up", "step", *(pytest.param(m, marks=pytest.mark.slow) for m in ("validation", "save", "any"))]
+)
 def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, corpus, moment):
     config = small_config(
         tmp_path, corpus, optim__steps=100_000, parallel=ParallelConfig(context=2), checkpoint__every_steps=4,

@@ -238,8 +238,8 @@ def in_shell(corpus: Path, folder: Path, command: str) -> subprocess.CompletedPr
     "command",
     [
         pytest.param("TRAIN | head -1", id="closed pipe"),
-        pytest.param("TRAIN 2>&-", id="no stderr"),
-        pytest.param("TRAIN >&-", id="no stdout"),
+        pytest.param("TRAIN 2>&-", id="no stderr", marks=pytest.mark.slow),
+        pytest.param("TRAIN >&-", id="no stdout", marks=pytest.mark.slow),
         pytest.param("TRAIN > /dev/full", id="full disk under the log", marks=pytest.mark.slow),
     ],
 )

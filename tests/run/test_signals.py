@@ -93,7 +93,7 @@ def test_a_long_step_is_left_and_the_state_before_it_saved(tmp_path, corpus):
     assert lines[-1].startswith(f"resume: cd {ROOT} && ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_to_torchrun_itself(tmp_path, corpus, number):
     """It passes the signal on, and kills what is there after 30 seconds; the last line is the resume command."""
     job = Job(tmp_path, corpus, 2, "parallel.context=2", "parallel.stop_seconds=2")

@@ -103,8 +103,8 @@ def run_steps(_rank, config, steps):
 
 
 STRATEGIES = [
-    Strategy.ring, Strategy.ulysses_ring,
-    *(pytest.param(Strategy(name), marks=pytest.mark.slow) for name in ("auto", "gather", "ulysses")),
+    Strategy.ulysses_ring,
+    *(pytest.param(Strategy(name), marks=pytest.mark.slow) for name in ("auto", "ring", "gather", "ulysses")),
 ]  # fmt: skip
 
 
@@ -244,7 +244,9 @@ def sequences_and_losses(rank, config, steps):
     with trainer_of(config) as trainer:
         read: list[int] = []
         source = trainer.loader.source
-        trainer.loader.source = SimpleNamespace(sequence=lambda number, span: read.append(number) or source.sequence(number))
+        trainer.loader.source = SimpleNamespace(
+            sequence=lambda number, span: read.append(number) or source.sequence(number)
+        )
         found = []
         for _ in range(steps):
             read.clear()

@@ -62,7 +62,7 @@ def compile_case(
 def cases(architecture: str, is_short: bool = False) -> list[dict]:
     """What is compiled for an architecture: arguments of `compile_case`, all for tensors of one dtype.
 
-    `is_short`: float32 and block-sparse masks at one head_dim alone.
+    `is_short`: at one head_dim alone, and only as a ring calls them, of all options.
     """
     head_dims = (64, 128, 256)
     few = (128,) if is_short else head_dims
@@ -71,13 +71,16 @@ def cases(architecture: str, is_short: bool = False) -> list[dict]:
     seed, slopes = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     options = {"softcap": 30.0, "alibi_slopes": slopes, "dropout": 0.1, "seed": seed}
     at_128 = {"dtype": torch.bfloat16, "head_dim": 128}
+    rare = [
+        {**at_128, "mask": key_intervals(), "deterministic": True},
+        {**at_128, "mask": key_intervals(with_positions=True), **options},
+    ]
     return [
-        *({"dtype": torch.bfloat16, "head_dim": d, "mask": key_intervals()} for d in head_dims),
+        *({"dtype": torch.bfloat16, "head_dim": d, "mask": key_intervals()} for d in few),
         *({"dtype": torch.float32, "head_dim": d, "mask": key_intervals()} for d in few),
         *({"dtype": torch.bfloat16, "head_dim": d, "mask": kept_blocks()} for d in few),
-        {**at_128, "mask": key_intervals(), "deterministic": True},
         {**at_128, "mask": key_intervals(), "distributed": True},
-        {**at_128, "mask": key_intervals(with_positions=True), **options},
+        *([] if is_short else rare),
     ]
 
 

@@ -19,6 +19,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 
 N = 4096
+KERNELS = "attention_forward_hopper", "attention_backward_hopper", "attention_backward_wide_hopper"
 
 
 def compile_case(
@@ -43,10 +44,9 @@ def compile_case(
             return
         if not deterministic and not into:
             hopper_forward.forward_on_hopper(q, k, v, mask, options)
-        if head_dim <= 128:
-            hopper_backward.backward_on_hopper(q, lse, Saved(q, k, v, q, lse), mask, options, gradients)
+        hopper_backward.backward_on_hopper(q, lse, Saved(q, k, v, q, lse), mask, options, gradients)
 
-    for kernel in compile_launches(call, "sm_90", only=("attention_forward_hopper", "attention_backward_hopper")):
+    for kernel in compile_launches(call, "sm_90", only=KERNELS):
         code = sass.disassembled(kernel.binary)
         print(
             json.dumps(
@@ -73,13 +73,13 @@ def main(is_short: bool) -> None:
     """All forms of the kernels, or one of each."""
     for head_dim in (64, 128, 256):
         compile_case(head_dim)
-    for head_dim in (128,) if is_short else (64, 128):
+    for head_dim in (128,) if is_short else (64, 128, 256):
         compile_case(head_dim, blocks=True)
-        if not is_short:
-            compile_case(head_dim, into=True)
-            compile_case(head_dim, deterministic=True)
-    torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
-    compile_case(128, torch.float16)
+        compile_case(head_dim, into=True)
+        compile_case(head_dim, deterministic=True)
+    if not is_short:
+        torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
+        compile_case(128, torch.float16)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_rows_are_written_with_the_last_part_they_see(head_dim):
     parts = torch.arange(n, device=DEVICE).split([256, 512, 768])
     masks = [mask.keys(part) for part in parts]
     whole_by_parts = passes.PartialForward(q, options, "hopper")
-    flags = tiles.merge_flags(masks, tiles.TILE)
+    flags = tiles.merge_flags(masks, tiles.MERGED_ROWS)
     for part, part_mask, of_part in zip(parts, masks, flags, strict=True):
         whole_by_parts.add(k[:, part], v[:, part], part_mask, of_part)
     out, lse = whole_by_parts.results()
@@ -108,7 +108,7 @@ def test_rows_are_written_with_the_last_part_they_see(head_dim):
 @pytest.mark.parametrize("head_dim", [136, 192, 256])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_large_heads_without_a_gradient_of_lse(mask, head_dim, kv_heads):
-    """Which torch's kernels serve, up to one key."""
+    """As from `torch.nn.functional`, down to one key."""
     q, dout = (torch.randn(2, mask.n_queries, 4, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(2, mask.n_keys, kv_heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
@@ -123,7 +123,7 @@ def test_large_heads_without_a_gradient_of_lse(mask, head_dim, kv_heads):
 
 
 @on_hopper
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_errors_do_not_move(head_dim):
     """An error that moves from run to run is a race."""
     mask = KeyIntervals.causal(2176)
@@ -139,7 +139,7 @@ def test_errors_do_not_move(head_dim):
     out, lse = forward_on_hopper(q, k, v, mask, options)
     errors = []
     for _ in range(50):
-        gradients = hopper.backward(dout, None, Saved(q, k, v, out, lse), mask, options)
+        gradients = hopper_backward.backward_on_hopper(dout, None, Saved(q, k, v, out, lse), mask, options)
         errors.append([relative_error(mine, true) for mine, true in zip(gradients, truth, strict=True)])
     spread = torch.tensor(errors, dtype=torch.float64)
     assert float(spread.max()) < 5e-3
@@ -149,24 +149,27 @@ def test_errors_do_not_move(head_dim):
 # what surrounds the kernels, on any machine ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("block_q", "width", "head_dim"), [(64, 128, 128), (64, 128, 96), (128, 64, 64)])
+@pytest.mark.parametrize(
+    ("block_q", "width", "head_dim"), [(64, 128, 128), (64, 128, 96), (128, 64, 64), (64, 256, 256), (64, 256, 200)]
+)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_dq_is_gathered_from_the_registers_of_threads(block_q, width, head_dim, accumulate):
-    """A warpgroup's product is 64 x 64.
+    """A warpgroup's product is 64 x 64, and its threads write four numbers each, then the next four, ...
 
     Thread t has rows t // 32 * 16 + t % 32 // 4 (+ 8) of it, and columns 8 j + t % 4 * 2 (+ 1).
     """
     n_queries, heads, n_tiles = 2 * block_q - 5, 2, 2
     whole = torch.randn(1, n_tiles * block_q, heads, width, device=DEVICE)
-    parts = torch.empty(1, heads, n_tiles, 2, 128, 32, device=DEVICE)
-    thread, register = torch.arange(128).unsqueeze(1), torch.arange(32).unsqueeze(0)
-    row = thread // 32 * 16 + thread % 32 // 4 + register // 16 * 8
-    column = register % 16 // 2 * 8 + thread % 4 * 2 + register % 2
+    n_parts = block_q * width // 4096
+    parts = torch.empty(1, heads, n_tiles, n_parts, 8, 128, 4, device=DEVICE)
+    four, thread, register = (torch.arange(n).view(shape) for n, shape in ((8, (8, 1, 1)), (128, (128, 1)), (4, (4,))))
+    row = (thread // 32 * 16 + thread % 32 // 4 + register // 2 * 8).expand(8, 128, 4)
+    column = four * 8 + thread % 4 * 2 + register % 2
     for tile in range(n_tiles):
-        for part in range(2):
+        for part in range(n_parts):
             rows = row + tile * block_q + (part * 64 if block_q == 128 else 0)
             columns = column + (part * 64 if block_q == 64 else 0)
-            parts[0, :, tile, part] = whole[0, rows.to(DEVICE), :, columns.to(DEVICE)].permute(2, 0, 1)
+            parts[0, :, tile, part] = whole[0, rows.to(DEVICE), :, columns.to(DEVICE)].permute(3, 0, 1, 2)
     dq = torch.full((1, n_queries, heads, head_dim), 2.0, device=DEVICE)
     hopper_backward.attention_backward_dq_hopper[(n_tiles, heads, 1)](
         parts, dq, *dq.stride()[:3], n_queries, head_dim, n_tiles, ACCUMULATE=accumulate, BLOCK_Q=block_q, BLOCK_D=width
