@@ -76,9 +76,7 @@ def _check_data(data: DataConfig) -> list[str]:
     if data.folder and data.mixture:
         problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
     if data.source == DataSource.recall and data.copies:
-        problems.append(f"data.copies={data.copies} is of text, data.source is recall; leave it out")
-    if data.source != DataSource.builtin and data.site_packages:
-        problems.append(f"data.site_packages is of data=builtin, data.source is {data.source}; leave it out")
+        problems.append(f"data.copies={data.copies} is of text, data.source is recall; set data.copies=0")
     problems += [
         f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
         for folder, weight in data.mixture.items()

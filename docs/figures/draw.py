@@ -63,12 +63,12 @@ def learning() -> plt.Figure:
     seen = data["validations"]
     figure, (quality, by_position, by_distance) = plt.subplots(1, 3, figsize=(11, 3))
     quality.plot(*([row[key] for row in seen] for key in ("gpu_s", "bits_per_byte")), marker="o", color=COLOURS[0])
-    quality.annotate("the recipe", (seen[1]["gpu_s"], seen[1]["bits_per_byte"]), (0, 8), textcoords="offset points")
+    quality.annotate("the recipe", (seen[1]["gpu_s"], seen[1]["bits_per_byte"]), (0, 12), textcoords="offset points")
     for before, colour in zip(data["before"], COLOURS[1:], strict=False):
-        quality.plot(before["gpu_s"], before["bits_per_byte"], marker="s", color=colour)
-        where = before["gpu_s"] + 8, before["bits_per_byte"]
+        quality.plot(before["gpu_s"], before["bits_per_byte"], marker="s", markersize=4, color=colour)
+        where = before["gpu_s"][-1] + 8, before["bits_per_byte"][-1]
         quality.annotate(before["name"], where, (-60, 7), textcoords="offset points", fontsize=8)
-    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.6, 2.2), xlim=(60, 400))
+    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 2.2), xlim=(60, 420))
     for row, shade in zip(seen, (0.25, 0.5, 0.75, 1.0), strict=True):
         for axes, key in ((by_position, "loss_by_position"), (by_distance, "recall_by_distance")):
             places = sorted(map(int, row[key]))

@@ -222,8 +222,11 @@ def test_mixtures_and_curricula():
     train.refuse_unknown_keys(OmegaConf.structured(config))
     with pytest.raises(ConfigError, match=r"are of data=prepared, data.source is builtin; add data=prepared"):
         check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)
-    with pytest.raises(ConfigError, match=r"data.copies=0.5 is of text.*\n.*site_packages is of data=builtin"):
-        check(composed("recipe=gpt_tiny", "data=recall", "data.copies=0.5", "data.site_packages=true"), 1)
+    with pytest.raises(ConfigError, match=r"data.copies=0.5 is of text.*; set data.copies=0"):
+        check(composed("recipe=gpt_tiny", "data=recall", "data.copies=0.5"), 1)
+    check(
+        composed("recipe=gpt_32k", "data=prepared", "data.folder=a"), 1
+    )  # what the recipe says of other text is no matter
 
 
 def test_help_tells_every_key_with_its_limits():
