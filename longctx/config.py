@@ -476,6 +476,12 @@ def attention_span(config: Config, step: int) -> int | None:
     return next((begun[first] or None for first in sorted(begun, reverse=True) if first <= step), None)
 
 
+def layer_windows(model: ModelConfig) -> list[int]:
+    """Keys a row of each layer sees; 0: all."""
+    every = model.full_attention_every
+    return [0 if every and (layer + 1) % every == 0 else model.window for layer in range(model.layers)]
+
+
 def micro_batch(data: DataConfig, readers: int) -> int:
     """Sequences of a micro-batch on each of `readers` data-parallel ranks, which share a step's evenly."""
     share = data.sequences_per_step // readers

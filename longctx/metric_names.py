@@ -87,6 +87,9 @@ METRICS: dict[str, Metric] = {
         "s", "that training has waited for checkpoints since the last line", MAIN, "mean"
     ),
     "time/validation_s": Metric("s", "of a validation", MAIN, "mean"),
+    "time/predicted_s": Metric(
+        "s", "what longctx/plan.py expects of perf/step_s, with each sequence one document, on measured GPUs", MAIN
+    ),
     "time/left_s": Metric("s", "until the last step, by the mean of this start, validations and saves included", MAIN),
     "checkpoint/save_s": Metric("s", "of the last checkpoint, from the first byte written to its commit", MAIN, "mean"),
     "checkpoint/gib_per_s": Metric(
@@ -94,6 +97,9 @@ METRICS: dict[str, Metric] = {
     ),
     "mem/peak_alloc_gib": Metric(
         "GiB", "most that was allocated, mem/transport_gib included; on CPUs of the process", LARGEST, "max"
+    ),
+    "mem/predicted_gib": Metric(
+        "GiB", "what longctx/plan.py expects of mem/peak_alloc_gib, on GPUs with the fused kernels", MAIN
     ),
     "mem/peak_reserved_gib": Metric("GiB", "most that torch's caching allocator has held", LARGEST, "max"),
     "mem/peak_of_device": Metric(

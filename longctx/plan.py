@@ -1,13 +1,35 @@
-"""What a run needs at least, known before anything is made: standard library only."""
+"""What a run needs of memory and of time, known before anything is made: standard library only."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from longctx.config import Activation, Config, ModelConfig, Norm, Optimizer, Positions, resolve_shard
+from longctx.config import (
+    Activation,
+    AttentionImplementation,
+    ComputeDtype,
+    Config,
+    FusedImplementation,
+    ModelConfig,
+    Norm,
+    Optimizer,
+    Positions,
+    Recompute,
+    Strategy,
+    layer_windows,
+    micro_batch,
+    resolve_shard,
+)
+from longctx.kernels.loss.chunks import tokens_of_a_chunk
 
+GIB = 1 << 30
 FLOAT32 = 4  # bytes
 CGROUPS = Path("/sys/fs/cgroup")
+RATES = Path(__file__).parent / "rates"
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -42,6 +64,315 @@ def state_bytes(config: Config, world_size: int) -> int:
         return (matrices + rest) * adamw // ranks
     muon = 3 * FLOAT32  # a parameter, its gradient, one momentum
     return (rest * adamw + matrices * muon) // ranks
+
+
+# memory of a step ----------------------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """What a GPU holds where a training step needs most: bytes by what they are for."""
+
+    point: str  # of the step
+    terms: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms.values())
+
+    def in_words(self) -> str:
+        """The terms in GiB, largest first: `64.0 saved for the backward pass, 46.0 working set of a block`."""
+        largest = sorted(self.terms.items(), key=lambda term: -term[1])
+        return ", ".join(f"{size / GIB:.1f} {name}" for name, size in largest if size >= 0.05 * GIB)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes on one rank, of which everything else is made."""
+
+    block: int  # parameters of one block, a number
+    root: int  # of embedding, head and last norm
+    table: int  # of the vocabulary matrix, where the losses are made
+    first_matrix: int  # of the MLP's output projection, whose gradient comes first
+    ranks: int  # that share parameters
+    compute: int  # bytes of a number that is computed with
+    hidden: float  # one hidden state of all tokens of a micro-batch
+    kept: float  # by a block for its backward pass
+    in_mlp: float  # of the working set of a block's backward pass, while it is in the MLP
+    in_attention: float
+    of_rows: float  # of it, inside the op
+    normed: float  # statistics of a norm
+    logits: float  # of a chunk of tokens
+    batch: float
+
+
+def _sizes(config: Config, world_size: int) -> _Sizes:
+    model, parallel, data = config.model, config.parallel, config.data
+    compute = FLOAT32 if config.precision.compute == ComputeDtype.float32 else 2
+    shard = resolve_shard(parallel, world_size)
+    sequences = micro_batch(data, parallel.replicate * shard)
+    tokens = sequences * data.sequence_length // parallel.context
+    width, mlp = compute * model.width, compute * model.mlp_width / parallel.tensor
+    queries, keys = (compute * n * model.head_dim / parallel.tensor for n in (model.heads, model.kv_heads))
+    lse = FLOAT32 * model.heads / parallel.tensor
+    normed = FLOAT32 * (1 if model.norm == Norm.rms_norm else 2)
+    in_qk_norm = queries + keys + FLOAT32 * (model.heads + model.kv_heads) / parallel.tensor if model.qk_norm else 0
+    saved_of_mlp, inside_mlp = (3, 5) if model.activation == Activation.swiglu else (2, 3)  # times its width
+    share = width / parallel.tensor  # of a hidden state between the products, where tokens are split
+
+    projected = queries + 2 * keys
+    of_rows = queries * FLOAT32 / compute + 2 * lse  # inside the op: sums of dq, and what it needs of rows
+    inside_attention = of_rows + 2 * lse + queries + 2 * keys  # and gradients
+    if parallel.recompute == Recompute.none:
+        kept = 2 * share + 2 * width + projected + queries + lse + 2 * normed + in_qk_norm + saved_of_mlp * mlp
+        in_mlp = width + (inside_mlp - saved_of_mlp) * mlp
+        in_attention = queries + inside_attention - saved_of_mlp * mlp - width
+    else:
+        is_attention_saved = parallel.recompute == Recompute.attention_saved
+        kept = share + (queries + lse if is_attention_saved else 0)
+        again = 0 if is_attention_saved else queries + lse
+        in_mlp = 2 * width + share + projected + 2 * normed + in_qk_norm + width + inside_mlp * mlp + again
+        in_attention = 2 * width + projected + normed + in_qk_norm + queries + inside_attention + again
+
+    matrices, rest = parameters(model)
+    tables = model.vocab_size * (1 if model.tied_embeddings else 2)
+    tables += model.max_positions if model.positions == Positions.learned else 0
+    root = model.width * (tables + (2 if model.norm == Norm.layer_norm else 1))
+    rotation = 2 * FLOAT32 * (model.head_dim // 2) if model.positions == Positions.rotary else 0
+    masks = 12 * len(set(layer_windows(model))) * parallel.context  # bounds and tiles of whole sequences
+    vocabulary = model.vocab_size // parallel.tensor
+    return _Sizes(
+        block=(matrices + rest - root) // model.layers // parallel.tensor,
+        root=root // parallel.tensor,
+        table=vocabulary * model.width,
+        first_matrix=model.width * model.mlp_width // parallel.tensor,
+        ranks=shard * parallel.context,
+        compute=compute,
+        hidden=width * tokens,
+        kept=kept * tokens,
+        in_mlp=in_mlp * tokens,
+        in_attention=in_attention * tokens,
+        of_rows=of_rows * tokens,
+        normed=normed * tokens,
+        logits=float(compute * vocabulary * min(tokens, tokens_of_a_chunk(tokens, width, compute * vocabulary))),
+        batch=float((4 * 8 + rotation + masks) * tokens),
+    )
+
+
+def inside_attention(config: Config, world_size: int) -> float:
+    """Bytes of a backward pass of attention that are neither its inputs nor its results."""
+    return _sizes(config, world_size).of_rows
+
+
+def inside_losses(config: Config, world_size: int) -> float:
+    """The same of the losses."""
+    return _sizes(config, world_size).logits
+
+
+def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
+    """What the context axis takes of a rank: shares of keys, values and their gradients, and what it fetches."""
+    model, parallel = config.model, config.parallel
+    ranks = parallel.context
+    if ranks == 1:
+        return 0.0
+    head = sizes.hidden / model.width / parallel.tensor * model.head_dim
+    queries, keys = head * model.heads, 2 * head * model.kv_heads
+    gradients = keys * FLOAT32 / sizes.compute
+    if strategy == Strategy.ulysses:
+        groups = max(1, min(4, model.heads // parallel.tensor // ranks))
+        sharers = max(1, ranks * parallel.tensor // model.kv_heads)
+        given = gradients * sharers if sharers > 1 else keys
+        return queries * (4 + 8 / model.head_dim) + keys + given + (4 * queries + keys + gradients) / groups
+    if strategy == Strategy.gather:
+        return 2 * keys + ranks * gradients + (ranks - 1) * keys
+    slots = min(ranks, max(1, int(2 * GIB / gradients)))
+    return 2 * keys + slots * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
+
+
+def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather) -> Memory:
+    """What a rank of `world_size` GPUs needs for a step with the fused kernels, at the point where that is most.
+
+    `strategy` is the one that crosses the context axis, no longer auto. Traced over the model as it is spread, see
+    tests/model/test_plan.py; what is inside the ops (sums of dq, logits of a chunk) is counted by hand. Left out: what
+    the GPU's driver, NCCL and cuBLAS hold, about 1.5 GiB, and gaps between allocations.
+    """
+    model, sizes = config.model, _sizes(config, world_size)
+    layers, alone = model.layers, sizes.ranks == 1
+    count = sizes.block * layers + sizes.root
+    readers = config.parallel.replicate * resolve_shard(config.parallel, world_size)
+    accumulation = config.data.sequences_per_step // (readers * micro_batch(config.data, readers))
+    moments = 2 * count
+    if config.optim.optimizer == Optimizer.muon:
+        moments -= parameters(model)[0] // config.parallel.tensor
+    state = {
+        "parameters": FLOAT32 * count / sizes.ranks,
+        "optimizer": FLOAT32 * moments / sizes.ranks,
+        "batch and masks": sizes.batch,
+        "exchange of keys": _exchange_bytes(config, sizes, strategy),
+    }
+    whole_gradients = FLOAT32 * count / sizes.ranks
+    gathered_root, gathered_block = sizes.compute * sizes.root, sizes.compute * sizes.block
+    table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
+
+    def gradients(blocks: int) -> float:
+        return whole_gradients if accumulation > 1 else FLOAT32 * sizes.block * blocks / sizes.ranks
+
+    points = {
+        "losses": state | {
+            "gradients": gradients(0) if accumulation > 1 else 0.0,
+            "gathered parameters": gathered_root + (0 if alone else gathered_block),
+            "saved for the backward pass": sizes.kept * layers,
+            "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
+        },
+        "gradient of the embedding": state | {
+            "gradients": gradients(layers) + FLOAT32 * sizes.block,
+            "gathered parameters": gathered_root,
+            "losses": table_gradient + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
+        },
+        "sum of the embedding's gradients over ranks": state | {
+            "gradients": gradients(layers) + FLOAT32 * sizes.root * (3 if alone else 1),
+            "losses": 0.0 if alone else embedding_gradient + (0 if model.tied_embeddings else table_gradient),
+        },
+        "update": state | {"gradients": whole_gradients},
+    }  # fmt: skip
+    for done in {0, 1, layers - 1}:  # blocks whose backward pass is over: memory changes by a line between these
+        next_block = 0 if alone or done == layers - 1 else gathered_block
+        before = FLOAT32 * sizes.block if done else 0  # whose sum over ranks goes on
+        for part, work, first in (("MLP", sizes.in_mlp, 1), ("attention", sizes.in_attention, 3)):
+            points[f"backward pass of layer {layers - done}, in its {part}"] = state | {
+                "gradients": gradients(done) + before + first * sizes.compute * sizes.first_matrix,
+                "gathered parameters": gathered_root + gathered_block + next_block,
+                "saved for the backward pass": sizes.kept * (layers - done),
+                "working set of a block": work,
+                "losses": table_gradient,
+            }
+        points[f"sum of the gradients of layer {layers - done} over ranks"] = state | {
+            "gradients": gradients(done) + FLOAT32 * sizes.block * (3 if alone else 1),
+            "gathered parameters": gathered_root + next_block,
+            "saved for the backward pass": sizes.kept * (layers - done - 1),
+            "losses": table_gradient + sizes.hidden,
+        }
+    point = max(points, key=lambda name: sum(points[name].values()))
+    return Memory(point, points[point])
+
+
+def is_foreseen(config: Config) -> bool:
+    """Whether `memory` is that of this model on a GPU: of plain torch in place of the kernels it is not."""
+    model = config.model
+    return (
+        model.fused_ops != FusedImplementation.reference
+        and model.attention not in (AttentionImplementation.reference, AttentionImplementation.sdpa)
+    )  # fmt: skip
+
+
+def refusal(config: Config, world_size: int, choose: Callable[[Config], Strategy], free: float) -> str | None:
+    """Why a run does not fit GPUs with `free` bytes each, and what would make it fit; None if it does.
+
+    `choose` gives the strategy of the context axis for a configuration.
+    """
+    needed = memory(config, world_size, choose(config))
+    if needed.total <= free:
+        return None
+    fixes = remedies(config, world_size, choose, free)
+    more = "more GPUs that share it (parallel.context, parallel.shard, parallel.tensor), or a smaller model"
+    return (
+        f"{needed.total / GIB:.1f} GiB are needed on a GPU in the {needed.point}, and {free / GIB:.1f} are free: "
+        f"{needed.in_words()}. Set {', or '.join([*fixes, more])}; parallel.check_memory=false tries all the same"
+    )
+
+
+def remedies(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> list[str]:
+    """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
+
+    def needed(changed: Config) -> float:
+        return memory(changed, world_size, choose(changed)).total
+
+    found = []
+    policies = list(Recompute)
+    for policy in policies[policies.index(config.parallel.recompute) + 1 :]:
+        found.append((f"parallel.recompute={policy}", with_recompute(config, policy)))
+    if config.data.sequences_per_micro_batch > 1:
+        one = replace(config, data=replace(config.data, sequences_per_micro_batch=1))
+        found.append(("data.sequences_per_micro_batch=1", one))
+    found = [(words, size) for words, changed in found if (size := needed(changed)) <= limit]
+    least = config if found else with_recompute(config, Recompute.full)
+    if length := longest(least, world_size, choose, limit, 1024 * config.parallel.context):
+        shorter = replace(least, data=replace(least.data, sequence_length=length))
+        words = "" if least.parallel.recompute == config.parallel.recompute else "parallel.recompute=full with "
+        found.append((f"{words}data.sequence_length={length}", needed(shorter)))
+    return [f"{words} ({size / GIB:.1f} GiB)" for words, size in found]
+
+
+def with_recompute(config: Config, policy: Recompute) -> Config:
+    """The configuration with another policy of activation checkpointing."""
+    return replace(config, parallel=replace(config.parallel, recompute=policy))
+
+
+def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, step: int) -> int:
+    """The longest sequence, a multiple of `step`, with which a run fits `limit` bytes a GPU; 0: none."""
+
+    def fits(steps: int) -> bool:
+        changed = replace(config, data=replace(config.data, sequence_length=steps * step))
+        return memory(changed, world_size, choose(changed)).total <= limit
+
+    least, most = 0, 1
+    while fits(most) and most < 1 << 20:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least * step
+
+
+# time of a step ------------------------------------------------------------------------------------------------------
+
+
+def rates(gpu: str) -> dict[str, Any]:
+    """What was measured of a GPU, by the name of its file in `rates/`: h200. Raises `KeyError` with those there are."""
+    file = RATES / f"{gpu}.json"
+    if not file.exists():
+        known = ", ".join(sorted(f.stem for f in RATES.glob("*.json")))
+        raise KeyError(f"gpu={gpu}: no rates of it; there are {known}")
+    return json.loads(file.read_text())
+
+
+def rates_of_device(name: str) -> dict[str, Any] | None:
+    """The rates of the GPU that calls itself so, if it was measured."""
+    return next((r for f in sorted(RATES.glob("*.json")) if (r := json.loads(f.read_text()))["gpu"] == name), None)
+
+
+def flops(config: Config) -> tuple[float, float]:
+    """Of a step of all ranks, forward: attention's, if each sequence is one document, and those of the products."""
+    model, data = config.model, config.data
+    length, tokens = data.sequence_length, data.sequence_length * data.sequences_per_step
+    pairs = sum(length**2 / 2 if not w or w >= length else w * length for w in layer_windows(model))
+    matrices = parameters(model)[0] + model.width * model.vocab_size
+    return 4.0 * model.heads * model.head_dim * pairs * data.sequences_per_step, 2.0 * matrices * tokens
+
+
+def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, float]:
+    """What a step takes with the `rates` of a GPU, by what it is for; communication is hidden."""
+    model, recompute, assumed = config.model, config.parallel.recompute, of["assumed"]
+    attention, products = (work / world_size for work in flops(config))
+    width = "64" if model.head_dim <= 64 else "128" if model.head_dim <= 128 else "256"
+    forward, backward = (of["attention_tflops"][width][name] * 1e12 for name in ("forward", "backward"))
+    tokens = config.data.sequence_length * config.data.sequences_per_step / world_size
+    matrices, rest = parameters(model)
+    again = 0 if recompute == Recompute.none else matrices - model.layers * model.width * model.mlp_width
+    readers = config.parallel.replicate * resolve_shard(config.parallel, world_size)
+    micro_batches = config.data.sequences_per_step / (readers * micro_batch(config.data, readers))
+    ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
+    others = assumed["other_kernels_us_a_token_of_width_4096"]
+    product_rate = of["product_tflops"] * 1e12 * assumed["share_of_product_tflops"]
+    return {
+        "attention": attention * ((2 if recompute == Recompute.full else 1) / forward + 2.5 / backward),
+        "products": (3 * products + 2 * again * tokens) / product_rate,
+        "other kernels": others * 1e-6 * tokens * model.layers * model.width / 4096,
+        "launches": assumed["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,
+        "optimizer": 28 * (matrices + rest) / ranks / (of["memory_tb_per_s"] * 1e12),
+    }
+
+
+# this machine, and words ---------------------------------------------------------------------------------------------
 
 
 def available_host_bytes() -> int | None:

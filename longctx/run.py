@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
 from longctx.config import OnUsr1
@@ -15,6 +17,7 @@ from longctx.config_checks import check
 from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
 from longctx.parallel.mesh import AXES
+from longctx.parallel.strategy import strategy_for
 from longctx.run_info import Ending, RunInfo
 from longctx.runtime import check_machines, check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
@@ -37,7 +40,8 @@ def train(run: RunInfo) -> Outcome:
         runtime = runtime_module.start(config.parallel.timeout_seconds)
         check_machines(runtime)
         if config.parallel.check_memory:
-            runtime.run_on_all_ranks(lambda: check_memory(config, runtime))
+            choose = strategy_for(runtime.ranks_of_a_machine)
+            runtime.run_on_all_ranks(lambda: check_memory(config, runtime, choose))
         name = runtime.run_on_rank_0(lambda: uuid.uuid4().hex)
         stop.share(runtime_module.store(f"longctx/signals/{name}"))
         watchdog = Watchdog(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
@@ -53,6 +57,8 @@ def train(run: RunInfo) -> Outcome:
                     finish(trainer, results)
                     trainer.pass_gate_together(is_open=False)
             except BaseException as error:
+                if isinstance(error, torch.OutOfMemoryError) and (expected := expected_memory(trainer)):
+                    error.add_note(expected)
                 if stop.is_abandoning:  # the other ranks have left while this one was waiting for them
                     stop.wait_for_the_end()
                 trainer.failure = error
@@ -76,8 +82,20 @@ def introduce(trainer: Trainer) -> None:
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
-        f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n"
+        f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n{expected_memory(trainer)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
+    )
+
+
+def expected_memory(trainer: Trainer) -> str:
+    """A line with what a GPU is expected to need, and a step to take; empty where that cannot be said."""
+    facts = trainer.facts
+    if "predicted_gib" not in facts:
+        return ""
+    seconds = f"; about {facts['predicted_s']:.2g} s a step" if "predicted_s" in facts else ""
+    return (
+        f"memory: {facts['predicted_gib']:.1f} of {facts['device_gib']:.1f} GiB expected, in the "
+        f"{facts['predicted_at']}: {facts['predicted_terms']}{seconds}\n"
     )
 
 

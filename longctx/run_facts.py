@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from longctx import plan
 from longctx.config import Config
 from longctx.data.mixture import Mixture
 from longctx.machine import this_machine
@@ -37,6 +38,7 @@ def collect(
         "strategy": str(context_parallel.choice.strategy) if mesh.size("context") > 1 else "none",
         "transport": context_parallel.transport or "none",
         **implementations,
+        **(_expected(config, runtime, context_parallel) if runtime.device.type == "cuda" else {}),
         "data": f"{tokens} ({tokens.fingerprint()})" if tokens else "synthetic recall",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": _version_of("triton"),
@@ -60,3 +62,18 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _expected(config: Config, runtime: Runtime, context_parallel: ContextParallel) -> dict[str, Any]:
+    """What `plan` says of a step on these GPUs, as far as it can."""
+    if not plan.is_foreseen(config):
+        return {}
+    memory = plan.memory(config, runtime.world_size, context_parallel.choice.strategy)
+    rates = plan.rates_of_device(runtime.device_name)
+    time = {"predicted_s": sum(plan.seconds(config, runtime.world_size, rates).values())} if rates else {}
+    return {
+        "predicted_gib": memory.total / plan.GIB,
+        "predicted_at": memory.point,
+        "predicted_terms": memory.in_words(),
+        **time,
+    }

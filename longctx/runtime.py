@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longctx import plan
-from longctx.config import Config
+from longctx.config import Config, Strategy
 from longctx.console import say
 from longctx.errors import UserError
 from longctx.files import gigabytes
@@ -176,13 +176,21 @@ def check_machines(runtime: Runtime) -> None:
         )
 
 
-def check_memory(config: Config, runtime: Runtime) -> None:
-    """Raises `UserError` if parameters, gradients and optimizer alone are more than a GPU or this machine has."""
+def check_memory(config: Config, runtime: Runtime, choose: Callable[[Config], Strategy]) -> None:
+    """Raises `UserError` if a step needs more than a GPU has, or parameters, gradients and optimizer alone more than
+    this machine.
+
+    `choose` gives the strategy of the context axis for a configuration.
+    """
     needed = plan.state_bytes(config, runtime.world_size)
     if runtime.device.type == "cuda":
         gc.collect()  # of an earlier job of this process
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free, where = torch.cuda.mem_get_info(runtime.device)[0] + kept, "are free on a GPU"
+        if plan.is_foreseen(config):
+            if problem := plan.refusal(config, runtime.world_size, choose, free):
+                raise UserError(problem)
+            return
     else:
         needed *= runtime.ranks_of_a_machine
         free, where = plan.available_host_bytes(), f"can be had on this machine of {runtime.ranks_of_a_machine} ranks"

@@ -87,6 +87,8 @@ class Trainer:
         self.facts = run_facts.collect(
             config, runtime, self.mesh, self.parameters, self.context_parallel, implementations, self.tokens
         )
+        predicted = {"mem/predicted_gib": "predicted_gib", "time/predicted_s": "predicted_s"}
+        self.predicted = {name: self.facts[fact] for name, fact in predicted.items() if fact in self.facts}
         self.metrics = runtime.run_on_all_ranks(
             lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main)
         )
@@ -223,6 +225,7 @@ class Trainer:
             "data/attention_imbalance": asked.imbalance,
             "perf/slowest_over_fastest": asked.slowest_over_fastest,
             **rates,
+            **self.predicted,
             **({} if span is None else {"data/span": float(span)}),
             **self.throughput.of_step(seconds, watts, counts),
             **{f"time/{part}_s": part_s for part, part_s in self.clock.seconds().items()},

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import hardware, precision
-from longctx.kernels.loss import reference
+from longctx.kernels.loss import chunks, reference
 from longctx.kernels.loss.cross_entropy import (
     REDUCTIONS,
     gradient_of,
@@ -86,6 +86,9 @@ def _check(hidden, weight, bias, targets, options, reduction, token_weight) -> N
     problems += target_problems(targets, options.ignore_index, weight.shape[0])
     if problems:
         raise ValueError("; ".join(problems))
+
+
+CPU_ROOM = 1 << 24  # bytes of a chunk's logits
 
 
 # the loop over chunks -------------------------------------------------------------------------------------------------
@@ -173,16 +176,11 @@ def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
 
 
 def tokens_of_a_chunk(hidden: Tensor, classes: int) -> int:
-    """How many of the tokens of hidden (tokens, width) have logits at a time, a multiple of 256 and chunks alike.
-
-    On a CPU their logits take 2^24 bytes, and stay in its cache. On a GPU they take 2^29, or more where the gradient of
-    the hidden states leaves room below 1.25 GiB: each chunk reads and writes the weight's gradient once.
-    """
-    room = (1 << 24) if hidden.device.type == "cpu" else max(1 << 29, 5 * (1 << 28) - hidden.nbytes)
-    most = max(1, room // (hidden.element_size() * classes))
-    most = most // 256 * 256 or most
-    chunks = -(-max(1, len(hidden)) // most)
-    return min(most, -(-len(hidden) // chunks // 256) * 256 or 256)
+    """How many of the tokens of hidden (tokens, width) have logits at a time; on a CPU these stay in its cache."""
+    tokens, width = hidden.shape
+    size = hidden.element_size()
+    room = CPU_ROOM if hidden.device.type == "cpu" else None
+    return chunks.tokens_of_a_chunk(tokens, size * width, size * classes, room)
 
 
 def cast_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx import plan
-from longctx.config import Activation, ModelConfig, Positions
+from longctx.config import Activation, ModelConfig, Positions, layer_windows
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.loss import reference
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
@@ -108,12 +108,6 @@ class Transformer(nn.Module):
             x = block(x, rotation, masks[window])
         weight = self.embedding.weight if self.output_weight is None else self.output_weight
         return self.head(self.final_norm(x), weight, targets, token_weight)
-
-
-def layer_windows(config: ModelConfig) -> list[int]:
-    """Keys a row of each layer sees; 0: all."""
-    every = config.full_attention_every
-    return [0 if every and (layer + 1) % every == 0 else config.window for layer in range(config.layers)]
 
 
 # initial values ------------------------------------------------------------------------------------------------------

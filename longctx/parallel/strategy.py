@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from longctx.config import Config, Strategy, shares_heads
@@ -44,6 +45,11 @@ def choose_strategy(config: Config, ranks_of_a_machine: int) -> Choice:
     if gathered <= MOST_GATHERED:
         return Choice(Strategy.gather, 1, f"{size}: few large kernels")
     return Choice(Strategy.ring, 1, f"{size}: a few shards at a time")
+
+
+def strategy_for(ranks_of_a_machine: int) -> Callable[[Config], Strategy]:
+    """`choose_strategy` as planners ask for it: by the configuration alone."""
+    return lambda config: choose_strategy(config, ranks_of_a_machine).strategy
 
 
 def _most_trading_heads(config: Config, most: int) -> int:

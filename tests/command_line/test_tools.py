@@ -108,3 +108,44 @@ def test_bench_ops(tmp_path):
         assert row["step_ms"] > 0, row
         assert row.get("error_to_float64", 0) < 1e-6, row
         assert ("forward_ms" in row) == ("entropy" not in row["case"]), row
+
+
+def test_plan():
+    """The fastest that fits is first, and its command is one that train.py takes."""
+    result = run_tool("tools/plan.py", "recipe=llama3_8b_1m", "gpus=8", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["usable_gib"] == pytest.approx(134.1, abs=0.05)
+    first = found["plans"][0]
+    assert first["fits"]
+    assert sum(first["memory"]["terms"].values()) / 2**30 == pytest.approx(107.6, abs=0.1)
+    assert first["longest"] == 1359872
+    assert found["command"].endswith("parallel.context=8 parallel.strategy=ring parallel.recompute=attention_saved")
+    fitting = [p["fits"] for p in found["plans"]]
+    assert fitting == sorted(fitting, reverse=True)
+    assert {p["words"][2] for p in found["plans"] if not p["fits"]} == {"parallel.recompute=none"}
+    seconds = [p["seconds"] for p in found["plans"] if p["fits"]]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipe=gpt_32k"], "plan: gpus=: give a whole number from 1 on"),
+        (["recipe=gpt_32k", "gpus=2", "gpu=b300"], "plan: gpu=b300: no rates of it; there are h200"),
+        (["recipe=gpt_33k", "gpus=2"], "Could not find 'recipe/gpt_33k'"),
+    ],
+    ids=str,
+)
+def test_plan_says_what_it_lacks(words, said):
+    result = run_tool("tools/plan.py", *words)
+    assert result.returncode == 1
+    assert said in result.stderr
+
+
+def test_plan_of_what_cannot_fit():
+    result = run_tool("tools/plan.py", "recipe=llama3_8b_1m", "gpus=1", "parallel.recompute=full")
+    assert result.returncode == 0
+    [row] = [line for line in result.stdout.splitlines() if "does not fit" in line]
+    assert row.split()[:4] == ["1", "-", "full", "542.9"]
+    assert "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model" in result.stdout

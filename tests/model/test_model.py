@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longctx.config import ModelConfig, RotaryConfig, RotaryScaling
+from longctx.config import ModelConfig, RotaryConfig, RotaryScaling, layer_windows
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.model.rotary import attention_factor, cos_sin, frequencies
-from longctx.model.transformer import Transformer, build, layer_windows, matmul_parameters, palm_flops, training_flops
+from longctx.model.transformer import Transformer, build, matmul_parameters, palm_flops, training_flops
 from runs import composed
 
 # of the published models; gpt_124m by hand: 50304 * 768 + 12 * (4 * 768^2 + 3 * 768 * 2048 + 2 * 768) + 768

@@ -15,7 +15,10 @@ from longctx.summary import summary
 from longctx.wandb_log import CURVES
 from runs import ROOT, small_config, train
 
-ON_GPUS = {"perf/mfu", "perf/mfu_palm", "mem/peak_reserved_gib", "mem/peak_of_device", "perf/joules_per_token"}
+ON_GPUS = {
+    "perf/mfu", "perf/mfu_palm", "mem/peak_reserved_gib", "mem/peak_of_device", "perf/joules_per_token",
+    "mem/predicted_gib", "time/predicted_s",
+}  # fmt: skip
 ON_RANKS = {"mem/alloc_retries", "mem/transport_gib", "run/slowest_rank", "run/slowest_over_median"}
 OF_LONG_CONTEXT = {"loss/last_octave_minus_1k"}
 

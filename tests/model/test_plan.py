@@ -1,0 +1,205 @@
+"""What a run is expected to need: the formula against the model as it is spread, and against what GPUs measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longctx import plan, run_facts
+from longctx.config import AttentionImplementation, FusedImplementation, Recompute, Strategy
+from longctx.errors import UserError
+from longctx.parallel.strategy import strategy_for
+from longctx.run import expected_memory
+from longctx.runtime import check_memory
+from runs import ROOT, composed
+
+GIB = plan.GIB
+
+
+@pytest.mark.parametrize("words", [("1", "short"), ("4", "short"), *(
+    pytest.param((ranks,), marks=pytest.mark.slow) for ranks in ("1", "2", "8")
+)], ids=str)  # fmt: skip
+def test_the_formula_is_what_is_traced(words):
+    """Of every op of a step, on fake tensors, without the optimizer's state: to 0.5 % and 0.25 MiB."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+    command = [sys.executable, ROOT / "tests" / "support" / "traced_memory.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == (10 if "short" in words else 33)
+    for row in rows:
+        expected = sum(row["terms"].values()) - row["terms"]["optimizer"]
+        assert expected == pytest.approx(row["traced"], rel=5e-3, abs=2**18), row
+
+
+ON_TWO_FULL = [
+    "recipe=llama3_8b_128k", "parallel.context=2", "data.sequence_length=262144", "parallel.recompute=full",
+]  # fmt: skip
+MEASURED = [  # on H200s: words, GPUs, GiB (docs/benchmarks.md)
+    (["recipe=gpt_32k"], 1, 22.4),
+    (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 51.4),
+    (["recipe=llama3_8b_128k", "parallel.context=2"], 2, 95.5),
+    (
+        ["recipe=llama3_8b_128k", "parallel.context=2", "data.sequence_length=262144", "parallel.recompute=full"],
+        2,
+        109.6,
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "gpus", "gib"), MEASURED, ids=str)
+def test_measured_peaks(words, gpus, gib):
+    config = composed(*words)
+    found = plan.memory(config, gpus, strategy_for(gpus)(config))
+    assert found.total / GIB == pytest.approx(gib, rel=0.01)
+
+
+TIMED = [  # on H200s with the attention kernels of then: words, GPUs, tokens/s a GPU
+    (["recipe=gpt_32k"], 1, 190e3),
+    (["recipe=gpt_128k", "parallel.context=4"], 4, 48.5e3),
+    (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 3163),
+    (["recipe=llama3_8b_128k", "parallel.context=4", "data.sequence_length=262144"], 4, 1849),
+    (["recipe=llama3_8b_128k", "parallel.context=2"], 2, 3215),
+    (
+        ["recipe=llama3_8b_128k", "parallel.context=2", "data.sequence_length=262144", "parallel.recompute=full"],
+        2,
+        1557,
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "gpus", "rate"), TIMED, ids=str)
+def test_measured_times(words, gpus, rate):
+    config = composed(*words)
+    attention = {"64": {"forward": 463, "backward": 490}, "128": {"forward": 643, "backward": 542}}
+    seconds = sum(plan.seconds(config, gpus, plan.rates("h200") | {"attention_tflops": attention}).values())
+    tokens = config.data.sequence_length * config.data.sequences_per_step / gpus
+    assert tokens / seconds == pytest.approx(rate, rel=0.1)
+
+
+def test_what_does_not_fit_is_told_with_what_would():
+    config = composed("recipe=gpt_32k", "data.sequences_per_micro_batch=16", "data.sequences_per_step=16")
+    choose = strategy_for(1)
+    said = plan.refusal(config, 1, choose, 134.1 * GIB)
+    assert said is not None
+    assert said.startswith(
+        "168.2 GiB are needed on a GPU in the backward pass of layer 12, in its MLP, and 134.1 are free"
+    )
+    assert "162.5 saved for the backward pass, 4.8 working set of a block" in said
+    for words in (
+        "recompute=attention_saved",
+        "recompute=full",
+        "sequences_per_micro_batch=1",
+        "sequence_length=25600",
+    ):
+        assert words in said
+    assert plan.refusal(config, 1, choose, 168.3 * GIB) is None
+
+
+@pytest.mark.parametrize("free", [40, 134.1])
+def test_each_remedy_fits(free):
+    words = ["recipe=llama3_8b_128k", "parallel.context=4", "parallel.recompute=none"]
+    choose = strategy_for(4)
+    found = plan.remedies(composed(*words), 4, choose, free * GIB)
+    assert found
+    for remedy in found:
+        change, gib = re.fullmatch(r"(.*) \((.*) GiB\)", remedy).groups()
+        changed = composed(*words, *change.split(" with "))
+        needed = plan.memory(changed, 4, choose(changed)).total / GIB
+        assert needed == pytest.approx(float(gib), abs=0.06)
+        assert needed <= free
+
+
+def test_the_longest_sequence():
+    config, choose = composed("recipe=llama3_8b_1m", "parallel.context=8"), strategy_for(8)
+
+    def needed(length: int) -> float:
+        changed = replace(config, data=replace(config.data, sequence_length=length))
+        return plan.memory(changed, 8, choose(changed)).total
+
+    length = plan.longest(config, 8, choose, 134.1 * GIB, 8192)
+    assert length % 8192 == 0
+    assert needed(length) <= 134.1 * GIB < needed(length + 8192)
+    assert plan.longest(config, 8, choose, GIB, 8192) == 0
+
+
+def test_strategies_differ_by_what_they_exchange():
+    """Of keys and values of 1M tokens on eight, 4 hidden states: the ring holds a few shards, gather all of them."""
+    config = composed("recipe=llama3_8b_1m", "parallel.context=8")
+    exchanged = {s: plan.memory(config, 8, s).terms["exchange of keys"] / GIB for s in Strategy if s != Strategy.auto}
+    assert exchanged[Strategy.ring] == exchanged[Strategy.ulysses_ring] == 4.0
+    assert exchanged[Strategy.gather] == pytest.approx(1 + 8 + 3.5)
+    assert 5 < exchanged[Strategy.ulysses] < 8
+
+
+def test_what_is_foreseen():
+    config = composed("recipe=gpt_32k")
+    assert plan.is_foreseen(config)
+    for field, name in (("fused_ops", FusedImplementation.reference), ("attention", AttentionImplementation.sdpa)):
+        assert not plan.is_foreseen(replace(config, model=replace(config.model, **{field: name})))
+
+
+def test_rates_say_where_they_come_from():
+    for file in Path(plan.RATES).glob("*.json"):
+        found = plan.rates(file.stem)
+        assert plan.rates_of_device(found["gpu"]) == found
+        assert "torch 2." in found["provenance"]
+        assert set(found["assumed"]) == {
+            "share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "launches_ms_a_layer",
+        }  # fmt: skip
+    with pytest.raises(KeyError, match="gpu=b200: no rates of it; there are h200"):
+        plan.rates("b200")
+    assert plan.rates_of_device("NVIDIA B200") is None
+
+
+def test_more_recompute_needs_less():
+    config = composed("recipe=gpt_128k", "parallel.context=4")
+    needed = [plan.memory(plan.with_recompute(config, policy), 4).total for policy in Recompute]
+    assert needed == sorted(needed, reverse=True)
+
+
+# at the start of a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimpleNamespace:
+    """A runtime on one GPU with 20 GiB free, of which nothing is asked but that."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (20 * GIB, 140 * GIB))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    return SimpleNamespace(
+        device=torch.device("cuda"), device_name="NVIDIA H200", world_size=1, ranks_of_a_machine=1, gather=lambda x: [x]
+    )  # fmt: skip
+
+
+def test_a_gpu_that_is_too_small_is_said_before_anything_is_made(gpu):
+    config = composed("recipe=gpt_32k")
+    with pytest.raises(
+        UserError, match=r"22\.4 GiB are needed on a GPU in the losses, and 20\.0 are free: 20\.3 saved"
+    ):
+        check_memory(config, gpu, strategy_for(1))
+    check_memory(plan.with_recompute(config, Recompute.attention_saved), gpu, strategy_for(1))
+    config.model.fused_ops = FusedImplementation.reference  # of which nothing is foreseen but the state, 1 GB
+    check_memory(config, gpu, strategy_for(1))
+
+
+def test_what_is_expected_is_said_and_logged(gpu):
+    config = composed("recipe=gpt_32k")
+    whole = SimpleNamespace(choice=SimpleNamespace(strategy=Strategy.gather))
+    facts = run_facts._expected(config, gpu, whole) | {"device_gib": 139.8}
+    assert facts["predicted_gib"] == pytest.approx(22.36, abs=0.01)
+    said = expected_memory(SimpleNamespace(facts=facts))
+    assert said.startswith("memory: 22.4 of 139.8 GiB expected, in the losses: 20.3 saved for the backward pass, 1.3 ")
+    assert said.endswith("; about 0.36 s a step\n")
+    gpu.device_name = "NVIDIA B200"  # never measured
+    assert "predicted_s" not in run_facts._expected(config, gpu, whole)
+    assert expected_memory(SimpleNamespace(facts={})) == ""

@@ -1,0 +1,148 @@
+"""Bytes that a training step of the spread model holds, op by op, on fake tensors: prints a JSON line for each case.
+
+Nothing is computed and no other rank exists. A process of its own: where a fake process group is, no other can be.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from longctx import plan
+from longctx.config import (
+    Activation,
+    ComputeDtype,
+    Config,
+    DataConfig,
+    FusedImplementation,
+    ModelConfig,
+    Norm,
+    ParallelConfig,
+    PrecisionConfig,
+    Recompute,
+)
+from longctx.kernels import hardware
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.parallel import parallelize as parallelize_module
+from longctx.parallel.mesh import make_mesh
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of all storages that exist at once, with what is `inside` ops that are not run."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.storages, self.peak, self.where = config, {}, 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        name = str(func)
+        is_loss = "linear_cross_entropy_with_gradient" in name
+        for number, x in enumerate(tree_iter(results)):
+            if isinstance(x, torch.Tensor):  # the weight's gradient is the first half of its float32 sum
+                self._see(x, 4 // x.element_size() if is_loss and number == 2 else 1)
+        if (now := self._now() + self._inside(name)) > self.peak:
+            self.peak, self.where = now, name
+        return results
+
+    def _now(self) -> float:
+        storages = ((ref(), factor) for ref, factor in list(self.storages.values()))
+        return sum(factor * storage.nbytes() for storage, factor in storages if storage is not None)
+
+    def _see(self, x: torch.Tensor, factor: int) -> None:
+        x = x._local_tensor if isinstance(x, DTensor) else x
+        storage = x.untyped_storage()
+        if x.device.type != "meta" and storage._cdata not in self.storages:
+            key = storage._cdata
+            self.storages[key] = weakref.ref(storage, lambda _: self.storages.pop(key, None)), factor
+
+    def _inside(self, name: str) -> float:
+        if "attention_backward" in name:
+            return plan.inside_attention(self.config, 1)
+        return plan.inside_losses(self.config, 1) if "linear_cross_entropy_with_gradient" in name else 0
+
+
+def empty_in_place(model: torch.nn.Module, _seed: int, device: torch.device) -> None:
+    model.to_empty(device=device)
+
+
+def nothing(_x: torch.Tensor) -> None:
+    """Every kernel can serve."""
+
+
+def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
+    """Forward and backward passes of one step, without the optimizer's state."""
+    mesh = make_mesh(config.parallel, world_size, "cpu")
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        LiveBytes(config) as live,
+        mock.patch.object(parallelize_module, "materialize", empty_in_place),
+        mock.patch.object(hardware, "unsupported", nothing),  # a Mock would keep its arguments
+    ):
+        model, _ = parallelize_module.parallelize(config, mesh, world_size, torch.device("cpu"))
+        live.peak = 0
+        for _ in range(micro_batches):
+            shape = config.data.sequences_per_micro_batch, config.data.sequence_length
+            tokens, targets, positions, start = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+            mask = KeyIntervals.causal(shape[1])
+            model(tokens, positions, mask, targets, torch.ones(())).backward()
+            del start
+    return live
+
+
+def case(recompute: Recompute, words: dict[str, Any]) -> Config:
+    """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
+    shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
+    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1}
+    model = shape | {name: value for name, value in words.items() if name not in others}
+    others |= {name: value for name, value in words.items() if name in others}
+    return Config(
+        model=ModelConfig(**model, fused_ops=FusedImplementation.triton),  # pyright: ignore[reportArgumentType]
+        data=DataConfig(sequence_length=others["length"], sequences_per_step=others["micro_batches"]),
+        parallel=ParallelConfig(recompute=recompute),
+        precision=PrecisionConfig(compute=others["compute"]),
+    )
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "4k": {},
+    "short": {"length": 64},
+    "biases, QK-norm": {"qk_norm": True, "qkv_bias": True, "projection_bias": True},
+    "large vocabulary, untied": {"vocab_size": 8192, "length": 1024, "tied_embeddings": False},
+    "accumulated": {"length": 1024, "micro_batches": 2},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "long": {"length": 16384, "layers": 6},
+    "GELU, layer norm": {"activation": Activation.gelu, "norm": Norm.layer_norm},
+    "much attention": {"heads": 16, "kv_heads": 16, "mlp_width": 128},
+    "float32": {"compute": ComputeDtype.float32, "length": 1024},
+    "large vocabulary": {"vocab_size": 8192, "length": 1024},
+    "large vocabulary, untied, short": {"vocab_size": 8192, "length": 128, "tied_embeddings": False},
+}
+
+
+def main(world_size: int, is_short: bool) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    for name, words in VARIANTS.items() if is_short else (VARIANTS | MORE).items():
+        for recompute in (Recompute.none, Recompute.full) if is_short else Recompute:
+            config = case(recompute, words)
+            config.data.sequences_per_step *= world_size
+            live = traced(config, world_size, words.get("micro_batches", 1))
+            expected = plan.memory(config, world_size)
+            found = {"case": f"{name}, {recompute}", "traced": live.peak, "at": live.where, **expected._asdict()}
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), "short" in sys.argv[2:])
