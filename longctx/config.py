@@ -317,6 +317,10 @@ class ParallelConfig:
     )
     verify: bool = knob(True, "before the first step of a layout, compare it with attention on whole sequences")
     recompute: Recompute = knob(Recompute.none, "activation checkpointing: what the backward pass computes again")
+    attention_saved_layers: int = knob(
+        0, "recompute=full: so many layers, the last, are attention_saved all the same: as many as memory has room for",
+        least=0,
+    )  # fmt: skip
     compile: bool = knob(False, "torch.compile each block")
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", least=1)
     stop_seconds: int = knob(
@@ -480,6 +484,12 @@ def layer_windows(model: ModelConfig) -> list[int]:
     """Keys a row of each layer sees; 0: all."""
     every = model.full_attention_every
     return [0 if every and (layer + 1) % every == 0 else model.window for layer in range(model.layers)]
+
+
+def recompute_by_layer(config: Config) -> list[Recompute]:
+    """The policy of activation checkpointing of each layer."""
+    policy, saved = config.parallel.recompute, config.parallel.attention_saved_layers
+    return [policy] * (config.model.layers - saved) + [Recompute.attention_saved] * saved
 
 
 def micro_batch(data: DataConfig, readers: int) -> int:

@@ -12,6 +12,7 @@ from longctx.config import (
     ModelConfig,
     ParallelConfig,
     Positions,
+    Recompute,
     RotaryScaling,
     Strategy,
     keys,
@@ -58,6 +59,14 @@ def _check_ranges(config: Config) -> list[str]:
         )
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
+    saved = config.parallel.attention_saved_layers
+    if saved and config.parallel.recompute != Recompute.full:
+        problems.append(
+            f"parallel.attention_saved_layers={saved} is of parallel.recompute=full, which is "
+            f"{config.parallel.recompute}; set one or the other"
+        )
+    if saved > config.model.layers:
+        problems.append(f"parallel.attention_saved_layers={saved}: the model has {config.model.layers} layers")
     if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
         problems.append(f"name={config.name!r} is no folder name; give one without slashes")
     elif config.name != config.name.strip() or not config.name.isprintable():

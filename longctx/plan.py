@@ -22,6 +22,7 @@ from longctx.config import (
     Strategy,
     layer_windows,
     micro_batch,
+    recompute_by_layer,
     resolve_shard,
 )
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
@@ -85,6 +86,14 @@ class Memory(NamedTuple):
         return ", ".join(f"{size / GIB:.1f} {name}" for name, size in largest if size >= 0.05 * GIB)
 
 
+class _Block(NamedTuple):
+    """Bytes of a block under one policy of activation checkpointing."""
+
+    kept: float  # for its backward pass
+    in_mlp: float  # of the working set of its backward pass, while it is in the MLP
+    in_attention: float
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Bytes on one rank, of which everything else is made."""
@@ -96,10 +105,8 @@ class _Sizes:
     ranks: int  # that share parameters
     compute: int  # bytes of a number that is computed with
     hidden: float  # one hidden state of all tokens of a micro-batch
-    kept: float  # by a block for its backward pass
-    in_mlp: float  # of the working set of a block's backward pass, while it is in the MLP
-    in_attention: float
-    of_rows: float  # of it, inside the op
+    blocks: dict[Recompute, _Block]
+    of_rows: float  # of a block's working set, inside the op of attention
     normed: float  # statistics of a norm
     logits: float  # of a chunk of tokens
     batch: float
@@ -122,16 +129,18 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
     projected = queries + 2 * keys
     of_rows = queries * FLOAT32 / compute + 2 * lse  # inside the op: sums of dq, and what it needs of rows
     inside_attention = of_rows + 2 * lse + queries + 2 * keys  # and gradients
-    if parallel.recompute == Recompute.none:
-        kept = 2 * share + 2 * width + projected + queries + lse + 2 * normed + in_qk_norm + saved_of_mlp * mlp
-        in_mlp = width + (inside_mlp - saved_of_mlp) * mlp
-        in_attention = queries + inside_attention - saved_of_mlp * mlp - width
-    else:
-        is_attention_saved = parallel.recompute == Recompute.attention_saved
-        kept = share + (queries + lse if is_attention_saved else 0)
-        again = 0 if is_attention_saved else queries + lse
-        in_mlp = 2 * width + share + projected + 2 * normed + in_qk_norm + width + inside_mlp * mlp + again
-        in_attention = 2 * width + projected + normed + in_qk_norm + queries + inside_attention + again
+    attended = queries + lse
+    again_in_mlp = 2 * width + share + projected + 2 * normed + in_qk_norm + width + inside_mlp * mlp
+    again_in_attention = 2 * width + projected + normed + in_qk_norm + queries + inside_attention
+    blocks = {
+        Recompute.none: _Block(
+            2 * share + 2 * width + projected + attended + 2 * normed + in_qk_norm + saved_of_mlp * mlp,
+            width + (inside_mlp - saved_of_mlp) * mlp,
+            queries + inside_attention - saved_of_mlp * mlp - width,
+        ),
+        Recompute.attention_saved: _Block(share + attended, again_in_mlp, again_in_attention),
+        Recompute.full: _Block(share, again_in_mlp + attended, again_in_attention + attended),
+    }
 
     matrices, rest = parameters(model)
     tables = model.vocab_size * (1 if model.tied_embeddings else 2)
@@ -148,9 +157,7 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
         ranks=shard * parallel.context,
         compute=compute,
         hidden=width * tokens,
-        kept=kept * tokens,
-        in_mlp=in_mlp * tokens,
-        in_attention=in_attention * tokens,
+        blocks={policy: _Block(*(size * tokens for size in block)) for policy, block in blocks.items()},
         of_rows=of_rows * tokens,
         normed=normed * tokens,
         logits=float(compute * vocabulary * min(tokens, tokens_of_a_chunk(tokens, width, compute * vocabulary))),
@@ -213,6 +220,12 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     gathered_root, gathered_block = sizes.compute * sizes.root, sizes.compute * sizes.block
     table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
 
+    policies = recompute_by_layer(config)
+    of_mlp = 3 if model.activation == Activation.swiglu else 2  # matrices
+
+    def kept(blocks: int) -> float:
+        return sum(sizes.blocks[policy].kept for policy in policies[:blocks])
+
     def gradients(blocks: int) -> float:
         return whole_gradients if accumulation > 1 else FLOAT32 * sizes.block * blocks / sizes.ranks
 
@@ -220,7 +233,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         "losses": state | {
             "gradients": gradients(0) if accumulation > 1 else 0.0,
             "gathered parameters": gathered_root + (0 if alone else gathered_block),
-            "saved for the backward pass": sizes.kept * layers,
+            "saved for the backward pass": kept(layers),
             "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
         },
         "gradient of the embedding": state | {
@@ -234,21 +247,24 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         },
         "update": state | {"gradients": whole_gradients},
     }  # fmt: skip
-    for done in {0, 1, layers - 1}:  # blocks whose backward pass is over: memory changes by a line between these
+    saved = config.parallel.attention_saved_layers
+    ends = {0, 1, saved - 1, saved, saved + 1, layers - 1}  # between which memory changes by a line
+    for done in ends & set(range(layers)):  # blocks whose backward pass is over
+        block = sizes.blocks[policies[layers - 1 - done]]
         next_block = 0 if alone or done == layers - 1 else gathered_block
         before = FLOAT32 * sizes.block if done else 0  # whose sum over ranks goes on
-        for part, work, first in (("MLP", sizes.in_mlp, 1), ("attention", sizes.in_attention, 3)):
+        for part, work, first in (("MLP", block.in_mlp, 1), ("attention", block.in_attention, of_mlp)):
             points[f"backward pass of layer {layers - done}, in its {part}"] = state | {
                 "gradients": gradients(done) + before + first * sizes.compute * sizes.first_matrix,
                 "gathered parameters": gathered_root + gathered_block + next_block,
-                "saved for the backward pass": sizes.kept * (layers - done),
+                "saved for the backward pass": kept(layers - done),
                 "working set of a block": work,
                 "losses": table_gradient,
             }
         points[f"sum of the gradients of layer {layers - done} over ranks"] = state | {
             "gradients": gradients(done) + FLOAT32 * sizes.block * (3 if alone else 1),
             "gathered parameters": gathered_root + next_block,
-            "saved for the backward pass": sizes.kept * (layers - done - 1),
+            "saved for the backward pass": kept(layers - done - 1),
             "losses": table_gradient + sizes.hidden,
         }
     point = max(points, key=lambda name: sum(points[name].values()))
@@ -290,6 +306,11 @@ def remedies(config: Config, world_size: int, choose: Callable[[Config], Strateg
     policies = list(Recompute)
     for policy in policies[policies.index(config.parallel.recompute) + 1 :]:
         found.append((f"parallel.recompute={policy}", with_recompute(config, policy)))
+    saved = most_attention_saved(config, world_size, choose, limit)
+    if config.parallel.recompute != Recompute.full and 0 < saved < config.model.layers:
+        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=saved)
+        words = f"parallel.recompute=full with parallel.attention_saved_layers={saved}"
+        found.append((words, replace(config, parallel=parallel)))
     if config.data.sequences_per_micro_batch > 1:
         one = replace(config, data=replace(config.data, sequences_per_micro_batch=1))
         found.append(("data.sequences_per_micro_batch=1", one))
@@ -303,8 +324,18 @@ def remedies(config: Config, world_size: int, choose: Callable[[Config], Strateg
 
 
 def with_recompute(config: Config, policy: Recompute) -> Config:
-    """The configuration with another policy of activation checkpointing."""
-    return replace(config, parallel=replace(config.parallel, recompute=policy))
+    """The configuration with another policy of activation checkpointing for all layers."""
+    return replace(config, parallel=replace(config.parallel, recompute=policy, attention_saved_layers=0))
+
+
+def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+    """Of how many layers attention can be saved with full recompute, so that a run fits `limit` bytes a GPU; -1: not
+    even of none."""
+    for layers in range(config.model.layers, -1, -1):
+        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=layers)
+        if memory(changed := replace(config, parallel=parallel), world_size, choose(changed)).total <= limit:
+            return layers
+    return -1
 
 
 def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, step: int) -> int:
@@ -358,13 +389,14 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     tokens = config.data.sequence_length * config.data.sequences_per_step / world_size
     matrices, rest = parameters(model)
     again = 0 if recompute == Recompute.none else matrices - model.layers * model.width * model.mlp_width
+    attention_again = recompute_by_layer(config).count(Recompute.full) / model.layers
     readers = config.parallel.replicate * resolve_shard(config.parallel, world_size)
     micro_batches = config.data.sequences_per_step / (readers * micro_batch(config.data, readers))
     ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
     others = assumed["other_kernels_us_a_token_of_width_4096"]
     product_rate = of["product_tflops"] * 1e12 * assumed["share_of_product_tflops"]
     return {
-        "attention": attention * ((2 if recompute == Recompute.full else 1) / forward + 2.5 / backward),
+        "attention": attention * ((1 + attention_again) / forward + 2.5 / backward),
         "products": (3 * products + 2 * again * tokens) / product_rate,
         "other kernels": others * 1e-6 * tokens * model.layers * model.width / 4096,
         "launches": assumed["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,

@@ -61,28 +61,40 @@ def composed(words: list[str]) -> Config:
     return found
 
 
-def layouts(config: Config, words: list[str], gpus: int) -> Iterator[tuple[list[str], Config]]:
+def layouts(config: Config, words: list[str], gpus: int, usable: float) -> Iterator[tuple[list[str], Config]]:
     """What may be changed of a run without changing its results: words that say it, and the configuration."""
     typed = {word.split("=", 1)[0] for word in words}
     contexts = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for context in contexts if "parallel.context" not in typed else [config.parallel.context]:
         strategies = [Strategy.gather, Strategy.ring, Strategy.ulysses] if context > 1 else [Strategy.auto]
         for strategy in strategies if "parallel.strategy" not in typed else [config.parallel.strategy]:
-            for recompute in Recompute if "parallel.recompute" not in typed else [config.parallel.recompute]:
-                parallel = replace(config.parallel, context=context, strategy=strategy, recompute=recompute)
+            of_ranks = replace(config, parallel=replace(config.parallel, context=context, strategy=strategy))
+            for recompute, saved in policies(of_ranks, typed, gpus, usable):
+                parallel = replace(of_ranks.parallel, recompute=recompute, attention_saved_layers=saved)
                 changed = replace(config, parallel=parallel)
-                said = [f"parallel.{name}={getattr(parallel, name)}" for name in ("context", "strategy", "recompute")]
+                names = ["context", "strategy", "recompute", *(["attention_saved_layers"] if saved else [])]
                 try:
                     check(changed, gpus)
                 except ConfigError:
                     continue
-                yield said, changed
+                yield [f"parallel.{name}={getattr(parallel, name)}" for name in names], changed
+
+
+def policies(config: Config, typed: set[str], gpus: int, usable: float) -> Iterator[tuple[Recompute, int]]:
+    """Of activation checkpointing, and of how many layers attention is saved all the same: as many as fit."""
+    if typed & {"parallel.recompute", "parallel.attention_saved_layers"}:
+        yield config.parallel.recompute, config.parallel.attention_saved_layers
+        return
+    yield from ((policy, 0) for policy in Recompute)
+    saved = plan.most_attention_saved(config, gpus, strategy_for(gpus), usable)
+    if 0 < saved < config.model.layers:
+        yield Recompute.full, saved
 
 
 def plans(config: Config, words: list[str], gpus: int, rates: dict[str, Any], usable: float) -> list[Plan]:
     """Of all layouts: those that fit first, and of these the fastest."""
     choose, found = strategy_for(gpus), []
-    for said, changed in layouts(config, words, gpus):
+    for said, changed in layouts(config, words, gpus, usable):
         strategy = choose(changed)
         seconds = sum(plan.seconds(changed, gpus, rates).values())
         tokens = changed.data.sequence_length * changed.data.sequences_per_step / gpus
@@ -95,7 +107,8 @@ def plans(config: Config, words: list[str], gpus: int, rates: dict[str, Any], us
 
 
 def row(p: Plan, usable: float) -> str:
-    context, _, recompute = (word.split("=")[1] for word in p.words)
+    context, _, recompute, *saved = (word.split("=")[1] for word in p.words)
+    recompute += f", {saved[0]} saved" if saved else ""
     fits = "" if p.memory.total <= usable else f"  does not fit: most in the {p.memory.point}"
     return (
         f"{context:>7}  {p.strategy if context != '1' else '-':8} {recompute:15} {p.memory.total / plan.GIB:8.1f} "
@@ -137,9 +150,8 @@ def main() -> None:
     )
     print("\n".join(row(p, usable) for p in found))
     best = (fitting or sorted(found, key=lambda p: p.memory.total))[0]
-    print(
-        f"\n{'the first' if fitting else 'the smallest'}, GiB: {best.memory.in_words()}; most in the {best.memory.point}"
-    )
+    which = "first" if fitting else "smallest"
+    print(f"\n{which}, GiB: {best.memory.in_words()}; most in the {best.memory.point}")
     print(command or "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model")
     print(f"rates: {rates['provenance']}; assumed: {json.dumps(rates['assumed'])}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longctx.config import Config, Recompute
+from longctx.config import Config, Recompute, recompute_by_layer
 from longctx.model.transformer import Block, Transformer
 from longctx.parallel.activation_checkpointing import apply_activation_checkpointing
 from longctx.parallel.context_parallel import ContextParallel
@@ -29,13 +29,13 @@ def parallelize(
 
     choice = choose_strategy(config, ranks_of_a_machine)
     context_parallel = ContextParallel.over(choice, mesh, config.parallel.timeout_seconds)
-    for block in model.blocks:
+    for block, recompute in zip(model.blocks, recompute_by_layer(config), strict=True):
         assert isinstance(block, Block)
         if mesh.size("context") > 1:
             block.attention.attend = context_parallel.replace(block.attention.attend)
-        apply_activation_checkpointing(block, config.parallel.recompute)
+        apply_activation_checkpointing(block, recompute)
         if config.parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
-            block.compile(fullgraph=config.parallel.recompute == Recompute.none)
+            block.compile(fullgraph=recompute == Recompute.none)
 
     apply_fsdp(model, mesh, config.precision)  # last: it gathers what the calls above have made
     materialize(model, config.seed, device)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from longctx import train
 from longctx.command_line import help_of_keys
-from longctx.config import Config, attention_span, keys, micro_batch
+from longctx.config import Config, Recompute, attention_span, keys, micro_batch, recompute_by_layer
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.suggest import explain_unknown_key
@@ -224,9 +224,17 @@ def test_mixtures_and_curricula():
         check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)
     with pytest.raises(ConfigError, match=r"data.copies=0.5 is of text.*; set data.copies=0"):
         check(composed("recipe=gpt_tiny", "data=recall", "data.copies=0.5"), 1)
-    check(
-        composed("recipe=gpt_32k", "data=prepared", "data.folder=a"), 1
-    )  # what the recipe says of other text is no matter
+    other_text = composed("recipe=gpt_32k", "data=prepared", "data.folder=a")
+    check(other_text, 1)  # what the recipe says of its own is no matter
+
+
+def test_layers_that_keep_attention():
+    words = "recipe=gpt_tiny", "parallel.attention_saved_layers=40", "parallel.recompute=attention_saved"
+    with pytest.raises(ConfigError, match=r"is of parallel.recompute=full.*\n.*layers=40: the model has 4 layers"):
+        check(composed(*words), 1)
+    config = composed("recipe=gpt_tiny", "parallel.attention_saved_layers=3", "parallel.recompute=full")
+    check(config, 1)
+    assert recompute_by_layer(config) == [Recompute.full, *[Recompute.attention_saved] * 3]
 
 
 def test_help_tells_every_key_with_its_limits():

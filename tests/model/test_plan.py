@@ -35,7 +35,7 @@ def test_the_formula_is_what_is_traced(words):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == (10 if "short" in words else 33)
+    assert len(rows) == (10 if "short" in words else 36)
     for row in rows:
         expected = sum(row["terms"].values()) - row["terms"]["optimizer"]
         assert expected == pytest.approx(row["traced"], rel=5e-3, abs=2**18), row
@@ -159,6 +159,25 @@ def test_rates_say_where_they_come_from():
     with pytest.raises(KeyError, match="gpu=b200: no rates of it; there are h200"):
         plan.rates("b200")
     assert plan.rates_of_device("NVIDIA B200") is None
+
+
+def test_attention_is_saved_in_as_many_layers_as_fit():
+    config = composed("recipe=llama3_8b_1m", "parallel.context=8", "data.sequence_length=1572864")
+    choose = strategy_for(8)
+
+    def needed(layers: int) -> float:
+        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=layers)
+        changed = replace(config, parallel=parallel)
+        return plan.memory(changed, 8, choose(changed)).total
+
+    layers = plan.most_attention_saved(config, 8, choose, 134.1 * GIB)
+    assert layers == 20
+    assert needed(layers) <= 134.1 * GIB < needed(layers + 1)
+    assert needed(0) == plan.memory(plan.with_recompute(config, Recompute.full), 8, choose(config)).total
+    assert needed(32) == plan.memory(plan.with_recompute(config, Recompute.attention_saved), 8, choose(config)).total
+    assert plan.most_attention_saved(config, 8, choose, 90 * GIB) == -1
+    [words] = [r for r in plan.remedies(config, 8, choose, 134.1 * GIB) if "layers" in r]
+    assert words == "parallel.recompute=full with parallel.attention_saved_layers=20 (133.6 GiB)"
 
 
 def test_more_recompute_needs_less():

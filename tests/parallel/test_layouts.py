@@ -216,6 +216,15 @@ def test_recompute(recompute, strategy):
     assert ratio < 1.5, (ratio, name)
 
 
+def test_recompute_by_layer():
+    """Of two layers the last keeps attention, the first nothing."""
+    parallel = ParallelConfig(context=2, recompute=Recompute.full, attention_saved_layers=1)
+    ratio, name = worst_ratio(GQA, parallel, 2, make_inputs(DOCUMENTS))
+    assert ratio < 1.5, (ratio, name)
+    for (_, calls), _ in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), GQA):
+        assert calls == 4 + 2  # each layer forward in two steps, and those of the first again
+
+
 @pytest.mark.parametrize("broken", ["dropped hop", "shifted position", "targets shifted after sharding"])
 def test_parity_notices(broken):
     ratio, _ = worst_ratio(GQA, ParallelConfig(context=2), 2, make_inputs(ONE_DOCUMENT), broken=broken)

@@ -104,13 +104,15 @@ def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
 def case(recompute: Recompute, words: dict[str, Any]) -> Config:
     """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
     shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
-    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1}
+    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "saved_layers": 0}
     model = shape | {name: value for name, value in words.items() if name not in others}
     others |= {name: value for name, value in words.items() if name in others}
     return Config(
         model=ModelConfig(**model, fused_ops=FusedImplementation.triton),  # pyright: ignore[reportArgumentType]
         data=DataConfig(sequence_length=others["length"], sequences_per_step=others["micro_batches"]),
-        parallel=ParallelConfig(recompute=recompute),
+        parallel=ParallelConfig(
+            recompute=recompute, attention_saved_layers=others["saved_layers"] if recompute == Recompute.full else 0
+        ),
         precision=PrecisionConfig(compute=others["compute"]),
     )
 
@@ -118,13 +120,19 @@ def case(recompute: Recompute, words: dict[str, Any]) -> Config:
 VARIANTS: dict[str, dict[str, Any]] = {
     "4k": {},
     "short": {"length": 64},
-    "biases, QK-norm": {"qk_norm": True, "qkv_bias": True, "projection_bias": True},
+    "biases, QK-norm, attention of a layer saved": {
+        "saved_layers": 1,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "projection_bias": True,
+    },
     "large vocabulary, untied": {"vocab_size": 8192, "length": 1024, "tied_embeddings": False},
     "accumulated": {"length": 1024, "micro_batches": 2},
 }
 MORE: dict[str, dict[str, Any]] = {
     "long": {"length": 16384, "layers": 6},
     "GELU, layer norm": {"activation": Activation.gelu, "norm": Norm.layer_norm},
+    "much attention, of two layers saved": {"saved_layers": 2, "heads": 16, "kv_heads": 16, "mlp_width": 128},
     "much attention": {"heads": 16, "kv_heads": 16, "mlp_width": 128},
     "float32": {"compute": ComputeDtype.float32, "length": 1024},
     "large vocabulary": {"vocab_size": 8192, "length": 1024},
