@@ -26,19 +26,21 @@ GIB = plan.GIB
 
 
 @pytest.mark.parametrize("words", [("1", "short"), ("4", "short"), *(
-    pytest.param((ranks,), marks=pytest.mark.slow) for ranks in ("1", "2", "8")
+    pytest.param((ranks,), marks=pytest.mark.slow) for ranks in ("1", "2", "4", "8")
 )], ids=str)  # fmt: skip
 def test_the_formula_is_what_is_traced(words):
-    """Of every op of a step, on fake tensors, without the optimizer's state: to 0.5 % and 0.25 MiB."""
+    """Of every op of a step, on fake tensors, without the optimizer's state and what ranks exchange: to 0.5 % and 0.25
+    MiB, with tensor parallelism to 5 %."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     command = [sys.executable, ROOT / "tests" / "support" / "traced_memory.py", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == (10 if "short" in words else 36)
+    assert len(rows) == {("1", "short"): 10, ("4", "short"): 8, ("4",): 48}.get(words, 36)
     for row in rows:
-        expected = sum(row["terms"].values()) - row["terms"]["optimizer"]
-        assert expected == pytest.approx(row["traced"], rel=5e-3, abs=2**18), row
+        expected = sum(row["terms"].values()) - row["terms"]["optimizer"] - row["terms"]["exchange of keys"]
+        share = 5e-2 if "tensor" in row["case"] else 5e-3
+        assert expected == pytest.approx(row["traced"], rel=share, abs=2**18), row
 
 
 ON_TWO_FULL = [

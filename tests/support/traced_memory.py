@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from longctx import plan
+from longctx.batch import Batch
 from longctx.config import (
     Activation,
     ComputeDtype,
@@ -31,9 +32,9 @@ from longctx.config import (
     ParallelConfig,
     PrecisionConfig,
     Recompute,
+    Strategy,
 )
 from longctx.kernels import hardware
-from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.parallel import parallelize as parallelize_module
 from longctx.parallel.mesh import make_mesh
 
@@ -41,11 +42,13 @@ from longctx.parallel.mesh import make_mesh
 class LiveBytes(TorchDispatchMode):
     """The most bytes of all storages that exist at once, with what is `inside` ops that are not run."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, world_size: int) -> None:
         super().__init__()
-        self.config, self.storages, self.peak, self.where = config, {}, 0, ""
+        self.config, self.world_size, self.storages, self.peak, self.where = config, world_size, {}, 0, ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # so that it runs as ops on its local part, which come here
         results = func(*args, **(kwargs or {}))
         name = str(func)
         is_loss = "linear_cross_entropy_with_gradient" in name
@@ -68,34 +71,34 @@ class LiveBytes(TorchDispatchMode):
             self.storages[key] = weakref.ref(storage, lambda _: self.storages.pop(key, None)), factor
 
     def _inside(self, name: str) -> float:
-        if "attention_backward" in name:
-            return plan.inside_attention(self.config, 1)
-        return plan.inside_losses(self.config, 1) if "linear_cross_entropy_with_gradient" in name else 0
+        if "attention_backward" in name:  # of split sequences too, without what is exchanged
+            return plan.inside_attention(self.config, self.world_size)
+        return plan.inside_losses(self.config, self.world_size) if "linear_cross_entropy_with_gradient" in name else 0
 
 
-def empty_in_place(model: torch.nn.Module, _seed: int, device: torch.device) -> None:
-    model.to_empty(device=device)
-
-
-def nothing(_x: torch.Tensor) -> None:
-    """Every kernel can serve."""
+def nothing(*_arguments: object) -> None:
+    """In place of initial values, and of reasons why a kernel cannot serve. (A Mock would keep its arguments.)"""
 
 
 def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
     """Forward and backward passes of one step, without the optimizer's state."""
     mesh = make_mesh(config.parallel, world_size, "cpu")
+    device = torch.device("cpu")
+    with mock.patch.object(parallelize_module, "materialize", nothing):
+        model, context_parallel = parallelize_module.parallelize(config, mesh, world_size, device)
+    whole = torch.zeros(config.data.sequences_per_micro_batch, config.data.sequence_length, dtype=torch.int64)
+    batch = Batch(whole, whole, torch.arange(whole.shape[1]).expand_as(whole), whole)
+    mask = context_parallel.split(config.model, batch.positions).mask(batch.document_start, device)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        LiveBytes(config) as live,
-        mock.patch.object(parallelize_module, "materialize", empty_in_place),
-        mock.patch.object(hardware, "unsupported", nothing),  # a Mock would keep its arguments
+        LiveBytes(config, world_size) as live,
+        mock.patch.object(hardware, "unsupported", nothing),
     ):
-        model, _ = parallelize_module.parallelize(config, mesh, world_size, torch.device("cpu"))
+        model.to_empty(device=device)
         live.peak = 0
         for _ in range(micro_batches):
-            shape = config.data.sequences_per_micro_batch, config.data.sequence_length
+            shape = config.data.sequences_per_micro_batch, config.data.sequence_length // config.parallel.context
             tokens, targets, positions, start = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
-            mask = KeyIntervals.causal(shape[1])
             model(tokens, positions, mask, targets, torch.ones(())).backward()
             del start
     return live
@@ -104,14 +107,16 @@ def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
 def case(recompute: Recompute, words: dict[str, Any]) -> Config:
     """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
     shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
-    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "saved_layers": 0}
+    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "saved_layers": 0, "parallel": {}}
     model = shape | {name: value for name, value in words.items() if name not in others}
     others |= {name: value for name, value in words.items() if name in others}
     return Config(
         model=ModelConfig(**model, fused_ops=FusedImplementation.triton),  # pyright: ignore[reportArgumentType]
         data=DataConfig(sequence_length=others["length"], sequences_per_step=others["micro_batches"]),
         parallel=ParallelConfig(
-            recompute=recompute, attention_saved_layers=others["saved_layers"] if recompute == Recompute.full else 0
+            recompute=recompute,
+            attention_saved_layers=others["saved_layers"] if recompute == Recompute.full else 0,
+            **others["parallel"],
         ),
         precision=PrecisionConfig(compute=others["compute"]),
     )
@@ -140,12 +145,23 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "context 4": {"parallel": {"context": 4, "strategy": Strategy.gather}},
+    "context 2": {"parallel": {"context": 2, "strategy": Strategy.ring}, "vocab_size": 8192},
+    "replicate 2": {"parallel": {"replicate": 2}},
+    "tensor 2": {"parallel": {"tensor": 2}},
+}
+
+
 def main(world_size: int, is_short: bool) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    for name, words in VARIANTS.items() if is_short else (VARIANTS | MORE).items():
+    variants = VARIANTS if is_short else VARIANTS | MORE
+    if world_size == 4:
+        variants = LAYOUTS if is_short else variants | LAYOUTS
+    for name, words in variants.items():
         for recompute in (Recompute.none, Recompute.full) if is_short else Recompute:
             config = case(recompute, words)
-            config.data.sequences_per_step *= world_size
+            config.data.sequences_per_step *= world_size // (config.parallel.context * config.parallel.tensor)
             live = traced(config, world_size, words.get("micro_batches", 1))
             expected = plan.memory(config, world_size)
             found = {"case": f"{name}, {recompute}", "traced": live.peak, "at": live.where, **expected._asdict()}
