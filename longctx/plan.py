@@ -226,6 +226,8 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     def kept(blocks: int) -> float:
         return sum(sizes.blocks[policy].kept for policy in policies[:blocks])
 
+    held = 0 if model.tied_embeddings else table_gradient  # until the sum over ranks is there
+
     def gradients(blocks: int) -> float:
         return whole_gradients if accumulation > 1 else FLOAT32 * sizes.block * blocks / sizes.ranks
 
@@ -243,7 +245,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         },
         "sum of the embedding's gradients over ranks": state | {
             "gradients": gradients(layers) + FLOAT32 * sizes.root * (3 if alone else 1),
-            "losses": 0.0 if alone else embedding_gradient + (0 if model.tied_embeddings else table_gradient),
+            "losses": 0.0 if alone else max(embedding_gradient, FLOAT32 * sizes.root / sizes.ranks) + held,
         },
         "update": state | {"gradients": whole_gradients},
     }  # fmt: skip
