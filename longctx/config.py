@@ -480,6 +480,14 @@ def attention_span(config: Config, step: int) -> int | None:
     return next((begun[first] or None for first in sorted(begun, reverse=True) if first <= step), None)
 
 
+def groups_of_heads(heads: int, kv_heads: int, size: int, most: int) -> int:
+    """Into how many equal groups, at most so many, the query heads of one of `size` ranks are cut, each with whole
+    key/value heads or a part of one."""
+    of_rank, kv_of_rank = heads // size, max(1, kv_heads // size)
+    fitting = [n for n in range(1, most + 1) if of_rank % n == 0]
+    return max(n for n in fitting if kv_of_rank % n == 0 or n % kv_of_rank == 0)
+
+
 def layer_windows(model: ModelConfig) -> list[int]:
     """Keys a row of each layer sees; 0: all."""
     every = model.full_attention_every

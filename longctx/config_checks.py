@@ -21,6 +21,8 @@ from longctx.config import (
 )
 from longctx.errors import ConfigError
 
+LEAST_SPAN_OF_COPIES = 128  # of which an eighth can be asked for
+
 
 def check(config: Config, world_size: int) -> None:
     """Raises `ConfigError` with everything that is wrong with `config` on `world_size` ranks."""
@@ -28,7 +30,7 @@ def check(config: Config, world_size: int) -> None:
     model = _check_model(config.model)
     layout = _check_layout(config.parallel, world_size)
     problems = [*too_small, *outside, *_check_ranges(config), *model, *layout]
-    if not too_small and not layout:  # the rest divides by these
+    if not too_small and not layout and config.parallel.shard:  # the rest divides by these
         problems += _check_batch(config, world_size)
         problems += _check_sharing(config) if not model else []
     if problems:
@@ -86,6 +88,12 @@ def _check_data(data: DataConfig) -> list[str]:
         problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
     if data.source == DataSource.recall and data.copies:
         problems.append(f"data.copies={data.copies} is of text, data.source is recall; set data.copies=0")
+    shortest = min((tokens for tokens in data.curriculum.values() if tokens > 0), default=LEAST_SPAN_OF_COPIES)
+    if data.copies and shortest < LEAST_SPAN_OF_COPIES:
+        problems.append(
+            f"data.copies={data.copies}: in spans of {shortest} tokens (data.curriculum) hardly a copy finds room; "
+            f"give spans of {LEAST_SPAN_OF_COPIES} or more, or data.copies=0"
+        )
     problems += [
         f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
         for folder, weight in data.mixture.items()

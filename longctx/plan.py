@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any, NamedTuple
 
 from longctx.config import (
     Activation,
-    AttentionImplementation,
     ComputeDtype,
     Config,
-    FusedImplementation,
     ModelConfig,
     Norm,
     Optimizer,
     Positions,
     Recompute,
     Strategy,
+    groups_of_heads,
     layer_windows,
     micro_batch,
     recompute_by_layer,
@@ -31,6 +31,7 @@ GIB = 1 << 30
 FLOAT32 = 4  # bytes
 CGROUPS = Path("/sys/fs/cgroup")
 RATES = Path(__file__).parent / "rates"
+MOST_STEPS = 1 << 17  # thousands of tokens of a sequence that are looked at
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -94,6 +95,11 @@ class _Block(NamedTuple):
     in_attention: float
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Columns that the attention kernels compute with: 64, 128 or 256."""
+    return next(width for width in (64, 128, 256, head_dim) if head_dim <= width)
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Bytes on one rank, of which everything else is made."""
@@ -127,7 +133,8 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
     share = width / parallel.tensor  # of a hidden state between the products, where tokens are split
 
     projected = queries + 2 * keys
-    of_rows = queries * FLOAT32 / compute + 2 * lse  # inside the op: sums of dq, and what it needs of rows
+    padded = padded_head_dim(model.head_dim) / model.head_dim
+    of_rows = queries * padded * FLOAT32 / compute + 2 * lse  # inside the op: sums of dq, and what it needs of rows
     inside_attention = of_rows + 2 * lse + queries + 2 * keys  # and gradients
     attended = queries + lse
     again_in_mlp = 2 * width + share + projected + 2 * normed + in_qk_norm + width + inside_mlp * mlp
@@ -185,10 +192,12 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     queries, keys = head * model.heads, 2 * head * model.kv_heads
     gradients = keys * FLOAT32 / sizes.compute
     if strategy == Strategy.ulysses:
-        groups = max(1, min(4, model.heads // parallel.tensor // ranks))
+        heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
+        groups = groups_of_heads(heads, kv_heads, ranks, most=4)
         sharers = max(1, ranks * parallel.tensor // model.kv_heads)
         given = gradients * sharers if sharers > 1 else keys
-        return queries * (4 + 8 / model.head_dim) + keys + given + (4 * queries + keys + gradients) / groups
+        fetched = 4 * queries + (keys + gradients) * sharers
+        return queries * (4 + 8 / model.head_dim) + keys + given + fetched / groups
     if strategy == Strategy.gather:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
     slots = min(ranks, max(1, int(2 * GIB / gradients)))
@@ -199,8 +208,10 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     """What a rank of `world_size` GPUs needs for a step with the fused kernels, at the point where that is most.
 
     `strategy` is the one that crosses the context axis, no longer auto. Traced over the model as it is spread, see
-    tests/model/test_plan.py; what is inside the ops (sums of dq, logits of a chunk) is counted by hand. Left out: what
-    the GPU's driver, NCCL and cuBLAS hold, about 1.5 GiB, and gaps between allocations.
+    tests/model/test_plan.py; what is inside the ops (sums of dq, logits of a chunk) and what ranks exchange is counted
+    by hand. Left out: what the GPU's driver, NCCL and cuBLAS hold, about 1.5 GiB; gaps between allocations; Muon's
+    buckets, up to a GiB; and gradients of keys on their way where kernels cannot store them at their owners (other GPUs
+    than Hopper, several machines). Ulysses between machines is counted as the ring.
     """
     model, sizes = config.model, _sizes(config, world_size)
     layers, alone = model.layers, sizes.ranks == 1
@@ -273,13 +284,9 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     return Memory(point, points[point])
 
 
-def is_foreseen(config: Config) -> bool:
-    """Whether `memory` is that of this model on a GPU: of plain torch in place of the kernels it is not."""
-    model = config.model
-    return (
-        model.fused_ops != FusedImplementation.reference
-        and model.attention not in (AttentionImplementation.reference, AttentionImplementation.sdpa)
-    )  # fmt: skip
+def is_foreseen(attention: str, fused_ops: str) -> bool:
+    """Whether `memory` is that of a model with these implementations: not with torch's own. auto: with the kernels."""
+    return not any(name in attention for name in ("sdpa", "reference")) and fused_ops != "reference"
 
 
 def refusal(config: Config, world_size: int, choose: Callable[[Config], Strategy], free: float) -> str | None:
@@ -300,63 +307,96 @@ def refusal(config: Config, world_size: int, choose: Callable[[Config], Strategy
 
 def remedies(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> list[str]:
     """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
-
-    def needed(changed: Config) -> float:
-        return memory(changed, world_size, choose(changed)).total
-
-    found = []
     policies = list(Recompute)
-    for policy in policies[policies.index(config.parallel.recompute) + 1 :]:
-        found.append((f"parallel.recompute={policy}", with_recompute(config, policy)))
+    changed = [with_recompute(config, p) for p in policies[policies.index(config.parallel.recompute) + 1 :]]
     saved = most_attention_saved(config, world_size, choose, limit)
-    if config.parallel.recompute != Recompute.full and 0 < saved < config.model.layers:
-        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=saved)
-        words = f"parallel.recompute=full with parallel.attention_saved_layers={saved}"
-        found.append((words, replace(config, parallel=parallel)))
+    if 0 <= saved < recompute_by_layer(config).count(Recompute.attention_saved):
+        changed.append(with_recompute(config, Recompute.full, saved))
     if config.data.sequences_per_micro_batch > 1:
-        one = replace(config, data=replace(config.data, sequences_per_micro_batch=1))
-        found.append(("data.sequences_per_micro_batch=1", one))
-    found = [(words, size) for words, changed in found if (size := needed(changed)) <= limit]
-    least = config if found else with_recompute(config, Recompute.full)
-    if length := longest(least, world_size, choose, limit, 1024 * config.parallel.context):
-        shorter = replace(least, data=replace(least.data, sequence_length=length))
-        words = "" if least.parallel.recompute == config.parallel.recompute else "parallel.recompute=full with "
-        found.append((f"{words}data.sequence_length={length}", needed(shorter)))
-    return [f"{words} ({size / GIB:.1f} GiB)" for words, size in found]
+        changed.append(replace(config, data=replace(config.data, sequences_per_micro_batch=1)))
+
+    def needed(other: Config) -> float:
+        return memory(other, world_size, choose(other)).total
+
+    fitting = [other for other in changed if needed(other) <= limit]
+    least = config if fitting else with_recompute(config, Recompute.full)
+    length = longest(least, world_size, choose, limit)
+    if 0 < length < config.data.sequence_length:
+        fitting.append(replace(least, data=replace(least.data, sequence_length=length)))
+    return [f"{' with '.join(_words(config, other))} ({needed(other) / GIB:.1f} GiB)" for other in fitting]
 
 
-def with_recompute(config: Config, policy: Recompute) -> Config:
-    """The configuration with another policy of activation checkpointing for all layers."""
-    return replace(config, parallel=replace(config.parallel, recompute=policy, attention_saved_layers=0))
+def _words(before: Config, after: Config) -> list[str]:
+    """What to say on the command line for a remedy."""
+    fields = (
+        ("parallel", "recompute"), ("parallel", "attention_saved_layers"), ("data", "sequences_per_micro_batch"),
+        ("data", "sequence_length"),
+    )  # fmt: skip
+    values = {f"{group}.{name}": [getattr(getattr(c, group), name) for c in (before, after)] for group, name in fields}
+    return [f"{key}={new}" for key, (old, new) in values.items() if new != old]
+
+
+def with_recompute(config: Config, policy: Recompute, saved_layers: int = 0) -> Config:
+    """The configuration with another policy of activation checkpointing."""
+    parallel = replace(config.parallel, recompute=policy, attention_saved_layers=saved_layers)
+    return replace(config, parallel=parallel)
 
 
 def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
     """Of how many layers attention can be saved with full recompute, so that a run fits `limit` bytes a GPU; -1: not
     even of none."""
     for layers in range(config.model.layers, -1, -1):
-        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=layers)
-        if memory(changed := replace(config, parallel=parallel), world_size, choose(changed)).total <= limit:
+        changed = with_recompute(config, Recompute.full, layers)
+        if memory(changed, world_size, choose(changed)).total <= limit:
             return layers
     return -1
 
 
-def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, step: int) -> int:
-    """The longest sequence, a multiple of `step`, with which a run fits `limit` bytes a GPU; 0: none."""
-
-    def fits(steps: int) -> bool:
-        changed = replace(config, data=replace(config.data, sequence_length=steps * step))
-        return memory(changed, world_size, choose(changed)).total <= limit
-
-    least, most = 0, 1
-    while fits(most) and most < 1 << 20:
-        least, most = most, 2 * most
+def _bisect(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest number that fits, from `least`, which does, to below `most`."""
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if fits(middle) else (least, middle)
-    return least * step
+    return least
+
+
+def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+    """The longest sequence with which a run fits `limit` bytes a GPU, in whole thousands of tokens a rank; 0: none.
+
+    Memory grows with the length under one strategy, but may fall where `choose` goes over to another for longer ones.
+    """
+    parallel = config.parallel
+    step = math.lcm(1024 * parallel.context, 2 * parallel.context * parallel.tensor)
+    most = MOST_STEPS
+    if config.model.positions == Positions.learned:
+        most = min(most, config.model.max_positions // step)
+    if not most:
+        return 0
+
+    def of(steps: int) -> Config:
+        return replace(config, data=replace(config.data, sequence_length=steps * step))
+
+    def fits(steps: int) -> bool:
+        return memory(of(steps), world_size, strategy).total <= limit
+
+    def fits_as_chosen(steps: int) -> bool:
+        return fits(steps) and choose(of(steps)) == strategy
+
+    best = 0
+    for strategy in {choose(of(1)), choose(of(most))}:
+        steps = _bisect(fits, 0, most + 1)
+        if steps and choose(of(steps)) != strategy:
+            steps = _bisect(fits_as_chosen, 0, steps)
+        best = max(best, steps)
+    return best * step
 
 
 # time of a step ------------------------------------------------------------------------------------------------------
+
+
+def is_timed(config: Config) -> bool:
+    """Whether there are rates for what the model is computed in and for its heads."""
+    return config.precision.compute != ComputeDtype.float32 and config.model.head_dim <= 256
 
 
 def rates(gpu: str) -> dict[str, Any]:
@@ -383,10 +423,14 @@ def flops(config: Config) -> tuple[float, float]:
 
 
 def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, float]:
-    """What a step takes with the `rates` of a GPU, by what it is for; communication is hidden."""
+    """What a step takes with the `rates` of a GPU, by what it is for; communication is hidden.
+
+    Rates are of 16 bits: see `is_timed`.
+    """
     model, recompute, assumed = config.model, config.parallel.recompute, of["assumed"]
     attention, products = (work / world_size for work in flops(config))
-    width = "64" if model.head_dim <= 64 else "128" if model.head_dim <= 128 else "256"
+    width = str(padded_head_dim(model.head_dim))
+    attention *= padded_head_dim(model.head_dim) / model.head_dim
     forward, backward = (of["attention_tflops"][width][name] * 1e12 for name in ("forward", "backward"))
     tokens = config.data.sequence_length * config.data.sequences_per_step / world_size
     matrices, rest = parameters(model)

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import torch
 
+from longctx import plan
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
 from longctx.config import OnUsr1
 from longctx.config_checks import check
 from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
+from longctx.model.implementations import implementations
 from longctx.parallel.mesh import AXES
 from longctx.parallel.strategy import strategy_for
 from longctx.run_info import Ending, RunInfo
@@ -41,7 +43,8 @@ def train(run: RunInfo) -> Outcome:
         check_machines(runtime)
         if config.parallel.check_memory:
             choose = strategy_for(runtime.ranks_of_a_machine)
-            runtime.run_on_all_ranks(lambda: check_memory(config, runtime, choose))
+            is_foreseen = plan.is_foreseen(**implementations(config, runtime.device))
+            runtime.run_on_all_ranks(lambda: check_memory(config, runtime, choose, is_foreseen))
         name = runtime.run_on_rank_0(lambda: uuid.uuid4().hex)
         stop.share(runtime_module.store(f"longctx/signals/{name}"))
         watchdog = Watchdog(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
@@ -82,7 +85,7 @@ def introduce(trainer: Trainer) -> None:
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
-        f"{context}attention: {trainer.attention}, other fused ops: {trainer.fused_ops}\n{expected_memory(trainer)}"
+        f"{context}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n{expected_memory(trainer)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
 

@@ -38,7 +38,7 @@ def collect(
         "strategy": str(context_parallel.choice.strategy) if mesh.size("context") > 1 else "none",
         "transport": context_parallel.transport or "none",
         **implementations,
-        **(_expected(config, runtime, context_parallel) if runtime.device.type == "cuda" else {}),
+        **_expected(config, runtime, context_parallel, plan.is_foreseen(**implementations)),
         "data": f"{tokens} ({tokens.fingerprint()})" if tokens else "synthetic recall",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "triton": _version_of("triton"),
@@ -64,12 +64,14 @@ def commit() -> str:
         return ""
 
 
-def _expected(config: Config, runtime: Runtime, context_parallel: ContextParallel) -> dict[str, Any]:
+def _expected(
+    config: Config, runtime: Runtime, context_parallel: ContextParallel, is_foreseen: bool
+) -> dict[str, Any]:  # fmt: skip
     """What `plan` says of a step on these GPUs, as far as it can."""
-    if not plan.is_foreseen(config):
+    if runtime.device.type != "cuda" or not is_foreseen:
         return {}
     memory = plan.memory(config, runtime.world_size, context_parallel.choice.strategy)
-    rates = plan.rates_of_device(runtime.device_name)
+    rates = plan.rates_of_device(runtime.device_name) if plan.is_timed(config) else None
     time = {"predicted_s": sum(plan.seconds(config, runtime.world_size, rates).values())} if rates else {}
     return {
         "predicted_gib": memory.total / plan.GIB,

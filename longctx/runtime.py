@@ -176,18 +176,21 @@ def check_machines(runtime: Runtime) -> None:
         )
 
 
-def check_memory(config: Config, runtime: Runtime, choose: Callable[[Config], Strategy]) -> None:
+def check_memory(
+    config: Config, runtime: Runtime, choose: Callable[[Config], Strategy], is_foreseen: bool
+) -> None:  # fmt: skip
     """Raises `UserError` if a step needs more than a GPU has, or parameters, gradients and optimizer alone more than
     this machine.
 
-    `choose` gives the strategy of the context axis for a configuration.
+    `choose` gives the strategy of the context axis for a configuration. Unless the run's memory `is_foreseen`, see
+    `plan`, a GPU too is only asked for parameters, gradients and optimizer.
     """
     needed = plan.state_bytes(config, runtime.world_size)
     if runtime.device.type == "cuda":
         gc.collect()  # of an earlier job of this process
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free, where = torch.cuda.mem_get_info(runtime.device)[0] + kept, "are free on a GPU"
-        if plan.is_foreseen(config):
+        if is_foreseen:
             if problem := plan.refusal(config, runtime.world_size, choose, free):
                 raise UserError(problem)
             return

@@ -18,7 +18,7 @@ from longctx.data.loader import Loader
 from longctx.errors import UserError
 from longctx.hugging_face.load import start_from_pretrained
 from longctx.metrics import Metrics
-from longctx.model.implementations import attention_implementation, fused_implementation
+from longctx.model.implementations import implementations
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.fsdp import time_waits
 from longctx.parallel.local_batch import LocalBatch
@@ -63,8 +63,7 @@ class Trainer:
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         compute = getattr(torch, config.precision.compute)
-        self.attention = attention_implementation(config.model, runtime.device, compute)
-        self.fused_ops = fused_implementation(config.model, runtime.device, compute)
+        self.implementations = implementations(config, runtime.device)
         self.model, self.context_parallel = parallelize(config, self.mesh, runtime.ranks_of_a_machine, runtime.device)
         if_it_fails.callback(self.context_parallel.close)
         self.parameters = dict(self.model.named_parameters())
@@ -83,9 +82,8 @@ class Trainer:
             self._verify_layout()
         self.context_parallel.time_waits(partial(self.clock.part, "context_exposed"))
         time_waits(self.model, partial(self.clock.part, "fsdp_exposed"))
-        implementations = {"attention": self.attention, "fused_ops": self.fused_ops}
         self.facts = run_facts.collect(
-            config, runtime, self.mesh, self.parameters, self.context_parallel, implementations, self.tokens
+            config, runtime, self.mesh, self.parameters, self.context_parallel, self.implementations, self.tokens
         )
         predicted = {"mem/predicted_gib": "predicted_gib", "time/predicted_s": "predicted_s"}
         self.predicted = {name: self.facts[fact] for name, fact in predicted.items() if fact in self.facts}

@@ -1,15 +1,17 @@
 """What fits on which GPUs: `python tools/plan.py recipe=llama3_8b_1m gpus=8 gpu=h200`.
 
-Words as of train.py, and `gpus=N`, `gpu=NAME` (a file of longctx/rates). Prints each layout that the run may have, the
-fastest that fits first, with the memory of a GPU, the seconds of a step and the longest sequence; the command that
-starts the first; and what does not fit. `--json` prints the same for programs. No GPU is needed: memory and seconds are
-those of longctx/plan.py, with each sequence one document.
+Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a file of longctx/rates). Prints each
+layout that the run may have, the fastest that fits first, with the memory of a GPU, the seconds of a step and the
+longest sequence; the command that starts the first; and what does not fit. `--json` prints the same for programs. No
+GPU is needed: memory and seconds are those of longctx/plan.py, with each sequence one document, and communication
+hidden; of strategies that are alike that of parallel.strategy=auto is first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,11 +26,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longctx import plan, train
+from longctx.command_line import script
 from longctx.config import Config, Recompute, Strategy
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.parallel.strategy import strategy_for
 
+OWN = ("gpus", "per_machine", "gpu")  # words that are not train.py's
 RESERVED_GIB, GAPS = 1.5, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 
 
@@ -42,68 +46,119 @@ class Plan(NamedTuple):
     tokens_per_s: float  # a GPU
     mfu: float
     longest: int  # tokens of a sequence with which it still fits
+    is_auto: bool  # whether `auto` would take this strategy
 
 
-def parsed(words: list[str]) -> tuple[list[str], int, str]:
-    """Words for Hydra, the number of GPUs and their name."""
-    own = dict(word.split("=", 1) for word in words if word.startswith(("gpus=", "gpu=")))
-    if not own.get("gpus", "").isdecimal() or int(own["gpus"]) < 1:
-        sys.exit(f"plan: gpus={own.get('gpus', '')}: give a whole number from 1 on, such as gpus=8")
-    rest = [word for word in words if not word.startswith(("gpus=", "gpu="))]
-    return rest, int(own["gpus"]), own.get("gpu", "h200")
+class Machines(NamedTuple):
+    """What is to be trained on."""
+
+    gpus: int
+    per_machine: int
+    gpu: str
+
+
+def parsed(words: list[str]) -> tuple[list[str], Machines]:
+    """Words for Hydra, and the GPUs. Exits where these are not said right."""
+    own: dict[str, list[str]] = {}
+    for word in words:
+        own.setdefault(word.partition("=")[0], []).append(word.partition("=")[2])
+    for key in OWN:
+        if len(own.get(key, [])) > 1:
+            sys.exit(f"plan: {key}= is given {len(own[key])} times; give it once")
+    numbers = {}
+    for key, default in (("gpus", ""), ("per_machine", "8")):
+        [value] = own.get(key, [default])
+        if not value.isdecimal() or int(value) < 1:
+            sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}=8")
+        numbers[key] = int(value)
+    gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])
+    if gpus % per_machine:
+        sys.exit(f"plan: gpus={gpus} are no whole machines of {per_machine}; give per_machine, or other gpus")
+    rest = [word for word in words if word.partition("=")[0] not in OWN]
+    return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0])
 
 
 def composed(words: list[str]) -> Config:
-    named = [] if any(word.startswith("name=") for word in words) else ["name=plan"]  # else named by the clock
+    """The configuration that train.py would have. Raises `ConfigError`, or what Hydra raises."""
+    named = [] if "name" in keys_of(words) else ["name=plan"]  # else named by the clock
     with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
-        found = OmegaConf.to_object(compose("train", overrides=[*words, *named]))
-    assert isinstance(found, Config)
+        found = compose("train", overrides=[*train.typed(words), *named])
+    train.refuse_unknown_keys(found)
+    config = OmegaConf.to_object(found)
+    assert isinstance(config, Config)
+    return config
+
+
+def keys_of(words: list[str]) -> set[str]:
+    """The keys that are on the command line, of groups that are given as a whole too."""
+    found = set()
+    for word in words:
+        key, _, value = word.partition("=")
+        found.add(key.lstrip("+"))
+        if value.startswith("{"):
+            found |= {f"{key.lstrip('+')}.{part.partition(':')[0].strip(' {')}" for part in value.split(",")}
     return found
 
 
-def layouts(config: Config, words: list[str], gpus: int, usable: float) -> Iterator[tuple[list[str], Config]]:
+def layouts(
+    config: Config, words: list[str], machines: Machines, usable: float, problems: list[ConfigError]
+) -> Iterator[tuple[list[str], Config]]:
     """What may be changed of a run without changing its results: words that say it, and the configuration."""
-    typed = {word.split("=", 1)[0] for word in words}
+    typed, gpus = keys_of(words), machines.gpus
     contexts = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for context in contexts if "parallel.context" not in typed else [config.parallel.context]:
         strategies = [Strategy.gather, Strategy.ring, Strategy.ulysses] if context > 1 else [Strategy.auto]
         for strategy in strategies if "parallel.strategy" not in typed else [config.parallel.strategy]:
             of_ranks = replace(config, parallel=replace(config.parallel, context=context, strategy=strategy))
-            for recompute, saved in policies(of_ranks, typed, gpus, usable):
+            try:
+                check(of_ranks, gpus)
+            except ConfigError as error:
+                problems.append(error)
+                continue
+            for recompute, saved in policies(of_ranks, typed, machines, usable):
                 parallel = replace(of_ranks.parallel, recompute=recompute, attention_saved_layers=saved)
                 changed = replace(config, parallel=parallel)
                 names = ["context", "strategy", "recompute", *(["attention_saved_layers"] if saved else [])]
-                try:
-                    check(changed, gpus)
-                except ConfigError:
-                    continue
                 yield [f"parallel.{name}={getattr(parallel, name)}" for name in names], changed
 
 
-def policies(config: Config, typed: set[str], gpus: int, usable: float) -> Iterator[tuple[Recompute, int]]:
+def policies(config: Config, typed: set[str], machines: Machines, usable: float) -> Iterator[tuple[Recompute, int]]:
     """Of activation checkpointing, and of how many layers attention is saved all the same: as many as fit."""
     if typed & {"parallel.recompute", "parallel.attention_saved_layers"}:
         yield config.parallel.recompute, config.parallel.attention_saved_layers
         return
     yield from ((policy, 0) for policy in Recompute)
-    saved = plan.most_attention_saved(config, gpus, strategy_for(gpus), usable)
+    saved = plan.most_attention_saved(config, machines.gpus, strategy_for(machines.per_machine), usable)
     if 0 < saved < config.model.layers:
         yield Recompute.full, saved
 
 
-def plans(config: Config, words: list[str], gpus: int, rates: dict[str, Any], usable: float) -> list[Plan]:
-    """Of all layouts: those that fit first, and of these the fastest."""
-    choose, found = strategy_for(gpus), []
-    for said, changed in layouts(config, words, gpus, usable):
+def plans(config: Config, words: list[str], machines: Machines, rates: dict[str, Any], usable: float) -> list[Plan]:
+    """Of all layouts: those that fit first, and of these the fastest. Raises `ConfigError` if there is none."""
+    gpus, choose = machines.gpus, strategy_for(machines.per_machine)
+    found, problems = [], []
+    for said, changed in layouts(config, words, machines, usable, problems):
         strategy = choose(changed)
         seconds = sum(plan.seconds(changed, gpus, rates).values())
         tokens = changed.data.sequence_length * changed.data.sequences_per_step / gpus
         attention, products = plan.flops(changed)
         mfu = 3 * (attention + products) / gpus / seconds / (rates["peak_tflops"] * 1e12)
-        longest = plan.longest(changed, gpus, choose, usable, 1024 * changed.parallel.context)
+        longest = plan.longest(changed, gpus, choose, usable)
         memory = plan.memory(changed, gpus, strategy)
-        found.append(Plan(said, str(strategy), memory, seconds, tokens / seconds, mfu, longest))
-    return sorted(found, key=lambda p: (p.memory.total > usable, p.seconds, p.memory.total))
+        auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
+        found.append(Plan(said, str(strategy), memory, seconds, tokens / seconds, mfu, longest, strategy == auto))
+    if not found:
+        raise problems[0]
+    return sorted(found, key=lambda p: (p.memory.total > usable, p.seconds, not p.is_auto, p.memory.total))
+
+
+def command_of(p: Plan, words: list[str], machines: Machines) -> str:
+    """What starts a plan: what was typed, and what it adds."""
+    typed, count = keys_of(words), machines.gpus // machines.per_machine
+    nodes = ["--nnodes", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"] if count > 1 else []
+    added = [word for word in p.words if word.partition("=")[0] not in typed]
+    launcher = ["torchrun", *nodes, "--nproc-per-node", str(machines.per_machine)]
+    return shlex.join([*launcher, *script(), *words, *added])
 
 
 def row(p: Plan, usable: float) -> str:
@@ -121,31 +176,33 @@ def main() -> None:
     parser.add_argument("words", nargs="+", help="recipe=... gpus=N, and any words of train.py")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    words, gpus, gpu = parsed(arguments.words)
+    words, machines = parsed(arguments.words)
     try:
-        config, rates = composed(words), plan.rates(gpu)
+        config, rates = composed(words), plan.rates(machines.gpu)
+        if not plan.is_foreseen(config.model.attention, config.model.fused_ops) or not plan.is_timed(config):
+            sys.exit(
+                "plan: memory and seconds are known of 16 bits, head dims up to 256 and the fused kernels; leave "
+                "model.attention, model.fused_ops and precision as they are, or run it"
+            )
+        usable = ((1 - GAPS) * rates["gib"] - RESERVED_GIB) * plan.GIB
+        found = plans(config, words, machines, rates, usable)
     except KeyError as error:
         sys.exit(f"plan: {error.args[0]}")
+    except ConfigError as error:
+        sys.exit(f"plan: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"plan: {train.explain(error)}")
-    usable = ((1 - GAPS) * rates["gib"] - RESERVED_GIB) * plan.GIB
-    found = plans(config, words, gpus, rates, usable)
-    if not found:
-        sys.exit(f"plan: no layout of {gpus} GPUs is one that train.py would take; it says why")
     fitting = [p for p in found if p.memory.total <= usable]
-    command = None
-    if fitting:
-        launcher = f"torchrun --nproc-per-node {gpus} train.py"
-        command = " ".join([launcher, *words, *(w for w in fitting[0].words if w.split("=")[0] not in " ".join(words))])
+    command = command_of(fitting[0], words, machines) if fitting else None
     if arguments.json:
         of_plans = [p._asdict() | {"memory": p.memory._asdict(), "fits": p in fitting} for p in found]
-        print(json.dumps({"gpus": gpus, "gpu": rates["gpu"], "usable_gib": usable / plan.GIB, "command": command,
-                          "provenance": rates["provenance"], "plans": of_plans}, indent=1))  # fmt: skip
+        facts = {"gpus": machines.gpus, "gpu": rates["gpu"], "usable_gib": usable / plan.GIB, "command": command}
+        print(json.dumps(facts | {"provenance": rates["provenance"], "plans": of_plans}, indent=1))
         return
     data = config.data
     print(
-        f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {gpus} x {rates['gpu']}, "
-        f"{usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
+        f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {machines.gpus} x "
+        f"{rates['gpu']}, {usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
         f"context  strategy recompute      GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
     )
     print("\n".join(row(p, usable) for p in found))

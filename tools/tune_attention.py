@@ -47,6 +47,7 @@ def forward_tiles(head_dim: int) -> list[hopper_tiles.HopperForward]:
 
 
 def backward_tiles(head_dim: int) -> list[hopper_tiles.HopperBackward]:
+    """Of the form whose sums come in any order; `ordered_dq_stages` are those in use."""
     rows, ordered_dq_stages = {64: (128, 1), 128: (64, 2), 256: (64, 1)}[head_dim]
     return [hopper_tiles.HopperBackward(rows, 2, ordered_dq_stages, registers) for registers in (240, 232)]
 

@@ -39,6 +39,7 @@ from longctx.kernels.attention.hopper_gluon import (
 )
 from longctx.kernels.attention.hopper_gradients import (
     KEYS,
+    SIZES,
     attention_backward_dq_hopper,
     by_register,
     load_items,
@@ -62,11 +63,6 @@ from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E
-
-SIZES = [  # one compilation for all of them
-    "tiles_batch", "turns_batch", "bounds_batch", "n_keys", "n_heads", "group", "n_items", "n_pairs",
-    "together", "key_blocks", "row_blocks",
-]  # fmt: skip
 
 
 @gluon.jit
@@ -327,7 +323,7 @@ class PartialBackwardOnHopper:
         self.blocks, self.width = hopper_tiles.backward_tiles(q), hopper_tiles.hopper_head_dim(q)
         batch, n_queries, heads, _ = q.shape
         self.row_blocks = triton.cdiv(n_queries, self.blocks.rows)
-        shape = batch, heads, self.row_blocks, self.blocks.rows * self.width // 32, 32
+        shape = batch, heads, self.row_blocks, self.blocks.rows * self.width // 4096, 16, 256
         self.dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
         with hardware.on_device(q):
             self.statistics = triton_backward.statistics(self.dout, out, dlse, lse, options.scale, self.blocks.rows)

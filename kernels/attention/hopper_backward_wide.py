@@ -23,17 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx.kernels.attention.hopper_gluon import named_barrier, threads_meet, tma_store
-from longctx.kernels.attention.hopper_gradients import KEYS, by_register, load_items, quad_layout, send_gradient
+from longctx.kernels.attention.hopper_gradients import KEYS, SIZES, by_register, load_items, quad_layout, send_gradient
 from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, pointers_to, read_item
 from longctx.kernels.attention.triton_tile import wait_for
 
 WIDTH = gl.constexpr(256)  # head dim, padded
 HALF = gl.constexpr(128)  # of the head dim: a consumer's
 SHARE = gl.constexpr(32)  # of the keys: a consumer's scores
-SIZES = [  # one compilation for all of them
-    "tiles_batch", "turns_batch", "bounds_batch", "n_keys", "n_heads", "group", "n_items", "n_pairs",
-    "together", "key_blocks", "row_blocks",
-]  # fmt: skip
 
 
 @gluon.jit

@@ -20,6 +20,10 @@ from longctx.kernels.attention.hopper_scheduler import item_of, phase_of, pointe
 from longctx.kernels.triton_math import wide
 
 KEYS = gl.constexpr(64)  # of a tile of scores; homes of gradients are of 2 * KEYS
+SIZES = [  # one compilation for all of them
+    "tiles_batch", "turns_batch", "bounds_batch", "n_keys", "n_heads", "group", "n_items", "n_pairs",
+    "together", "key_blocks", "row_blocks",
+]  # fmt: skip
 
 
 @gluon.constexpr_function

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from longctx.config import ModelConfig
+from longctx.config import Config, ModelConfig
 from longctx.errors import UserError
 from longctx.kernels import hardware
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.interface import check_inputs
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
+
+
+def implementations(config: Config, device: torch.device) -> dict[str, str]:
+    """What `model.attention` and `model.fused_ops` come to, in words, by `attention` and `fused_ops`.
+
+    Raises UserError if one that is asked for cannot serve the model there.
+    """
+    compute = getattr(torch, config.precision.compute)
+    return {
+        "attention": attention_implementation(config.model, device, compute),
+        "fused_ops": fused_implementation(config.model, device, compute),
+    }
 
 
 def attention_implementation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from longctx.config import groups_of_heads
 from longctx.kernels.attention import passes
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -43,9 +44,7 @@ class Heads:
     @cached_property
     def groups(self) -> int:
         """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
-        of_rank, kv_of_rank = self.heads // self.size, max(1, self.kv_heads // self.size)
-        fitting = [n for n in range(1, self.most_groups + 1) if of_rank % n == 0]
-        return max(n for n in fitting if kv_of_rank % n == 0 or n % kv_of_rank == 0)
+        return groups_of_heads(self.heads, self.kv_heads, self.size, self.most_groups)
 
     @cached_property
     def kv_pieces(self) -> int:

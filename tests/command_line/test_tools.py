@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -134,6 +135,12 @@ def test_plan():
         (["recipe=gpt_32k"], "plan: gpus=: give a whole number from 1 on"),
         (["recipe=gpt_32k", "gpus=2", "gpu=b300"], "plan: gpu=b300: no rates of it; there are h200"),
         (["recipe=gpt_33k", "gpus=2"], "Could not find 'recipe/gpt_33k'"),
+        (["recipe=gpt_32k", "gpus=2", "gpus=4"], "plan: gpus= is given 2 times; give it once"),
+        (["recipe=gpt_32k", "gpus=12"], "plan: gpus=12 are no whole machines of 8"),
+        (["recipe=gpt_32k", "gpus=3"], "data.sequences_per_step=2 is no multiple of the 3 ranks"),
+        (["recipe=gpt_32k", "gpus=1", "parallel.shard=0"], "parallel.shard=0: give 1 or more"),
+        (["recipe=gpt_32k", "gpus=2", "+foo=3"], "foo is no key of the configuration"),
+        (["recipe=gpt_32k", "gpus=2", "precision.compute=float32"], "plan: memory and seconds are known of 16 bits"),
     ],
     ids=str,
 )
@@ -149,3 +156,16 @@ def test_plan_of_what_cannot_fit():
     [row] = [line for line in result.stdout.splitlines() if "does not fit" in line]
     assert row.split()[:4] == ["1", "-", "full", "542.9"]
     assert "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model" in result.stdout
+
+
+def test_the_command_of_a_plan():
+    """What was typed stays as it was, quoted, and is not said twice; two machines are started as two."""
+    words = ["recipe=gpt_32k", "gpus=16", "name=x-parallel.recompute-y", "data.folder=/d/a(b)=c", "data=prepared",
+             "++parallel.context=8", "data.curriculum={0: 2048, 10: 0}"]  # fmt: skip
+    result = run_tool("tools/plan.py", *words, "--json")
+    assert result.returncode == 0, result.stderr
+    typed = shlex.split(json.loads(result.stdout)["command"])
+    assert typed[:9] == ["torchrun", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500",
+                         "--nproc-per-node", "8"]  # fmt: skip
+    assert [word for word in words if not word.startswith("gpus=")] == typed[10:16]
+    assert {word.partition("=")[0] for word in typed[16:]} == {"parallel.strategy", "parallel.recompute"}

@@ -136,6 +136,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "long": {"length": 16384, "layers": 6},
+    "one layer": {"layers": 1},
     "GELU, layer norm": {"activation": Activation.gelu, "norm": Norm.layer_norm},
     "much attention, of two layers saved": {"saved_layers": 2, "heads": 16, "kv_heads": 16, "mlp_width": 128},
     "much attention": {"heads": 16, "kv_heads": 16, "mlp_width": 128},
