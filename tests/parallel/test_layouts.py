@@ -168,7 +168,7 @@ FUSED_LAYOUTS = {
 def test_fused_ops_in_triton(name, layout):
     """Norms, rotary positions, SwiGLU and losses as kernels; under tensor parallelism on DTensors."""
     model = dataclasses.replace({"qwen3": QWEN, "gpt2": GPT2}[name], layers=1)
-    (parallel, ranks), inputs = FUSED_LAYOUTS[layout], make_inputs(DOCUMENTS[::2])
+    (parallel, ranks), inputs = FUSED_LAYOUTS[layout], make_inputs(DOCUMENTS[2:3])
     triton = dataclasses.replace(model, fused_ops=FusedImplementation.triton)
     results = run_on_ranks(ranks, on_layout, "cpu", triton, parallel, inputs)[0]
     ratio, where = compare(

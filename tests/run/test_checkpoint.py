@@ -71,7 +71,6 @@ def load(_rank, folder, parallel):
 LAYOUTS = [
     (ParallelConfig(), 4),
     (ParallelConfig(tensor=2), 2),
-    (ParallelConfig(tensor=2), 4),
     (ParallelConfig(), 1),
     (ParallelConfig(), 3),
 ]

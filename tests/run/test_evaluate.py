@@ -29,7 +29,6 @@ def test_layouts_agree(tmp_path, corpus):
     single, words = run_on_ranks(1, look, config)[0]
     for parallel, ranks in (
         (ParallelConfig(), 2),
-        (ParallelConfig(context=2), 2),
         (ParallelConfig(context=2, tensor=2), 4),
     ):
         config.folder, config.parallel = str(tmp_path / f"{ranks}{parallel.context}"), parallel
