@@ -48,9 +48,19 @@ def parameters(model: ModelConfig) -> tuple[int, int]:
         block += model.head_dim * (model.heads + 2 * model.kv_heads)
     if model.projection_bias:
         block += model.width + (branches - 1) * model.mlp_width + model.width
+    return matrices, model.layers * block + _root_parameters(model)
+
+
+def _root_parameters(model: ModelConfig) -> int:
+    """Of the embeddings, the last norm and the head."""
     tables = model.vocab_size * (1 if model.tied_embeddings else 2)
     tables += model.max_positions if model.positions == Positions.learned else 0
-    return matrices, model.layers * block + norm + tables * model.width
+    return model.width * (tables + (2 if model.norm == Norm.layer_norm else 1))
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """Parameters that take part in matrix products a token: all but embeddings, norms and biases."""
+    return parameters(model)[0] + model.width * model.vocab_size
 
 
 def state_bytes(config: Config, world_size: int) -> int:
@@ -118,12 +128,22 @@ class _Sizes:
     batch: float
 
 
+def _readers(config: Config, world_size: int) -> int:
+    """Ranks that read sequences of their own."""
+    return config.parallel.replicate * resolve_shard(config.parallel, world_size)
+
+
+def _micro_batches(config: Config, world_size: int) -> int:
+    """Of each rank in a step."""
+    readers = _readers(config, world_size)
+    return config.data.sequences_per_step // (readers * micro_batch(config.data, readers))
+
+
 def _sizes(config: Config, world_size: int) -> _Sizes:
     model, parallel, data = config.model, config.parallel, config.data
     compute = FLOAT32 if config.precision.compute == ComputeDtype.float32 else 2
     shard = resolve_shard(parallel, world_size)
-    sequences = micro_batch(data, parallel.replicate * shard)
-    tokens = sequences * data.sequence_length // parallel.context
+    tokens = micro_batch(data, _readers(config, world_size)) * data.sequence_length // parallel.context
     width, mlp = compute * model.width, compute * model.mlp_width / parallel.tensor
     queries, keys = (compute * n * model.head_dim / parallel.tensor for n in (model.heads, model.kv_heads))
     lse = FLOAT32 * model.heads / parallel.tensor
@@ -149,15 +169,12 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
         Recompute.full: _Block(share, again_in_mlp + attended, again_in_attention + attended),
     }
 
-    matrices, rest = parameters(model)
-    tables = model.vocab_size * (1 if model.tied_embeddings else 2)
-    tables += model.max_positions if model.positions == Positions.learned else 0
-    root = model.width * (tables + (2 if model.norm == Norm.layer_norm else 1))
+    root = _root_parameters(model)
     rotation = 2 * FLOAT32 * (model.head_dim // 2) if model.positions == Positions.rotary else 0
     masks = 12 * len(set(layer_windows(model))) * parallel.context  # bounds and tiles of whole sequences
     vocabulary = model.vocab_size // parallel.tensor
     return _Sizes(
-        block=(matrices + rest - root) // model.layers // parallel.tensor,
+        block=(sum(parameters(model)) - root) // model.layers // parallel.tensor,
         root=root // parallel.tensor,
         table=vocabulary * model.width,
         first_matrix=model.width * model.mlp_width // parallel.tensor,
@@ -216,8 +233,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     model, sizes = config.model, _sizes(config, world_size)
     layers, alone = model.layers, sizes.ranks == 1
     count = sizes.block * layers + sizes.root
-    readers = config.parallel.replicate * resolve_shard(config.parallel, world_size)
-    accumulation = config.data.sequences_per_step // (readers * micro_batch(config.data, readers))
+    accumulates = _micro_batches(config, world_size) > 1
     moments = 2 * count
     if config.optim.optimizer == Optimizer.muon:
         moments -= parameters(model)[0] // config.parallel.tensor
@@ -240,11 +256,11 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     held = 0 if model.tied_embeddings else table_gradient  # until the sum over ranks is there
 
     def gradients(blocks: int) -> float:
-        return whole_gradients if accumulation > 1 else FLOAT32 * sizes.block * blocks / sizes.ranks
+        return whole_gradients if accumulates else FLOAT32 * sizes.block * blocks / sizes.ranks
 
     points = {
         "losses": state | {
-            "gradients": gradients(0) if accumulation > 1 else 0.0,
+            "gradients": gradients(0),
             "gathered parameters": gathered_root + (0 if alone else gathered_block),
             "saved for the backward pass": kept(layers),
             "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
@@ -418,8 +434,8 @@ def flops(config: Config) -> tuple[float, float]:
     model, data = config.model, config.data
     length, tokens = data.sequence_length, data.sequence_length * data.sequences_per_step
     pairs = sum(length**2 / 2 if not w or w >= length else w * length for w in layer_windows(model))
-    matrices = parameters(model)[0] + model.width * model.vocab_size
-    return 4.0 * model.heads * model.head_dim * pairs * data.sequences_per_step, 2.0 * matrices * tokens
+    attention = 4.0 * model.heads * model.head_dim * pairs * data.sequences_per_step
+    return attention, 2.0 * matmul_parameters(model) * tokens
 
 
 def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, float]:
@@ -436,8 +452,6 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     matrices, rest = parameters(model)
     again = 0 if recompute == Recompute.none else matrices - model.layers * model.width * model.mlp_width
     attention_again = recompute_by_layer(config).count(Recompute.full) / model.layers
-    readers = config.parallel.replicate * resolve_shard(config.parallel, world_size)
-    micro_batches = config.data.sequences_per_step / (readers * micro_batch(config.data, readers))
     ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
     others = assumed["other_kernels_us_a_token_of_width_4096"]
     product_rate = of["product_tflops"] * 1e12 * assumed["share_of_product_tflops"]
@@ -445,7 +459,7 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
         "attention": attention * ((1 + attention_again) / forward + 2.5 / backward),
         "products": (3 * products + 2 * again * tokens) / product_rate,
         "other kernels": others * 1e-6 * tokens * model.layers * model.width / 4096,
-        "launches": assumed["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,
+        "launches": assumed["launches_ms_a_layer"] * 1e-3 * model.layers * _micro_batches(config, world_size),
         "optimizer": 28 * (matrices + rest) / ranks / (of["memory_tb_per_s"] * 1e12),
     }
 

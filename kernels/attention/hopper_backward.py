@@ -40,6 +40,7 @@ from longctx.kernels.attention.hopper_gluon import (
 from longctx.kernels.attention.hopper_gradients import (
     KEYS,
     SIZES,
+    add_gradient,
     attention_backward_dq_hopper,
     by_register,
     load_items,
@@ -54,7 +55,6 @@ from longctx.kernels.attention.hopper_scheduler import (
     make_box,
     part_descriptor,
     phase_of,
-    pointers_to,
     read_item,
     vector_descriptor,
 )
@@ -175,14 +175,8 @@ def _consumer(
             send_gradient(dk_home, dk_strides, batch, head, NUMBER, head_dim, dk, BLOCK_D)
             send_gradient(dk_home + dk_strides[1] // 2, dk_strides, batch, head, NUMBER, head_dim, dv, BLOCK_D)
         elif ACCUMULATE:
-            pointers, inside = pointers_to(
-                dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
-            )
-            gl.store(pointers, dk + gl.load(pointers, mask=inside, other=0.0), mask=inside)
-            pointers, inside = pointers_to(
-                dv_out, dv_strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, sum_layout
-            )
-            gl.store(pointers, dv + gl.load(pointers, mask=inside, other=0.0), mask=inside)
+            add_gradient(dk_out, dk_strides, batch, head, first_key, n_keys, head_dim, dk, BLOCK_D, sum_layout)
+            add_gradient(dv_out, dv_strides, batch, head, first_key, n_keys, head_dim, dv, BLOCK_D, sum_layout)
         else:
             named_barrier(9, 256)  # both have read all of the keys, whose place is taken
             dk_tile, dv_tile = _of_consumer(keys, NUMBER, 0), _of_consumer(values, NUMBER, 0)
@@ -295,7 +289,7 @@ def attention_backward_hopper(
             (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q,
                          BLOCK_D, STAGES, DQ_STAGES)),
             (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
-                       ACCUMULATE, BLOCK_Q, 2 * KEYS, STAGES)),
+                          ACCUMULATE, BLOCK_Q, 2 * KEYS, STAGES)),
             (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
                       row_blocks, 0, DQ_STAGES)),
             (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,

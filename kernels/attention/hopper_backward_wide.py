@@ -23,8 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from longctx.kernels.attention.hopper_gluon import named_barrier, threads_meet, tma_store
-from longctx.kernels.attention.hopper_gradients import KEYS, SIZES, by_register, load_items, quad_layout, send_gradient
-from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, pointers_to, read_item
+from longctx.kernels.attention.hopper_gradients import (
+    KEYS,
+    SIZES,
+    add_gradient,
+    by_register,
+    load_items,
+    quad_layout,
+    send_gradient,
+)
+from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, read_item
 from longctx.kernels.attention.triton_tile import wait_for
 
 WIDTH = gl.constexpr(256)  # head dim, padded
@@ -158,14 +166,8 @@ def _consumer(
             send_gradient(home, dk_strides, batch, head, key_block % 2, width, dk, HALF)
             send_gradient(home + dk_strides[1] // 2, dk_strides, batch, head, key_block % 2, width, dv, HALF)
         elif ACCUMULATE:
-            pointers, inside = pointers_to(
-                dk_out + column, dk_strides, batch, head, first_key, n_keys, width, KEYS, HALF, sum_layout
-            )
-            gl.store(pointers, dk + gl.load(pointers, mask=inside, other=0.0), mask=inside)
-            pointers, inside = pointers_to(
-                dv_out + column, dv_strides, batch, head, first_key, n_keys, width, KEYS, HALF, sum_layout
-            )
-            gl.store(pointers, dv + gl.load(pointers, mask=inside, other=0.0), mask=inside)
+            add_gradient(dk_out + column, dk_strides, batch, head, first_key, n_keys, width, dk, HALF, sum_layout)
+            add_gradient(dv_out + column, dv_strides, batch, head, first_key, n_keys, width, dv, HALF, sum_layout)
         else:
             named_barrier(9, 256)  # both have read all of the keys, whose place is taken
             k_half.store(dk.to(k.dtype))

@@ -61,6 +61,15 @@ def send_gradient(home, strides, batch, head, block, head_dim, x, BLOCK_D: gl.co
 
 
 @gluon.jit
+def add_gradient(
+    out, strides, batch, head, first_key, n_keys, head_dim, x, BLOCK_D: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """Adds (KEYS, D) to float32 numbers in memory, which no other program has."""
+    pointers, inside = pointers_to(out, strides, batch, head, first_key, n_keys, head_dim, KEYS, BLOCK_D, layout)
+    gl.store(pointers, x + gl.load(pointers, mask=inside, other=0.0), mask=inside)
+
+
+@gluon.jit
 def load_items(
     descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx import plan
 from longctx.config import Activation, ModelConfig, Positions, layer_windows
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.loss import reference
@@ -18,6 +17,7 @@ from longctx.kernels.swiglu import swiglu
 from longctx.model.attention import Attention
 from longctx.model.norm import make_norm
 from longctx.model.rotary import cos_sin
+from longctx.plan import matmul_parameters
 
 
 class MLP(nn.Module):
@@ -143,11 +143,6 @@ def build(config: ModelConfig, seed: int, device: torch.device | str = "cpu") ->
 
 
 # size and work -------------------------------------------------------------------------------------------------------
-
-
-def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that take part in matrix products a token: all but embeddings, norms and biases."""
-    return plan.parameters(config)[0] + config.width * config.vocab_size
 
 
 def training_flops(config: ModelConfig, positions: Tensor) -> float:

@@ -51,9 +51,7 @@ class Step:
     moves: list[Move]  # of all ranks
     n_keys: int  # 0: this rank only sends
     mask: KeyIntervals  # of this rank's rows over the keys of the step
-    merge_flags: (
-        Tensor  # of each `MERGED_ROWS` rows in the forward pass: skip, first, middle or last, see `tiles.merge_flags`
-    )
+    merge_flags: Tensor  # of each `MERGED_ROWS` rows, forward: skip, first, middle or last, see `tiles.merge_flags`
     tiles_have_one_owner: bool  # then kernels may store the gradients of keys straight into the owners' memory
     gradient_targets: dict = field(default_factory=dict)  # where they do, see `_gradient_targets`
 

@@ -14,7 +14,8 @@ from longctx.kernels.attention import reference
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.model.rotary import attention_factor, cos_sin, frequencies
-from longctx.model.transformer import Transformer, build, matmul_parameters, palm_flops, training_flops
+from longctx.model.transformer import Transformer, build, palm_flops, training_flops
+from longctx.plan import matmul_parameters
 from runs import composed
 
 # of the published models; gpt_124m by hand: 50304 * 768 + 12 * (4 * 768^2 + 3 * 768 * 2048 + 2 * 768) + 768

@@ -98,9 +98,8 @@ def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
         live.peak = 0
         for _ in range(micro_batches):
             shape = config.data.sequences_per_micro_batch, config.data.sequence_length // config.parallel.context
-            tokens, targets, positions, start = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
-            model(tokens, positions, mask, targets, torch.ones(())).backward()
-            del start
+            local = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in Batch._fields))
+            model(local.tokens, local.positions, mask, local.targets, torch.ones(())).backward()
     return live
 
 
