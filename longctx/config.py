@@ -321,7 +321,22 @@ class ParallelConfig:
         0, "recompute=full: so many layers, the last, are attention_saved all the same: as many as memory has room for",
         least=0,
     )  # fmt: skip
-    compile: bool = knob(False, "torch.compile each block")
+    tile: int = knob(
+        0,
+        "blocks compute all but attention, and with it its backward pass, for so many tokens of a micro-batch at a "
+        "time, without torch.compile: 16384 bounds what they hold and costs little; 0: for all at once",
+        least=0,
+    )
+    offload: int = knob(
+        0,
+        "activation offload: the first so many layers keep what recompute lets them keep in host memory, and bring it "
+        "back one layer ahead; without torch.compile",
+        least=0,
+    )
+    offload_optimizer: bool = knob(
+        False, "AdamW's moments stay in host memory and pass through the GPU in each update: 8 bytes a parameter less"
+    )
+    compile: bool = knob(False, "torch.compile each block, unless it is tiled or offloaded")
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", least=1)
     stop_seconds: int = knob(
         20,
@@ -330,6 +345,11 @@ class ParallelConfig:
         least=1,
     )
     check_memory: bool = knob(True, "refuse at start what cannot fit the memory there is")
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether blocks run as one autograd function each, see `longctx.parallel.tiled_block`."""
+        return bool(self.tile or self.offload)
 
 
 @dataclass

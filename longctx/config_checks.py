@@ -10,6 +10,7 @@ from longctx.config import (
     DataConfig,
     DataSource,
     ModelConfig,
+    Optimizer,
     ParallelConfig,
     Positions,
     Recompute,
@@ -69,11 +70,38 @@ def _check_ranges(config: Config) -> list[str]:
         )
     if saved > config.model.layers:
         problems.append(f"parallel.attention_saved_layers={saved}: the model has {config.model.layers} layers")
+    problems += _check_offload(config)
     if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
         problems.append(f"name={config.name!r} is no folder name; give one without slashes")
     elif config.name != config.name.strip() or not config.name.isprintable():
         problems.append(f"name={config.name!r} has spaces at an end, or signs that cannot be seen; give one without")
     return problems + _check_data(config.data)
+
+
+def _check_offload(config: Config) -> list[str]:
+    parallel, layers = config.parallel, config.model.layers
+    problems = []
+    named = [f"parallel.{name}={n}" for name in ("tile", "offload") if (n := getattr(parallel, name))]
+    if named and parallel.recompute == Recompute.none:
+        problems.append(
+            f"{' and '.join(named)}: such blocks compute all but attention again, and parallel.recompute=none nothing; "
+            "set parallel.recompute=attention_saved or full"
+        )
+    if named and parallel.tensor > 1:
+        problems.append(
+            f"{' and '.join(named)} with parallel.tensor={parallel.tensor}: not served yet; set parallel.tensor=1, and "
+            "parallel.context for the GPUs that it frees"
+        )
+    if parallel.offload >= layers and parallel.offload:
+        problems.append(
+            f"parallel.offload={parallel.offload}: what the last of the {layers} layers keeps is needed at once; give "
+            f"at most {layers - 1}"
+        )
+    if parallel.offload_optimizer and config.optim.optimizer == Optimizer.muon:
+        problems.append(
+            "parallel.offload_optimizer is of AdamW's moments, optim.optimizer is muon; set one or the other"
+        )
+    return problems
 
 
 def _check_data(data: DataConfig) -> list[str]:

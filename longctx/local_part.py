@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -19,6 +20,11 @@ def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "this rank is not in the tensor's mesh"
     return _part_at(tensor, coordinate)
+
+
+def with_local(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor laid out over ranks as `tensor` is, of which this one holds `local`, on whatever device that is."""
+    return DTensor(local, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local  # pyright: ignore[reportCallIssue]
 
 
 def parts_of_ranks(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

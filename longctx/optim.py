@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longctx.config import OptimConfig, Optimizer
 from longctx.muon import Muon
+from longctx.offloaded_adamw import OffloadedAdamW
 from longctx.schedule import schedule
 
 
 class Optimizers:
     """AdamW for every parameter, or Muon for the matrices of the blocks and AdamW for the rest."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, compute: torch.dtype = torch.float32) -> None:
-        """compute: the dtype that Muon's iteration is computed in."""
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, compute: torch.dtype = torch.float32, is_offloaded: bool = False
+    ) -> None:  # fmt: skip
+        """compute: the dtype that Muon's iteration is computed in; is_offloaded: AdamW's moments in host memory."""
         self.config = optim
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         is_muon = optim.optimizer == Optimizer.muon
@@ -26,14 +31,9 @@ class Optimizers:
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
+        adamw = OffloadedAdamW if is_offloaded else partial(torch.optim.AdamW, fused=True)
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                lr=optim.lr,
-                betas=(optim.beta1, optim.beta2),
-                eps=optim.eps,
-                fused=True,
-            )
+            adamw([g for g in groups if g["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
         ]
         if muon:
             self.optimizers.append(Muon(muon, optim.muon_lr, optim.muon_momentum, optim.weight_decay, compute))

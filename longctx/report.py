@@ -13,8 +13,8 @@ import yaml
 from longctx.metric_names import metric_of, octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, figures, folded, page, smoothed, table
-from longctx.plan import in_words
 from longctx.run_record import read_record
+from longctx.step_time import in_words
 from longctx.summary import summary
 
 Rows = list[dict[str, float]]

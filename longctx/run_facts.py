@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longctx import plan
+from longctx import plan, step_time
 from longctx.config import Config
 from longctx.data.mixture import Mixture
 from longctx.machine import this_machine
@@ -71,8 +71,8 @@ def _expected(
     if runtime.device.type != "cuda" or not is_foreseen:
         return {}
     memory = plan.memory(config, runtime.world_size, context_parallel.choice.strategy)
-    rates = plan.rates_of_device(runtime.device_name) if plan.is_timed(config) else None
-    time = {"predicted_s": sum(plan.seconds(config, runtime.world_size, rates).values())} if rates else {}
+    rates = step_time.rates_of_device(runtime.device_name) if step_time.is_timed(config) else None
+    time = {"predicted_s": sum(step_time.seconds(config, runtime.world_size, rates).values())} if rates else {}
     return {
         "predicted_gib": memory.total / plan.GIB,
         "predicted_at": memory.point,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import math
 import os
 import time
 import traceback
@@ -15,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from longctx import plan
+from longctx import machine, plan, remedies
 from longctx.config import Config, Strategy
 from longctx.console import say
 from longctx.errors import UserError
@@ -169,7 +170,7 @@ def check_machines(runtime: Runtime) -> None:
     """
     found = sorted(set(runtime.gather((this_machine(), runtime.ranks_of_a_machine))))
     if len({ranks for _, ranks in found}) > 1:
-        counts = ", ".join(f"{ranks} on {machine.split('/')[0]}" for machine, ranks in found)
+        counts = ", ".join(f"{ranks} on {name.split('/')[0]}" for name, ranks in found)
         raise UserError(
             f"machines run different numbers of processes ({counts}), but a layout gives each machine the same share: "
             "start as many on each (torchrun --nproc-per-node)"
@@ -190,13 +191,19 @@ def check_memory(
         gc.collect()  # of an earlier job of this process
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free, where = torch.cuda.mem_get_info(runtime.device)[0] + kept, "are free on a GPU"
+        of_host, ranks = machine.available_host_bytes() or math.inf, runtime.ranks_of_a_machine
+        if problem := remedies.host_refusal(config, runtime.world_size, ranks, of_host):
+            raise UserError(problem)
         if is_foreseen:
-            if problem := plan.refusal(config, runtime.world_size, choose, free):
+            if problem := remedies.refusal(config, runtime.world_size, choose, free, of_host / ranks):
                 raise UserError(problem)
             return
     else:
         needed *= runtime.ranks_of_a_machine
-        free, where = plan.available_host_bytes(), f"can be had on this machine of {runtime.ranks_of_a_machine} ranks"
+        free, where = (
+            machine.available_host_bytes(),
+            f"can be had on this machine of {runtime.ranks_of_a_machine} ranks",
+        )
     if free is None or needed <= free:
         return
     count = sum(plan.parameters(config.model))

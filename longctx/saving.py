@@ -21,7 +21,8 @@ from longctx.run_info import RunInfo
 from longctx.runtime import Runtime
 from longctx.schedule import decay_start
 
-NO_LAYOUT = ("timeout_seconds", "stop_seconds", "check_memory", "verify")  # of parallel: computes nothing differently
+# of parallel: computes nothing differently
+NO_LAYOUT = ("timeout_seconds", "stop_seconds", "check_memory", "verify", "offload_optimizer")
 
 
 @dataclass

@@ -13,10 +13,10 @@ from longctx.model.transformer import keys_seen, palm_flops, training_flops
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.load_balance import Split
 from longctx.parallel.mesh import Mesh
-from longctx.plan import in_words
 from longctx.power import PowerMeter
 from longctx.runtime import Runtime
 from longctx.step_counters import Memory, Summed
+from longctx.step_time import in_words
 from longctx.straggler import product_tflops
 
 GIB = 2.0**30

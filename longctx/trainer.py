@@ -67,7 +67,7 @@ class Trainer:
         self.model, self.context_parallel = parallelize(config, self.mesh, runtime.ranks_of_a_machine, runtime.device)
         if_it_fails.callback(self.context_parallel.close)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = Optimizers(self.model, config.optim, compute)
+        self.optimizer = Optimizers(self.model, config.optim, compute, config.parallel.offload_optimizer)
         self.saving = Saving(
             self.run_info, runtime, progress, self.parameters, self.optimizer, self.context_parallel, self.tokens
         )

@@ -22,17 +22,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the foundation: the standard library, and what is named here
     "errors": set(), "console": set(), "machine": set(), "batch": set(), "config": set(), "step_counters": set(),
     "files": set(), "trace": set(), "local_part": set(), "metric_names": set(), "metrics_file": set(), "summary": set(),
-    "page": set(), "power": set(), "step_clock": set(),
+    "page": set(), "power": set(), "step_clock": set(), "host_memory": set(),
     "config_checks": {"config", "errors"},
     "suggest": {"config"},
     "plan": {"config", "kernels"},
+    "step_time": {"config", "plan"},
+    "remedies": {"config", "plan"},
     "schedule": {"config"},
     "run_info": {"config"},
     "stopping": {"console"},
     "watchdog": {"machine"},
     "command_line": {"config", "errors", "schedule"},
     "resume": {"config", "errors"},
-    "runtime": {"config", "console", "errors", "files", "machine", "plan", "stopping"},
+    "runtime": {"config", "console", "errors", "files", "machine", "plan", "remedies", "stopping"},
     "run_folder": {"console", "errors", "runtime"},
     "straggler": {"machine", "runtime"},
     # ops, which know nothing of all that
@@ -40,24 +42,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"kernels"},
     # the model, and what spreads it over ranks from outside
     "model": {"config", "errors", "kernels", "plan"},
-    "parallel": {"batch", "config", "errors", "kernels", "local_part", "machine", "model"},
+    "parallel": {"batch", "config", "errors", "host_memory", "kernels", "local_part", "machine", "model"},
     # what is read and written
     "data": {"batch", "config", "errors", "files"},
     "sources": {"config", "data", "errors", "runtime"},
     "muon": {"local_part"},
-    "optim": {"config", "muon", "schedule"},
+    "offloaded_adamw": {"host_memory", "local_part"},
+    "optim": {"config", "muon", "offloaded_adamw", "schedule"},
     "checkpoint": {"errors", "files", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
-    "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime"},
+    "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime", "step_time"},
     "run_record": {"files", "run_info"},
     "wandb_log": {"config", "errors", "files", "metric_names", "metrics_file", "run_info", "summary"},
     "metrics": {"console", "files", "metrics_file", "run_info", "run_record", "wandb_log"},
-    "report": {"metric_names", "metrics_file", "page", "plan", "run_record", "summary"},
+    "report": {"metric_names", "metrics_file", "page", "run_record", "step_time", "summary"},
     # the run
     "evaluate": {"config", "data", "errors", "metric_names", "parallel", "runtime"},
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
-        "batch", "config", "data", "model", "parallel", "plan", "power", "runtime", "step_counters", "straggler",
+        "batch", "config", "data", "model", "parallel", "power", "runtime", "step_counters", "step_time", "straggler",
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",
@@ -82,6 +85,9 @@ STANDARD_LIBRARY_ALONE = (
     "machine",
     "run_info",
     "command_line",
+    "plan",
+    "step_time",
+    "remedies",
 )
 ONLY_IN = {
     "wandb": ("wandb_log",), "matplotlib": ("page", "data"), "pyarrow": ("data",), "tqdm": ("metrics", "data"),

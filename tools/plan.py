@@ -1,10 +1,11 @@
 """What fits on which GPUs: `python tools/plan.py recipe=llama3_8b_1m gpus=8 gpu=h200`.
 
-Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a file of longctx/rates). Prints each
-layout that the run may have, the fastest that fits first, with the memory of a GPU, the seconds of a step and the
-longest sequence; the command that starts the first; and what does not fit. `--json` prints the same for programs. No
-GPU is needed: memory and seconds are those of longctx/plan.py, with each sequence one document, and communication
-hidden; of strategies that are alike that of parallel.strategy=auto is first.
+Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a file of longctx/rates), and `host_gib=N`
+(of each machine, for what may be offloaded; without it nothing is). Prints each layout that the run may have, the
+fastest that fits first, with the memory of a GPU, the seconds of a step and the longest sequence; the command that
+starts the first; and what does not fit. `--json` prints the same for programs. No GPU is needed: memory and seconds are
+those of longctx/plan.py, with each sequence one document, and communication hidden; of strategies that are alike that
+of parallel.strategy=auto is first.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longctx import plan, train
+from longctx import plan, remedies, step_time, train
 from longctx.command_line import script
 from longctx.config import Config, Recompute, Strategy
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.parallel.strategy import strategy_for
 
-OWN = ("gpus", "per_machine", "gpu")  # words that are not train.py's
+OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
+MEMORY = ("recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")  # of parallel
 RESERVED_GIB, GAPS = 1.5, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 
 
@@ -55,6 +57,11 @@ class Machines(NamedTuple):
     gpus: int
     per_machine: int
     gpu: str
+    host_gib: int
+
+    @property
+    def host_bytes_of_a_rank(self) -> float:
+        return self.host_gib * plan.GIB / self.per_machine
 
 
 def parsed(words: list[str]) -> tuple[list[str], Machines]:
@@ -66,16 +73,16 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
         if len(own.get(key, [])) > 1:
             sys.exit(f"plan: {key}= is given {len(own[key])} times; give it once")
     numbers = {}
-    for key, default in (("gpus", ""), ("per_machine", "8")):
+    for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0")):
         [value] = own.get(key, [default])
-        if not value.isdecimal() or int(value) < 1:
+        if value != "0" and (not value.isdecimal() or int(value) < 1):
             sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}=8")
         numbers[key] = int(value)
     gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])
     if gpus % per_machine:
         sys.exit(f"plan: gpus={gpus} are no whole machines of {per_machine}; give per_machine, or other gpus")
     rest = [word for word in words if word.partition("=")[0] not in OWN]
-    return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0])
+    return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0], numbers["host_gib"])
 
 
 def composed(words: list[str]) -> Config:
@@ -101,10 +108,10 @@ def keys_of(words: list[str]) -> set[str]:
 
 
 def layouts(
-    config: Config, words: list[str], machines: Machines, usable: float, problems: list[ConfigError]
+    config: Config, typed: set[str], machines: Machines, usable: float, problems: list[ConfigError]
 ) -> Iterator[tuple[list[str], Config]]:
     """What may be changed of a run without changing its results: words that say it, and the configuration."""
-    typed, gpus = keys_of(words), machines.gpus
+    gpus = machines.gpus
     contexts = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for context in contexts if "parallel.context" not in typed else [config.parallel.context]:
         strategies = [Strategy.gather, Strategy.ring, Strategy.ulysses] if context > 1 else [Strategy.auto]
@@ -115,35 +122,40 @@ def layouts(
             except ConfigError as error:
                 problems.append(error)
                 continue
-            for recompute, saved in policies(of_ranks, typed, machines, usable):
-                parallel = replace(of_ranks.parallel, recompute=recompute, attention_saved_layers=saved)
-                changed = replace(config, parallel=parallel)
-                names = ["context", "strategy", "recompute", *(["attention_saved_layers"] if saved else [])]
-                yield [f"parallel.{name}={getattr(parallel, name)}" for name in names], changed
+            for changed in memory_choices(of_ranks, typed, machines, usable):
+                parallel = changed.parallel
+                always = [f"parallel.{name}={getattr(parallel, name)}" for name in ("context", "strategy", "recompute")]
+                yield list(dict.fromkeys([*always, *remedies.words(config, changed)])), changed
 
 
-def policies(config: Config, typed: set[str], machines: Machines, usable: float) -> Iterator[tuple[Recompute, int]]:
-    """Of activation checkpointing, and of how many layers attention is saved all the same: as many as fit."""
-    if typed & {"parallel.recompute", "parallel.attention_saved_layers"}:
-        yield config.parallel.recompute, config.parallel.attention_saved_layers
+def memory_choices(config: Config, typed: set[str], machines: Machines, usable: float) -> Iterator[Config]:
+    """What blocks may keep and where: each policy of activation checkpointing, attention saved in as many layers as
+    fit, and tiled blocks with as little in host memory as makes them fit."""
+    if typed & {f"parallel.{name}" for name in MEMORY}:
+        yield config
         return
-    yield from ((policy, 0) for policy in Recompute)
-    saved = plan.most_attention_saved(config, machines.gpus, strategy_for(machines.per_machine), usable)
+    yield from (remedies.with_recompute(config, policy) for policy in Recompute)
+    choose = strategy_for(machines.per_machine)
+    saved = remedies.most_attention_saved(config, machines.gpus, choose, usable)
     if 0 < saved < config.model.layers:
-        yield Recompute.full, saved
+        yield remedies.with_recompute(config, Recompute.full, saved)
+    unbound = remedies.with_recompute(config, Recompute.none)
+    tiled = remedies.tiled(unbound, machines.gpus, choose, usable, machines.host_bytes_of_a_rank)
+    if tiled is not None:
+        yield tiled
 
 
 def plans(config: Config, words: list[str], machines: Machines, rates: dict[str, Any], usable: float) -> list[Plan]:
     """Of all layouts: those that fit first, and of these the fastest. Raises `ConfigError` if there is none."""
     gpus, choose = machines.gpus, strategy_for(machines.per_machine)
     found, problems = [], []
-    for said, changed in layouts(config, words, machines, usable, problems):
+    for said, changed in layouts(config, keys_of(words), machines, usable, problems):
         strategy = choose(changed)
-        seconds = sum(plan.seconds(changed, gpus, rates).values())
+        seconds = sum(step_time.seconds(changed, gpus, rates).values())
         tokens = changed.data.sequence_length * changed.data.sequences_per_step / gpus
-        attention, products = plan.flops(changed)
+        attention, products = step_time.flops(changed)
         mfu = 3 * (attention + products) / gpus / seconds / (rates["peak_tflops"] * 1e12)
-        longest = plan.longest(changed, gpus, choose, usable)
+        longest = remedies.longest(changed, gpus, choose, usable)
         memory = plan.memory(changed, gpus, strategy)
         auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
         found.append(Plan(said, str(strategy), memory, seconds, tokens / seconds, mfu, longest, strategy == auto))
@@ -162,11 +174,15 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
 
 
 def row(p: Plan, usable: float) -> str:
-    context, _, recompute, *saved = (word.split("=")[1] for word in p.words)
-    recompute += f", {saved[0]} saved" if saved else ""
+    said = {key.removeprefix("parallel."): value for key, value in (word.split("=") for word in p.words)}
+    context, recompute = said["context"], said["recompute"]
+    recompute += f", {said['attention_saved_layers']} saved" if "attention_saved_layers" in said else ""
+    recompute += f", tile {said['tile']}" if "tile" in said else ""
+    recompute += f", {said['offload']} on host" if "offload" in said else ""
+    recompute += ", optimizer on host" if "offload_optimizer" in said else ""
     fits = "" if p.memory.total <= usable else f"  does not fit: most in the {p.memory.point}"
     return (
-        f"{context:>7}  {p.strategy if context != '1' else '-':8} {recompute:15} {p.memory.total / plan.GIB:8.1f} "
+        f"{context:>7}  {p.strategy if context != '1' else '-':8} {recompute:52} {p.memory.total / plan.GIB:8.1f} "
         f"{p.seconds:8.3g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}{fits}"
     )
 
@@ -178,8 +194,8 @@ def main() -> None:
     arguments = parser.parse_args()
     words, machines = parsed(arguments.words)
     try:
-        config, rates = composed(words), plan.rates(machines.gpu)
-        if not plan.is_foreseen(config.model.attention, config.model.fused_ops) or not plan.is_timed(config):
+        config, rates = composed(words), step_time.rates(machines.gpu)
+        if not plan.is_foreseen(config.model.attention, config.model.fused_ops) or not step_time.is_timed(config):
             sys.exit(
                 "plan: memory and seconds are known of 16 bits, head dims up to 256 and the fused kernels; leave "
                 "model.attention, model.fused_ops and precision as they are, or run it"
@@ -203,7 +219,7 @@ def main() -> None:
     print(
         f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {machines.gpus} x "
         f"{rates['gpu']}, {usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
-        f"context  strategy recompute      GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
+        f"context  strategy {'recompute':52}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
     )
     print("\n".join(row(p, usable) for p in found))
     best = (fitting or sorted(found, key=lambda p: p.memory.total))[0]

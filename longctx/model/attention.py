@@ -48,9 +48,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
         """x (batch, sequence, width); rotation: cos and sin, (batch, sequence, head_dim / 2)."""
+        out = self.attend(*self.project(x, rotation), mask)
+        return self.output(torch.flatten(out, 2))
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attend` is given: q (batch, sequence, heads, head_dim), k and v with kv_heads."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotates:
             q, k = apply_rotary_to_both(q, k, *rotation, implementation=self.fused_ops)
-        out = self.attend(q, k, v, mask)
-        return self.output(torch.flatten(out, 2))
+        return q, k, v

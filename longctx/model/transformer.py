@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,23 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        self.run: Callable[[Tensor, tuple[Tensor, Tensor], KeyIntervals], Tensor] | None = None
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: KeyIntervals) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rotation, mask)
+        """x (batch, sequence, width) -> the same; by `run`, if there is one: see `longctx.parallel.tiled_block`."""
+        if self.run is not None:
+            return self.run(x, rotation, mask)
+        return self._add_mlp(self.attention(self.attention_norm(x), rotation, mask), x)
+
+    def before_attention(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of any tokens: their queries, keys and values, as attention is given them."""
+        return self.attention.project(self.attention_norm(x), rotation)
+
+    def after_attention(self, out: Tensor, x: Tensor) -> Tensor:
+        """Of any tokens: what the block makes of attention's `out` (batch, tokens, heads, head_dim) and its own x."""
+        return self._add_mlp(self.attention.output(torch.flatten(out, 2)), x)
+
+    def _add_mlp(self, attended: Tensor, x: Tensor) -> Tensor:
         normed, x = self.mlp_norm(attended, residual=x)
         return x + self.mlp(normed)
 

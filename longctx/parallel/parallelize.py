@@ -10,8 +10,10 @@ from longctx.parallel.activation_checkpointing import apply_activation_checkpoin
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.fsdp import apply_fsdp, materialize
 from longctx.parallel.mesh import Mesh
+from longctx.parallel.offload import ActivationOffload
 from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.tensor_parallel import apply_tensor_parallel
+from longctx.parallel.tiled_block import TiledBlock
 
 
 def parallelize(
@@ -29,12 +31,17 @@ def parallelize(
 
     choice = choose_strategy(config, ranks_of_a_machine)
     context_parallel = ContextParallel.over(choice, mesh, config.parallel.timeout_seconds)
-    for block, recompute in zip(model.blocks, recompute_by_layer(config), strict=True):
+    parallel = config.parallel
+    offload = ActivationOffload(parallel.offload, device) if parallel.offload else None
+    for layer, (block, recompute) in enumerate(zip(model.blocks, recompute_by_layer(config), strict=True)):
         assert isinstance(block, Block)
         if mesh.size("context") > 1:
             block.attention.attend = context_parallel.replace(block.attention.attend)
+        if parallel.is_tiled:
+            block.run = TiledBlock(block, layer, parallel.tile, recompute, offload)
+            continue
         apply_activation_checkpointing(block, recompute)
-        if config.parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
+        if parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
             block.compile(fullgraph=recompute == Recompute.none)
 
     apply_fsdp(model, mesh, config.precision)  # last: it gathers what the calls above have made

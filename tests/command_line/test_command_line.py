@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from longctx import plan, resume, train
+from longctx import machine, resume, train
 from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_foreign_launchers, resume_command, split
 from longctx.config import Config, ParallelConfig, Schedule, warmup_steps
 from longctx.config_checks import check
 from longctx.errors import ConfigError, UserError
 from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
-from longctx.plan import in_words, parameters, state_bytes
+from longctx.plan import parameters, state_bytes
+from longctx.step_time import in_words
 from longctx.suggest import explain_unknown_key, text_keys
 from runs import ROOT, TORCHRUN, composed, run_info, small_config
 from runs import train as run
@@ -330,17 +331,17 @@ def test_what_cannot_fit_is_refused_before_it_is_made(tmp_path, corpus):
 
 def test_memory_that_holds_files_can_be_had(tmp_path, monkeypatch):
     """A container that has read a corpus is full of the cache of its file."""
-    monkeypatch.setattr(plan, "CGROUPS", tmp_path)
-    monkeypatch.setattr(plan.Path, "read_text", lambda path, read=Path.read_text: (
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine.Path, "read_text", lambda path, read=Path.read_text: (
         "MemAvailable: 9000000 kB" if path == Path("/proc/meminfo") else read(path)))  # fmt: skip
-    assert plan.available_host_bytes() == 9000000 * 1024
+    assert machine.available_host_bytes() == 9000000 * 1024
     for name, text in (
         ("memory.max", "4000"),
         ("memory.current", "3900"),
         ("memory.stat", "anon 900\nactive_file 2000\ninactive_file 1000"),
     ):
         (tmp_path / name).write_text(text)
-    assert plan.available_host_bytes() == 3100
+    assert machine.available_host_bytes() == 3100
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(40, "40 s"), (720, "12 min"), (14400, "4 h"), (3 * 86400, "3 days")])

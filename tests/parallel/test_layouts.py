@@ -225,6 +225,26 @@ def test_recompute_by_layer():
         assert calls == 4 + 2  # each layer forward in two steps, and those of the first again
 
 
+TILED = {
+    "qwen3, ring, attention saved": (QWEN, ParallelConfig(context=2, strategy=Strategy.ring, tile=24), 2, 1),
+    "gpt2, ulysses": (GPT2, ParallelConfig(context=2, strategy=Strategy.ulysses, tile=24), 2, 1),
+    "windows, gather, offload": (
+        WINDOW, ParallelConfig(context=2, strategy=Strategy.gather, tile=32, offload=2), 2, 1
+    ),
+    "shard 2, accumulation 2, offload alone": (GQA, ParallelConfig(offload=1), 2, 2),
+    "replicate 2": (GQA, ParallelConfig(replicate=2, tile=128), 4, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", TILED)
+def test_tiled_and_offloaded_blocks(layout):
+    model, parallel, ranks, accumulation = TILED[layout]
+    saves = "saved" in layout or "offload" in layout
+    parallel = dataclasses.replace(parallel, recompute=Recompute.attention_saved if saves else Recompute.full)
+    ratio, name = worst_ratio(model, parallel, ranks, make_inputs(DOCUMENTS), accumulation)
+    assert ratio < 1.5, (ratio, name)
+
+
 @pytest.mark.parametrize("broken", ["dropped hop", "shifted position", "targets shifted after sharding"])
 def test_parity_notices(broken):
     ratio, _ = worst_ratio(GQA, ParallelConfig(context=2), 2, make_inputs(ONE_DOCUMENT), broken=broken)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
+from longctx import offloaded_adamw
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, Schedule
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.optim import Optimizers, global_norm
@@ -27,13 +32,13 @@ def test_schedules():
 
 
 def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
-    """Norms of the gradient and the parameters after three steps."""
+    """Norms of the gradient and the parameters after three steps, and the optimizer's state."""
     world_size = torch.distributed.get_world_size()
     mesh = make_mesh(parallel, world_size, "cpu")
     config = Config(model=TINY, parallel=parallel, optim=OptimConfig(optimizer=optimizer, warmup_steps=0, lr=1e-2))
     config.precision.compute = config.precision.compute.float32
     model, _ = parallelize(config, mesh, 1, torch.device("cpu"))
-    optimizers = Optimizers(model, config.optim)
+    optimizers = Optimizers(model, config.optim, is_offloaded=parallel.offload_optimizer)
     tokens = torch.randint(8192, (4, 32), generator=torch.Generator().manual_seed(0))
     mine = tokens.chunk(mesh.readers)[mesh.reader]
     positions = torch.arange(32).expand_as(mine)
@@ -45,12 +50,17 @@ def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
         norms.append(norm)
         optimizers.step(step)
         optimizers.zero_grad()
-    return torch.stack(norms), {name: p.full_tensor() for name, p in model.named_parameters()}
+    state = {name: local_of(value) for name, value in optimizers.state().items()}
+    return torch.stack(norms), {name: p.full_tensor() for name, p in model.named_parameters()}, state
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param(Optimizer.adamw, marks=pytest.mark.slow), Optimizer.muon])
 def test_steps_do_not_depend_on_the_layout(optimizer):
-    norms, parameters = run_on_ranks(1, take_steps, ParallelConfig(), optimizer)[0]
+    norms, parameters, _ = run_on_ranks(1, take_steps, ParallelConfig(), optimizer)[0]
     tolerance = 1e-4  # Adam's first steps are signs, and Muon lifts small singular values: the order of a sum shows
     for parallel, ranks in (
         (ParallelConfig(), 2),
@@ -59,11 +69,27 @@ def test_steps_do_not_depend_on_the_layout(optimizer):
         (ParallelConfig(tensor=2), 4),
         (ParallelConfig(replicate=2), 4),
     ):
-        other_norms, other = run_on_ranks(ranks, take_steps, parallel, optimizer)[0]
+        other_norms, other, _ = run_on_ranks(ranks, take_steps, parallel, optimizer)[0]
         torch.testing.assert_close(other_norms, norms, rtol=5e-5, atol=0)
         for name, value in parameters.items():
             difference = float((other[name] - value).norm() / value.norm())
             assert difference < tolerance, (name, difference)
+
+
+def take_steps_in_pieces(rank: int, parallel: ParallelConfig):
+    """As `take_steps`, with AdamW's parameters cut into pieces of 1024 numbers at most."""
+    with mock.patch.object(offloaded_adamw, "PIECE", 1024):
+        return take_steps(rank, parallel, Optimizer.adamw)
+
+
+def test_offloaded_moments_give_the_same_bits():
+    for parallel, ranks in ((ParallelConfig(), 2), (ParallelConfig(tensor=2), 2)):
+        kept = run_on_ranks(ranks, take_steps, parallel, Optimizer.adamw)
+        offloaded = run_on_ranks(ranks, take_steps_in_pieces, replace(parallel, offload_optimizer=True))
+        for (_, parameters, state), (_, others, other_state) in zip(kept, offloaded, strict=True):
+            assert all(torch.equal(value, others[name]) for name, value in parameters.items())
+            assert set(state) == set(other_state)
+            assert all(torch.equal(value, other_state[name]) for name, value in state.items())
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
@@ -81,13 +107,15 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert by_muon | set(by_adamw) == set(names.values())
 
 
-@pytest.mark.parametrize("optimizer", list(Optimizer))
-def test_state_is_made_without_changing_parameters(optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "is_offloaded"), [(Optimizer.adamw, False), (Optimizer.adamw, True), (Optimizer.muon, False)]
+)
+def test_state_is_made_without_changing_parameters(optimizer, is_offloaded):
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 6)])
     model.embedding = torch.nn.Embedding(5, 4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizers = Optimizers(model, OptimConfig(optimizer=optimizer))
+    optimizers = Optimizers(model, OptimConfig(optimizer=optimizer), is_offloaded=is_offloaded)
     state = optimizers.state()
     assert all(float(s.abs().sum()) == 0 for s in state.values())
     assert "exp_avg.embedding.weight" in state

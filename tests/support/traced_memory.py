@@ -35,6 +35,7 @@ from longctx.config import (
     Strategy,
 )
 from longctx.kernels import hardware
+from longctx.parallel import offload
 from longctx.parallel import parallelize as parallelize_module
 from longctx.parallel.mesh import make_mesh
 
@@ -45,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, config: Config, world_size: int) -> None:
         super().__init__()
         self.config, self.world_size, self.storages, self.peak, self.where = config, world_size, {}, 0, ""
+        self.of_host: set[int] = set()  # storages, see `host_tensor`
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -66,9 +68,16 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, x: torch.Tensor, factor: int) -> None:
         x = x._local_tensor if isinstance(x, DTensor) else x
         storage = x.untyped_storage()
-        if x.device.type != "meta" and storage._cdata not in self.storages:
+        if x.device.type != "meta" and storage._cdata not in self.storages.keys() | self.of_host:
             key = storage._cdata
             self.storages[key] = weakref.ref(storage, lambda _: self.storages.pop(key, None)), factor
+
+    def host_tensor(self, shape: list[int], dtype: torch.dtype, _device: torch.device) -> torch.Tensor:
+        """In place of that of `host_memory`: it takes no memory of the GPU."""
+        made = torch.empty(shape, dtype=dtype)
+        self.storages.pop(made.untyped_storage()._cdata)
+        self.of_host.add(made.untyped_storage()._cdata)
+        return made
 
     def _inside(self, name: str) -> float:
         if "attention_backward" in name:  # of split sequences too, without what is exchanged
@@ -93,6 +102,7 @@ def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
         FakeTensorMode(allow_non_fake_inputs=True),
         LiveBytes(config, world_size) as live,
         mock.patch.object(hardware, "unsupported", nothing),
+        mock.patch.object(offload, "host_tensor", live.host_tensor),
     ):
         model.to_empty(device=device)
         live.peak = 0
@@ -145,6 +155,12 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+TILED: dict[str, dict[str, Any]] = {
+    "tiles": {"parallel": {"tile": 512}, "layers": 4},
+    "tiles, QK-norm, attention of a layer saved": {"parallel": {"tile": 1024}, "qk_norm": True, "saved_layers": 1},
+    "offload alone": {"parallel": {"offload": 2}},
+    "tiles, GELU, offload": {"parallel": {"tile": 512, "offload": 3}, "layers": 6, "activation": Activation.gelu},
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "context 4": {"parallel": {"context": 4, "strategy": Strategy.gather}},
     "context 2": {"parallel": {"context": 2, "strategy": Strategy.ring}, "vocab_size": 8192},
@@ -155,11 +171,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def main(world_size: int, is_short: bool) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    variants = VARIANTS if is_short else VARIANTS | MORE
+    variants = VARIANTS if is_short else VARIANTS | MORE | TILED
     if world_size == 4:
-        variants = LAYOUTS if is_short else variants | LAYOUTS
+        variants = LAYOUTS | dict(list(TILED.items())[-1:]) if is_short else variants | LAYOUTS
     for name, words in variants.items():
         for recompute in (Recompute.none, Recompute.full) if is_short else Recompute:
+            if name in TILED and recompute == Recompute.none:
+                continue
             config = case(recompute, words)
             config.data.sequences_per_step *= world_size // (config.parallel.context * config.parallel.tensor)
             live = traced(config, world_size, words.get("micro_batches", 1))

@@ -104,6 +104,31 @@ def test_rows_are_written_with_the_last_part_they_see(head_dim):
 
 
 @on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_keys_are_written_to_their_homes(head_dim, deterministic):
+    """As between the GPUs of a context axis: tiles of keys far from each other, in an order of their own."""
+    mask, n = KeyIntervals.causal(896), 896
+    q, k, v, dout = (torch.randn(1, n, heads, head_dim, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2, 2, 4))
+    options = Options(head_dim**-0.5, deterministic=deterministic)
+    out, lse = forward_on_hopper(q, k, v, mask, options)
+    sums = [torch.zeros(x.shape, dtype=torch.float32, device=DEVICE) for x in (q, k, v)]
+    hopper_backward.backward_on_hopper(dout, None, Saved(q, k, v, out, lse), mask, options, tuple(sums))
+
+    inbox = torch.full((1, 2 * n, 2, 2, head_dim), torch.nan, dtype=torch.float32, device=DEVICE)
+    tile = 2 * hopper_backward.KEYS.value
+    homes = [1280, 0, 512, 256, 1536, 1024, 768]  # the first row of each tile of keys
+    addresses = [inbox.data_ptr() + row * inbox.stride(1) * inbox.element_size() for row in homes]
+    targets = hopper_backward.GradientTargets(torch.tensor(addresses, device=DEVICE), inbox)
+    by_homes = passes.PartialBackward(dout, None, q, out, lse, options, "hopper")
+    by_homes.add(k, v, mask, targets)
+    written = torch.cat([inbox[:, row : row + tile] for row in homes], 1).unbind(2)
+    for mine, whole in zip((by_homes.dq(), *written), sums, strict=True):
+        assert relative_error(mine, whole.double()) < 3e-3
+    assert inbox.isnan().sum() == inbox.numel() // 2  # nothing else is written
+
+
+@on_hopper
 @pytest.mark.parametrize("mask", [KeyIntervals.full(300, 520), KeyIntervals.causal(300), KeyIntervals.causal(1)])
 @pytest.mark.parametrize("head_dim", [136, 192, 256])
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -1,0 +1,230 @@
+"""A block of the model by tiles of tokens: only attention sees the whole sequence.
+
+Norms, projections and MLP take every token by itself, so their working set need not be that of all tokens: here it is a
+tile's. One autograd function a block keeps the block's input, with `attention_saved` attention's results too, on the
+device or in host memory; its backward pass computes the rest again, tile by tile, and adds up the gradients of weights
+in float32. (Luo et al. 2024, Mini-Sequence Transformer; Bekman et al. 2025, Arctic Long Sequence Training)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longctx.config import Recompute
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.precision import accumulation_dtype
+from longctx.model.transformer import Block
+from longctx.parallel.activation_checkpointing import attention_ops
+from longctx.parallel.offload import ActivationOffload
+
+Rotation = tuple[Tensor, Tensor]
+
+
+class TiledBlock:
+    """What a block's `run` becomes: the same results in tiles of so many tokens; 0: all of a micro-batch at once."""
+
+    def __init__(
+        self, block: Block, layer: int, tile: int, recompute: Recompute, offload: ActivationOffload | None = None
+    ) -> None:  # fmt: skip
+        """`offload`: that of the run, where the first layers put what they keep; None: all is kept on the device."""
+        assert recompute != Recompute.none, "a tiled block keeps nothing but its input and attention's results"
+        self.block, self.layer, self.tile, self.offload = block, layer, tile, offload
+        self.saves_attention = recompute == Recompute.attention_saved
+
+    def __call__(self, x: Tensor, rotation: Rotation, mask: KeyIntervals) -> Tensor:
+        """As `Block.forward`."""
+        if not torch.is_grad_enabled():
+            return self.forward(x, rotation, mask)[0]
+        return _Function.apply(x, rotation, mask, self, *self.block.parameters())
+
+    # the two passes ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: KeyIntervals
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """The block's result, and attention's output and log-sum-exp, if they are saved."""
+        with _KeepAttention() as kept:
+            out = self.block.attention.attend(*self._before_attention(x, rotation), mask).contiguous()
+        results = kept.results if self.saves_attention else ()
+        y, rows, rows_of_out = torch.empty_like(x), _rows(x), _rows(out)
+        for part in self._parts(x):
+            _rows(y)[:, part] = self.block.after_attention(rows_of_out[:, part], rows[:, part])
+        return y, results
+
+    def backward(
+        self, dy: Tensor, x: Tensor, rotation: Rotation, mask: KeyIntervals, attention: tuple[Tensor, ...]
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """The gradients of x, in the memory of dy, and of the block's parameters."""
+        sums = _GradientSums()
+        graph = None if attention else self._attend(x, rotation, mask)
+        out = attention[0] if graph is None else graph.out.detach().contiguous()
+        dx = dy.contiguous()
+        dout = self._backward_after_attention(dx, out, x, sums)
+        del out
+        graph = graph or self._attend(x, rotation, mask, attention)
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(graph.out, graph.inputs, dout)]
+        del graph, dout
+        self._backward_before_attention(dx, gradients, x, rotation, sums)
+        return dx, [sums.of(parameter) for parameter in self.block.parameters()]
+
+    def _backward_after_attention(self, dx: Tensor, out: Tensor, x: Tensor, sums: _GradientSums) -> Tensor:
+        """The gradient of `out`; in dx, that of the residual stream there in place of that of the block's result."""
+        parameters = self._parameters_after_attention()
+        dout = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        for part in self._parts(x):
+            tiles = [_rows(t)[:, part].detach().requires_grad_() for t in (out, x)]
+            with torch.enable_grad():
+                y = self.block.after_attention(*tiles)
+            _rows(dout)[:, part], _rows(dx)[:, part], *gradients = torch.autograd.grad(
+                y, [*tiles, *parameters], _rows(dx)[:, part]
+            )
+            del y, tiles
+            sums.add(parameters, gradients)
+            del gradients
+        sums.finish(parameters)
+        return dout
+
+    def _backward_before_attention(
+        self, dx: Tensor, gradients: list[Tensor], x: Tensor, rotation: Rotation, sums: _GradientSums
+    ) -> None:  # fmt: skip
+        """Adds to dx what comes through queries, keys and values, whose gradients are given."""
+        after = set(self._parameters_after_attention())
+        parameters: list[Tensor] = [parameter for parameter in self.block.parameters() if parameter not in after]
+        for part in self._parts(x):
+            tile = _rows(x)[:, part].detach().requires_grad_()
+            with torch.enable_grad():
+                projected = self.block.before_attention(tile, _of(rotation, part))
+            of_tile, *others = torch.autograd.grad(
+                projected, [tile, *parameters], [_rows(gradient)[:, part] for gradient in gradients]
+            )
+            del projected, tile
+            _rows(dx)[:, part] += of_tile
+            sums.add(parameters, others)
+            del others
+        sums.finish(parameters)
+
+    # parts of them ----------------------------------------------------------------------------------------------------
+
+    def _parameters_after_attention(self) -> list[Tensor]:
+        modules = self.block.attention.output, self.block.mlp_norm, self.block.mlp
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def _parts(self, x: Tensor) -> list[slice]:
+        """Of the tokens of all sequences, one after the other."""
+        tokens = x.shape[0] * x.shape[1]
+        tile = self.tile or tokens
+        return [slice(first, first + tile) for first in range(0, tokens, tile)]
+
+    def _before_attention(self, x: Tensor, rotation: Rotation) -> list[Tensor]:
+        """Queries, keys and values of all tokens."""
+        whole: list[Tensor] = []
+        for part in self._parts(x):
+            of_part = self.block.before_attention(_rows(x)[:, part], _of(rotation, part))
+            whole = whole or [t.new_empty((*x.shape[:2], *t.shape[2:])) for t in of_part]
+            for all_tokens, tile in zip(whole, of_part, strict=True):
+                _rows(all_tokens)[:, part] = tile
+        return whole
+
+    def _attend(
+        self, x: Tensor, rotation: Rotation, mask: KeyIntervals, results: tuple[Tensor, ...] = ()
+    ) -> _Graph:  # fmt: skip
+        """Attention again, with its graph; where its `results` are known it is not run."""
+        inputs = [t.requires_grad_() for t in self._before_attention(x, rotation)]
+        with torch.enable_grad(), _ReplayAttention(results) if results else nullcontext():
+            return _Graph(inputs, self.block.attention.attend(*inputs, mask))
+
+
+class _Graph(NamedTuple):
+    """An attention that can be run backward."""
+
+    inputs: list[Tensor]  # queries, keys and values
+    out: Tensor
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Rotation, mask: KeyIntervals, tiled: TiledBlock, *_parameters: Tensor):
+        y, attention = tiled.forward(x, rotation, mask)
+        ctx.tiled, ctx.rotation, ctx.mask = tiled, rotation, mask
+        ctx.is_offloaded = tiled.offload is not None and tiled.layer < tiled.offload.layers
+        if tiled.offload is not None and ctx.is_offloaded:
+            tiled.offload.put(tiled.layer, [x.detach(), *attention])
+            return y
+        ctx.save_for_backward(x, *attention)
+        if tiled.offload is not None:
+            tiled.offload.settle()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tiled: TiledBlock = ctx.tiled
+        offload = tiled.offload
+        saved = offload.get(tiled.layer) if offload is not None and ctx.is_offloaded else ctx.saved_tensors
+        if offload is not None and tiled.layer == offload.layers:  # the layer before is the first to come back
+            offload.prefetch()
+        x, *attention = (t.detach() for t in saved)
+        del saved
+        dx, gradients = tiled.backward(dy, x, ctx.rotation, ctx.mask, tuple(attention))
+        return dx, None, None, None, *gradients
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(batch, sequence, ...) as one sequence of all tokens."""
+    return x.view(1, -1, *x.shape[2:])
+
+
+def _of(rotation: Rotation, part: slice) -> Rotation:
+    cos, sin = (_rows(table)[:, part] for table in rotation)
+    return cos, sin
+
+
+class _GradientSums:
+    """Gradients of parameters: the sum of several tiles' in float32, and at the end in the parameter's dtype."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Tensor, Tensor] = {}
+
+    def add(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter not in self.sums:
+                self.sums[parameter] = gradient
+                continue
+            total = self.sums[parameter].to(accumulation_dtype(gradient.dtype))
+            self.sums[parameter] = total.add_(gradient)
+
+    def finish(self, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            self.sums[parameter] = self.sums[parameter].to(parameter.dtype)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        return self.sums[parameter]
+
+
+class _KeepAttention(TorchDispatchMode):
+    """Remembers what attention's op returns."""
+
+    results: tuple[Tensor, ...] = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func in attention_ops():
+            self.results = results
+        return results
+
+
+class _ReplayAttention(TorchDispatchMode):
+    """Gives known results in place of running attention's op, so that its backward pass can be run."""
+
+    def __init__(self, results: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in attention_ops():
+            return tuple(t.detach() for t in self.results)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,172 @@
+"""What to tell whoever starts a run that does not fit: why, and the words of the command line with which it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from longctx.config import Config, Optimizer, Positions, Recompute, Strategy, recompute_by_layer
+from longctx.plan import GIB, host_memory, memory
+
+USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
+TILE = 16384  # tokens that remedies name
+MOST_STEPS = 1 << 17  # thousands of tokens of a sequence that are looked at
+
+
+def host_refusal(config: Config, world_size: int, ranks_of_a_machine: int, free: float) -> str | None:
+    """Why a machine with `free` bytes cannot hold what its ranks with GPUs put there; None: it can."""
+    terms = {name: size * ranks_of_a_machine for name, size in host_memory(config, world_size).items() if size}
+    needed, usable = sum(terms.values()), USABLE_OF_HOST * free
+    if needed <= usable:
+        return None
+    keys = {
+        "offloaded activations": "a smaller parallel.offload",
+        "offloaded optimizer": "parallel.offload_optimizer=false",
+        "copy for checkpoint.asynchronous": "checkpoint.asynchronous=false",
+    }
+    named = ", ".join(f"{size / GIB:.1f} {name}" for name, size in terms.items())
+    return (
+        f"{needed / GIB:.1f} GiB of host memory are needed by the {ranks_of_a_machine} ranks of a machine, and "
+        f"{usable / GIB:.1f} can be had: {named}. Set {', or '.join(keys[name] for name in terms)}; "
+        "parallel.check_memory=false tries all the same"
+    )
+
+
+def refusal(
+    config: Config, world_size: int, choose: Callable[[Config], Strategy], free: float, free_of_host: float = math.inf
+) -> str | None:  # fmt: skip
+    """Why a run does not fit GPUs with `free` bytes each, and what would make it fit; None if it does.
+
+    `choose` gives the strategy of the context axis for a configuration; `free_of_host`: bytes of host memory a rank.
+    """
+    needed = memory(config, world_size, choose(config))
+    if needed.total <= free:
+        return None
+    fixes = remedies(config, world_size, choose, free, free_of_host)
+    more = "more GPUs that share it (parallel.context, parallel.shard, parallel.tensor), or a smaller model"
+    return (
+        f"{needed.total / GIB:.1f} GiB are needed on a GPU in the {needed.point}, and {free / GIB:.1f} are free: "
+        f"{needed.in_words()}. Set {', or '.join([*fixes, more])}; parallel.check_memory=false tries all the same"
+    )
+
+
+def remedies(
+    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, of_host: float = math.inf
+) -> list[str]:  # fmt: skip
+    """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
+    policies = list(Recompute)
+    changed = [with_recompute(config, p) for p in policies[policies.index(config.parallel.recompute) + 1 :]]
+    saved = most_attention_saved(config, world_size, choose, limit)
+    if 0 <= saved < recompute_by_layer(config).count(Recompute.attention_saved):
+        changed.append(with_recompute(config, Recompute.full, saved))
+    if config.data.sequences_per_micro_batch > 1:
+        changed.append(replace(config, data=replace(config.data, sequences_per_micro_batch=1)))
+
+    def needed(other: Config) -> float:
+        return memory(other, world_size, choose(other)).total
+
+    fitting = [other for other in changed if needed(other) <= limit]
+    if (other := tiled(config, world_size, choose, limit, of_host)) is not None and other != config:
+        fitting.append(other)
+    least = config if fitting else with_recompute(config, Recompute.full)
+    length = longest(least, world_size, choose, limit)
+    if 0 < length < config.data.sequence_length:
+        fitting.append(replace(least, data=replace(least.data, sequence_length=length)))
+    return [f"{' with '.join(words(config, other))} ({needed(other) / GIB:.1f} GiB)" for other in fitting]
+
+
+def tiled(
+    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, of_host: float = math.inf
+) -> Config | None:  # fmt: skip
+    """The configuration with tiled blocks and as little offloaded as makes it fit `limit` bytes a GPU and `of_host`
+    bytes of host memory a rank; None: nothing does.
+
+    Saved attention is preferred to what is computed again. The optimizer is offloaded last, which costs time, and
+    before it checkpoints are written without a copy in host memory.
+    """
+    if config.parallel.tensor > 1:
+        return None
+    policies = [Recompute.attention_saved, Recompute.full]
+    if config.parallel.recompute in policies:
+        policies = policies[policies.index(config.parallel.recompute) :]
+    can_offload = config.optim.optimizer == Optimizer.adamw and not config.parallel.offload_optimizer
+    for offload_optimizer in [config.parallel.offload_optimizer, *([True] if can_offload else [])]:
+        for asynchronous in [config.checkpoint.asynchronous, *([False] if config.checkpoint.asynchronous else [])]:
+            checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
+            for policy in policies:
+                others = {"tile": config.parallel.tile or TILE, "offload_optimizer": offload_optimizer}
+                changed = replace(with_recompute(config, policy, **others), checkpoint=checkpoint)
+                for layers in range(config.parallel.offload, config.model.layers):
+                    changed = replace(changed, parallel=replace(changed.parallel, offload=layers))
+                    if sum(host_memory(changed, world_size).values()) > USABLE_OF_HOST * of_host:
+                        break
+                    if memory(changed, world_size, choose(changed)).total <= limit:
+                        return changed
+    return None
+
+
+def words(before: Config, after: Config) -> list[str]:
+    """What to say on the command line for a change of what is kept, where, or at a time."""
+    of_parallel = ("context", "strategy", "recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")
+    fields = [("parallel", name) for name in of_parallel]
+    fields += [("data", name) for name in ("sequences_per_micro_batch", "sequence_length")]
+    fields.append(("checkpoint", "asynchronous"))
+    values = {f"{group}.{name}": [getattr(getattr(c, group), name) for c in (before, after)] for group, name in fields}
+    return [f"{key}={str(new).lower()}" for key, (old, new) in values.items() if new != old]
+
+
+def with_recompute(config: Config, policy: Recompute, saved_layers: int = 0, **others: Any) -> Config:
+    """The configuration with another policy of activation checkpointing, and `others` of `parallel`."""
+    parallel = replace(config.parallel, recompute=policy, attention_saved_layers=saved_layers, **others)
+    return replace(config, parallel=parallel)
+
+
+def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+    """Of how many layers attention can be saved with full recompute, so that a run fits `limit` bytes a GPU; -1: not
+    even of none."""
+    for layers in range(config.model.layers, -1, -1):
+        changed = with_recompute(config, Recompute.full, layers)
+        if memory(changed, world_size, choose(changed)).total <= limit:
+            return layers
+    return -1
+
+
+def _bisect(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest number that fits, from `least`, which does, to below `most`."""
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+    """The longest sequence with which a run fits `limit` bytes a GPU, in whole thousands of tokens a rank; 0: none.
+
+    Memory grows with the length under one strategy, but may fall where `choose` goes over to another for longer ones.
+    """
+    parallel = config.parallel
+    step = math.lcm(1024 * parallel.context, 2 * parallel.context * parallel.tensor)
+    most = MOST_STEPS
+    if config.model.positions == Positions.learned:
+        most = min(most, config.model.max_positions // step)
+    if not most:
+        return 0
+
+    def of(steps: int) -> Config:
+        return replace(config, data=replace(config.data, sequence_length=steps * step))
+
+    def fits(steps: int) -> bool:
+        return memory(of(steps), world_size, strategy).total <= limit
+
+    def fits_as_chosen(steps: int) -> bool:
+        return fits(steps) and choose(of(steps)) == strategy
+
+    best = 0
+    for strategy in {choose(of(1)), choose(of(most))}:
+        steps = _bisect(fits, 0, most + 1)
+        if steps and choose(of(steps)) != strategy:
+            steps = _bisect(fits_as_chosen, 0, steps)
+        best = max(best, steps)
+    return best * step

@@ -1,0 +1,120 @@
+"""Tiled blocks and activation offload: the bits, what is run, what is held, and what happens to steps that are left.
+
+Their gradients in all layouts are in test_layouts.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from longctx.batch import Batch
+from longctx.config import ModelConfig, Recompute
+from longctx.host_memory import host_tensor
+from longctx.kernels.attention import passes
+from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.model.transformer import Transformer, build
+from longctx.parallel.offload import ActivationOffload
+from longctx.parallel.tiled_block import TiledBlock
+from precision import DEVICE
+from small_models import BATCH, DOCUMENTS, GPT2, GQA, LENGTH, QWEN, make_inputs
+
+FOUR = dataclasses.replace(GQA, layers=4)
+
+
+def tiled(model: ModelConfig, tile: int, recompute: Recompute, layers: int = 0, dtype=torch.float64) -> Transformer:
+    """Four layers, the first `layers` of which are offloaded."""
+    made = build(model, seed=0, device=DEVICE).to(dtype)
+    offload = ActivationOffload(layers, torch.device(DEVICE)) if layers else None
+    for number, block in enumerate(made.blocks):
+        block.run = TiledBlock(block, number, tile, recompute, offload)
+    return made
+
+
+def step(model: Transformer, inputs: Batch | None = None) -> list[torch.Tensor]:
+    """The loss and the gradients of a step."""
+    inputs = Batch(*(x.to(DEVICE) for x in inputs or make_inputs(DOCUMENTS)))
+    mask = KeyIntervals.documents(inputs.document_start)
+    loss = model(inputs.tokens, inputs.positions, mask, inputs.targets).sum()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return [loss.detach(), *gradients]
+
+
+def offload_of(model: Transformer) -> ActivationOffload:
+    return model.blocks[0].run.offload
+
+
+@pytest.mark.parametrize("model", [QWEN, GPT2], ids=["qwen3", "gpt2"])
+@pytest.mark.parametrize("recompute", [Recompute.attention_saved, Recompute.full])
+@pytest.mark.parametrize("tile", [0, 50, 1000])
+def test_gradients_are_those_of_the_whole_block(model, recompute, tile):
+    """In float64; 50 tokens do not divide the 256, and cross sequences."""
+    plain, changed = build(model, seed=0, device=DEVICE).double(), tiled(model, tile, recompute)
+    for mine, true in zip(step(changed), step(plain), strict=True):
+        assert float((mine - true).norm()) <= 1e-12 * float(true.norm()) + 1e-15
+
+
+@pytest.mark.parametrize("recompute", [Recompute.attention_saved, Recompute.full])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_offload_gives_the_same_bits(recompute, layers):
+    kept, offloaded = (tiled(FOUR, 64, recompute, n, torch.float32) for n in (0, layers))
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(step(kept), step(offloaded), strict=True))
+        offload = offload_of(offloaded)
+        assert not offload.kept
+        assert not offload.coming
+    sizes = [sum(place.nbytes for place in offload.places[layer]) for layer in range(layers)]
+    hidden, lse = BATCH * LENGTH * GQA.width * 4, BATCH * LENGTH * GQA.heads * 4
+    assert sizes == [2 * hidden + lse if recompute == Recompute.attention_saved else hidden] * layers
+
+
+@pytest.mark.parametrize(("recompute", "forwards"), [(Recompute.attention_saved, 4), (Recompute.full, 8)])
+def test_how_often_attention_runs(recompute, forwards):
+    model = tiled(FOUR, 64, recompute, 2)
+    with mock.patch.object(passes, "attention_forward", wraps=passes.attention_forward) as forward:
+        # the op holds the function it was registered with
+        with mock.patch("longctx.kernels.attention.interface.attention_forward", forward):
+            step(model)
+    assert forward.call_count == forwards
+
+
+def test_steps_that_are_left_leave_nothing():
+    """A forward pass without its backward pass, a shorter batch, and a pass without gradients in between."""
+    model = tiled(FOUR, 64, Recompute.attention_saved, 3)
+    expected = step(model)
+    inputs = Batch(*(x.to(DEVICE) for x in make_inputs(DOCUMENTS)))
+    mask = KeyIntervals.documents(inputs.document_start)
+    model(inputs.tokens, inputs.positions, mask, inputs.targets)
+    with torch.no_grad():
+        losses = model(inputs.tokens, inputs.positions, mask, inputs.targets)
+    assert torch.equal(losses.sum(), expected[0])
+    places = {layer: [place.data_ptr() for place in places] for layer, places in offload_of(model).places.items()}
+    step(model, Batch(*(x[:1] for x in make_inputs(DOCUMENTS))))
+    assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
+    assert {n: [place.data_ptr() for place in found] for n, found in offload_of(model).places.items()} == places
+
+
+def test_gradients_of_weights_are_summed_in_float32():
+    """In bfloat16, over 32 tiles: as near to float64 as those of the whole block. Sums in bfloat16 are not."""
+    model = dataclasses.replace(GQA, width=64, head_dim=16, layers=1)
+    truth = step(build(model, seed=0, device=DEVICE).double())
+    whole = step(build(model, seed=0, device=DEVICE).bfloat16())
+    tiles = step(tiled(model, 8, Recompute.full, dtype=torch.bfloat16))
+    for mine, theirs, true in zip(tiles[1:], whole[1:], truth[1:], strict=True):
+        errors = [float((x.double() - true).norm()) for x in (mine, theirs)]
+        assert errors[0] <= 1.1 * errors[1]
+
+
+def test_host_tensors_have_their_size_and_are_zero():
+    for shape in ((3, 5), (1,), (0, 4)):
+        made = host_tensor(shape, torch.float32, torch.device(DEVICE))
+        assert made.shape == torch.Size(shape)
+        assert made.device.type == "cpu"
+        assert float(made.abs().sum()) == 0
+        assert made.untyped_storage().nbytes() == max(1, made.numel() * 4)
+        assert made.is_pinned() == (DEVICE == "cuda")
