@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint import _hf_utils as hf
@@ -44,6 +43,7 @@ from longctx.runtime import Runtime
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
 BEST_BY = "loss/val"  # fact of a checkpoint
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # of safetensors
 SECONDS_TO_APPEAR = 5  # of another machine's files
 
 
@@ -432,7 +432,7 @@ def _parts(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """One file a rank, written straight from the tensors' memory while other threads run.
+    """One file a rank, written tensor by tensor while other threads run.
 
     The parent's makes the file in memory twice, and no other thread runs until that is done: training stood still.
     """
@@ -446,18 +446,35 @@ class ShardWriter(HuggingFaceStorageWriter):
         for item in plan.items:
             name, place = item.index.fqn, item.tensor_data
             assert place is not None, f"{name}: a checkpoint holds tensors only"
-            tensor: Any = planner.resolve_data(item)
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = planner.resolve_data(item)
             places[name] = {hf.SAVED_OFFSETS_KEY: place.chunk.offsets}
         if tensors:
             facts = {hf.CUSTOM_METADATA_KEY: json.dumps(places), hf.DCP_VERSION_KEY: str(hf.HF_DCP_VERSION)}
             file = Path(self.path) / hf._gen_file_name(1, 1, plan.storage_data["shard_index"])
-            save_file(tensors, file, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
+            write_safetensors(file, tensors, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
             files.readable_as_its_folder(file)
             self.names.append(file.name)
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files
         return done
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """A file in safetensors' format: the length of the header, the header, and one tensor's bytes after the other's.
+
+    The library writes what is in host memory as a whole, and there need not be room for a copy of a shard.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            out.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 def best_of(paths: list[Path]) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from longctx import plan
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import OnUsr1
+from longctx.config import Config, OnUsr1
 from longctx.config_checks import check
 from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
@@ -85,9 +85,24 @@ def introduce(trainer: Trainer) -> None:
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
-        f"{context}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n{expected_memory(trainer)}"
+        f"{context}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
+        f"{kept_and_where(config)}{expected_memory(trainer)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
+
+
+def kept_and_where(config: Config) -> str:
+    """A line on what blocks keep, if they are tiled or offloaded, and the optimizer; empty for a run without these."""
+    parallel, layers = config.parallel, config.model.layers
+    said = []
+    if parallel.is_tiled:
+        tile = f"tiles of {parallel.tile} tokens" if parallel.tile else "one function each"
+        said.append(f"blocks in {tile}, not compiled")
+    if parallel.offload:
+        said.append(f"what {parallel.offload} of {layers} layers keep is in host memory")
+    if parallel.offload_optimizer:
+        said.append("the optimizer's moments are in host memory")
+    return f"memory saved: {', '.join(said)}\n" if said else ""
 
 
 def expected_memory(trainer: Trainer) -> str:

@@ -21,7 +21,15 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import runtime
-from longctx.checkpoint import CheckpointError, Checkpoints, ShardWriter, read_manifest, state_tensors, verify_files
+from longctx.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    ShardWriter,
+    read_manifest,
+    state_tensors,
+    verify_files,
+    write_safetensors,
+)
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig
 from longctx.errors import UserError
 from longctx.files import sha256, write_manifest
@@ -264,6 +272,17 @@ def test_steps_after_the_one_resumed_from_are_set_aside(tmp_path):
     assert len(list(tmp_path.glob("abandoned_step_200_*"))) == 1
 
 
+def test_safetensors_are_what_the_library_reads(tmp_path):
+    tensors = {
+        "whole": torch.randn(3, 5), "of half the bits": torch.randn(7).bfloat16(), "a number": torch.tensor(2.5),
+        "turned": torch.randn(4, 6).T, "empty": torch.empty(0, 3), "double": torch.randn(2, dtype=torch.float64),
+    }  # fmt: skip
+    write_safetensors(tmp_path / "a.safetensors", tensors, {"format": "pt"})
+    assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
+    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], value) for name, value in tensors.items())
+    assert int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") % 8 == 0
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, code):
     checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
@@ -272,7 +291,7 @@ def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, code):
     def fails(*_arguments):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("longctx.checkpoint.save_file", fails)
+    monkeypatch.setattr("longctx.checkpoint.write_safetensors", fails)
     with pytest.raises(UserError, match=os.strerror(code)):
         checkpoints.save(2, {"a": torch.ones(4)}, {})
     newest = checkpoints.newest()

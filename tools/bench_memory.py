@@ -1,0 +1,150 @@
+"""What each way to hold less costs: a training step's memory and time, beside what the planner expects of them.
+
+    torchrun --nproc-per-node 1 tools/bench_memory.py recipe=llama3_8b_128k model.layers=4 data.sequence_length=65536
+
+Words as of train.py; each variant below is put on top of them. Every one takes five steps on random tokens, each
+sequence one document, from the same start. GiB are the most that torch held in the last three steps, and what ranks
+share beside it; ms the median of these of the slowest rank. `bits` is a number made of all parameters at the end: with
+`--deterministic`, which has attention add in one order, variants that compute the same have the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import benchmarking
+import torch
+import torch.distributed as dist
+from plan import composed
+from torch.distributed.tensor import DTensor
+
+from longctx import plan, runtime, step_time
+from longctx.batch import Batch
+from longctx.config import Config
+from longctx.config_checks import check
+from longctx.errors import UserError
+from longctx.model.transformer import Block
+from longctx.optim import Optimizers, global_norm
+from longctx.parallel.load_balance import zigzag
+from longctx.parallel.local_batch import LocalBatch
+from longctx.parallel.loss import forward_backward, token_weight
+from longctx.parallel.mesh import make_mesh
+from longctx.parallel.parallelize import parallelize
+from longctx.runtime import Runtime
+
+STEPS, TIMED = 5, 3
+OFFLOAD, ON_HOST = "parallel.offload={most}", "parallel.offload_optimizer=true"  # most: all layers but the last
+VARIANTS = {
+    "compiled": ["parallel.compile=true"],
+    "eager": ["parallel.compile=false"],
+    "tile16k": ["parallel.tile=16384"],
+    "tile8k": ["parallel.tile=8192"],
+    "offload": [OFFLOAD],
+    "tile16k+offload": ["parallel.tile=16384", OFFLOAD],
+    "tile16k+offload+optimizer": ["parallel.tile=16384", OFFLOAD, ON_HOST],
+}
+
+
+def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarking.Row:
+    """A row of the table."""
+    device, mesh = run.device, make_mesh(config.parallel, run.world_size, run.device.type)
+    model, context_parallel = parallelize(config, mesh, run.ranks_of_a_machine, device)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        attend = getattr(block.attention.attend, "attend", block.attention.attend)
+        attend.options["deterministic"] = is_deterministic
+    optimizer = Optimizers(
+        model, config.optim, getattr(torch, config.precision.compute), config.parallel.offload_optimizer
+    )
+    tokens = torch.randint(config.model.vocab_size, (1, config.data.sequence_length + 1), generator=_seeded(0))
+    start = torch.zeros_like(tokens[:, 1:])
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(start.shape[1]).expand_as(start), start)
+    local = LocalBatch.of(batch, zigzag(start.shape[1], mesh.size("context")), mesh, device)
+    weight = token_weight(start.numel() * mesh.readers, device)
+    seconds = []
+    for number in range(STEPS):
+        if device.type == "cuda" and number == STEPS - TIMED:
+            torch.cuda.reset_peak_memory_stats()
+        began = _now(device)
+        forward_backward(model, local, weight)
+        global_norm(list(model.parameters()))
+        optimizer.step(config.optim.steps // 2)
+        optimizer.zero_grad()
+        seconds.append(_now(device) - began)
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in parts)
+    allocated = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    slowest = torch.tensor([median(seconds[-TIMED:]), allocated], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    shared = context_parallel.shared_bytes()
+    context_parallel.close()
+    return {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{bits:x}"}
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def expected(config: Config, run: Runtime) -> benchmarking.Row:
+    """What the planner says of the same."""
+    rates = step_time.rates_of_device(run.device_name)
+    seconds = step_time.seconds(config, run.world_size, rates) if rates and step_time.is_timed(config) else {}
+    return {
+        "GiB expected": plan.memory(config, run.world_size).total / plan.GIB,
+        "ms expected": 1000 * sum(seconds.values()),
+    }
+
+
+def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> benchmarking.Row:
+    """A variant of the run that `words` say."""
+    most = composed(words).model.layers - 1
+    config = composed([*words, *(word.format(most=most) for word in VARIANTS[name])])
+    check(config, run.world_size)
+    try:
+        found = measured(config, run, is_deterministic)
+    except torch.OutOfMemoryError:
+        found = {"error": "out of memory"}
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"variant": name} | expected(config, run) | found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", help="of train.py")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
+    parser.add_argument("--deterministic", action="store_true", help="attention adds in one order")
+    parser.add_argument("--output", type=Path, help="file for the rows as JSON")
+    arguments = parser.parse_args()
+    names = arguments.variants.split(",")
+    if unknown := set(names) - set(VARIANTS):
+        sys.exit(f"bench_memory: variants {', '.join(unknown)}: must be of {', '.join(VARIANTS)}")
+    run = runtime.start(600)
+    try:
+        rows = [row(name, arguments.words, run, arguments.deterministic) for name in names]
+    except UserError as error:
+        sys.exit(f"bench_memory: {error}")
+    if run.is_main:
+        about = benchmarking.setting(run.device) | {"gpus": run.world_size, "words": " ".join(arguments.words)}
+        print("  ".join(f"{name} {value}" for name, value in about.items()))
+        print(benchmarking.table(rows, ["variant", "GiB expected", "GiB", "ms expected", "ms", "bits"]))
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
