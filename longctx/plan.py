@@ -176,7 +176,7 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
     of_tile = min(parallel.tile, tokens) / tokens if parallel.tile else 1
     if parallel.is_tiled:
         of_tokens = width + projected + queries  # the gradient of the residual stream, q, k and v, attention's gradient
-        in_tile = 3 * width + normed + inside_mlp * mlp
+        in_tile = 2 * width + normed + inside_mlp * mlp
         saved = _Block(share + attended, width + queries + in_tile * of_tile, of_tokens + inside_attention)
         again = _Block(share, saved.in_mlp + projected + attended, saved.in_attention + attended)
         blocks |= {Recompute.attention_saved: saved, Recompute.full: again}
@@ -301,7 +301,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         sizes.after_attention if config.parallel.is_tiled else _of_mlp(model) * sizes.first_matrix
     )
     if sizes.tiles > 1:
-        in_mlp += FLOAT32 * sizes.after_attention
+        in_mlp = FLOAT32 * sizes.after_attention
     saved = config.parallel.attention_saved_layers
     ends = {0, 1, layers - 1} | {n + i for n in (saved, layers - offloaded) for i in (-2, -1, 0, 1)}
     for done in ends & set(range(layers)):  # blocks whose backward pass is over; in between memory changes by a line

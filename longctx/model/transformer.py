@@ -33,9 +33,13 @@ class MLP(nn.Module):
             self.gate = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What comes between the products, (..., mlp_width)."""
         if self.gate is None:
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(swiglu(self.gate(x), self.up(x), implementation=self.fused_ops))
+            return F.gelu(self.up(x), approximate="tanh")
+        return swiglu(self.gate(x), self.up(x), implementation=self.fused_ops)
 
 
 class Block(nn.Module):
@@ -53,19 +57,18 @@ class Block(nn.Module):
         """x (batch, sequence, width) -> the same; by `run`, if there is one: see `longctx.parallel.tiled_block`."""
         if self.run is not None:
             return self.run(x, rotation, mask)
-        return self._add_mlp(self.attention(self.attention_norm(x), rotation, mask), x)
+        normed, x = self.mlp_norm(self.attention(self.attention_norm(x), rotation, mask), residual=x)
+        return x + self.mlp(normed)
 
     def before_attention(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Of any tokens: their queries, keys and values, as attention is given them."""
         return self.attention.project(self.attention_norm(x), rotation)
 
-    def after_attention(self, out: Tensor, x: Tensor) -> Tensor:
-        """Of any tokens: what the block makes of attention's `out` (batch, tokens, heads, head_dim) and its own x."""
-        return self._add_mlp(self.attention.output(torch.flatten(out, 2)), x)
-
-    def _add_mlp(self, attended: Tensor, x: Tensor) -> Tensor:
-        normed, x = self.mlp_norm(attended, residual=x)
-        return x + self.mlp(normed)
+    def after_attention(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of any tokens, from attention's `out` (batch, tokens, heads, head_dim) and the block's x: what the MLP's last
+        product is given, and what that is added to."""
+        normed, x = self.mlp_norm(self.attention.output(torch.flatten(out, 2)), residual=x)
+        return self.mlp.hidden(normed), x
 
 
 class Head(nn.Module):

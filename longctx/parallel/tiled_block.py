@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.config import Recompute
@@ -53,7 +54,8 @@ class TiledBlock:
         results = kept.results if self.saves_attention else ()
         y, rows, rows_of_out = torch.empty_like(x), _rows(x), _rows(out)
         for part in self._parts(x):
-            _rows(y)[:, part] = self.block.after_attention(rows_of_out[:, part], rows[:, part])
+            hidden, residual = self.block.after_attention(rows_of_out[:, part], rows[:, part])
+            _rows(y)[:, part] = residual + self.block.mlp.down(hidden)
         return y, results
 
     def backward(
@@ -74,19 +76,25 @@ class TiledBlock:
 
     def _backward_after_attention(self, dx: Tensor, out: Tensor, x: Tensor, sums: _GradientSums) -> Tensor:
         """The gradient of `out`; in dx, that of the residual stream there in place of that of the block's result."""
-        parameters = self._parameters_after_attention()
+        down, rows_of_dx = self.block.mlp.down, _rows(dx)
+        of_down: list[Tensor] = list(down.parameters())
+        parameters = [p for p in self._parameters_after_attention() if all(p is not other for other in of_down)]
         dout = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         for part in self._parts(x):
             tiles = [_rows(t)[:, part].detach().requires_grad_() for t in (out, x)]
             with torch.enable_grad():
-                y = self.block.after_attention(*tiles)
-            _rows(dout)[:, part], _rows(dx)[:, part], *gradients = torch.autograd.grad(
-                y, [*tiles, *parameters], _rows(dx)[:, part]
+                hidden, residual = self.block.after_attention(*tiles)
+            dy = rows_of_dx[:, part]
+            sums.add(of_down, _gradients_of_linear(down, hidden.detach(), dy))  # its product is not needed again
+            results = [get_gradient_edge(hidden), get_gradient_edge(residual)]  # without what they hold
+            del hidden, residual
+            _rows(dout)[:, part], rows_of_dx[:, part], *gradients = torch.autograd.grad(
+                results, [*tiles, *parameters], [dy @ down.weight, dy]
             )
-            del y, tiles
+            del results, tiles
             sums.add(parameters, gradients)
             del gradients
-        sums.finish(parameters)
+        sums.finish([*parameters, *of_down])
         return dout
 
     def _backward_before_attention(
@@ -181,6 +189,13 @@ def _rows(x: Tensor) -> Tensor:
 def _of(rotation: Rotation, part: slice) -> Rotation:
     cos, sin = (_rows(table)[:, part] for table in rotation)
     return cos, sin
+
+
+def _gradients_of_linear(linear: nn.Linear, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Of its weight and, if it has one, its bias."""
+    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+    of_bias = [] if linear.bias is None else [dy.sum(0, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype)]
+    return [dy.T @ x, *of_bias]
 
 
 class _GradientSums:

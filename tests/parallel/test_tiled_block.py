@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longctx.batch import Batch
-from longctx.config import ModelConfig, Recompute
+from longctx.config import AttentionImplementation, FusedImplementation, ModelConfig, Recompute
 from longctx.host_memory import host_tensor
 from longctx.kernels.attention import interface
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -25,13 +25,21 @@ from small_models import BATCH, DOCUMENTS, GPT2, GQA, LENGTH, QWEN, make_inputs
 FOUR = dataclasses.replace(GQA, layers=4)
 
 
+def made(model: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
+    """The whole model; in float64, which GPUs have no kernels for, on the reference."""
+    if dtype == torch.float64:
+        attention, fused_ops = AttentionImplementation.reference, FusedImplementation.reference
+        model = dataclasses.replace(model, attention=attention, fused_ops=fused_ops)
+    return build(model, seed=0, device=DEVICE).to(dtype)
+
+
 def tiled(model: ModelConfig, tile: int, recompute: Recompute, layers: int = 0, dtype=torch.float64) -> Transformer:
     """Four layers, the first `layers` of which are offloaded."""
-    made = build(model, seed=0, device=DEVICE).to(dtype)
+    changed = made(model, dtype)
     offload = ActivationOffload(layers, torch.device(DEVICE)) if layers else None
-    for number, block in enumerate(made.blocks):
+    for number, block in enumerate(changed.blocks):
         block.run = TiledBlock(block, number, tile, recompute, offload)
-    return made
+    return changed
 
 
 def step(model: Transformer, inputs: Batch | None = None) -> list[torch.Tensor]:
@@ -54,7 +62,7 @@ def offload_of(model: Transformer) -> ActivationOffload:
 @pytest.mark.parametrize("tile", [0, 50, 1000])
 def test_gradients_are_those_of_the_whole_block(model, recompute, tile):
     """In float64; 50 tokens do not divide the 256, and cross sequences."""
-    plain, changed = build(model, seed=0, device=DEVICE).double(), tiled(model, tile, recompute)
+    plain, changed = made(model), tiled(model, tile, recompute)
     for mine, true in zip(step(changed), step(plain), strict=True):
         assert float((mine - true).norm()) <= 1e-12 * float(true.norm()) + 1e-15
 
@@ -100,8 +108,8 @@ def test_steps_that_are_left_leave_nothing():
 def test_gradients_of_weights_are_summed_in_float32():
     """In bfloat16, over 32 tiles: as near to float64 as those of the whole block. Sums in bfloat16 are not."""
     model = dataclasses.replace(GQA, width=64, head_dim=16, layers=1)
-    truth = step(build(model, seed=0, device=DEVICE).double())
-    whole = step(build(model, seed=0, device=DEVICE).bfloat16())
+    truth = step(made(model))
+    whole = step(made(model, torch.bfloat16))
     tiles = step(tiled(model, 8, Recompute.full, dtype=torch.bfloat16))
     for mine, theirs, true in zip(tiles[1:], whole[1:], truth[1:], strict=True):
         errors = [float((x.double() - true).norm()) for x in (mine, theirs)]
