@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ALL_IT_TAKES = -1  # of parallel.offload
+
 
 class Limits(NamedTuple):
     """What a number may be; None: no limit there."""
@@ -330,8 +332,8 @@ class ParallelConfig:
     offload: int = knob(
         0,
         "activation offload: the first so many layers keep what recompute lets them keep in host memory, and bring it "
-        "back one layer ahead; without torch.compile",
-        least=0,
+        "back one layer ahead; without torch.compile; -1: as many as it takes to fit",
+        least=ALL_IT_TAKES,
     )
     offload_optimizer: bool = knob(
         False, "AdamW's moments stay in host memory and pass through the GPU in each update: 8 bytes a parameter less"

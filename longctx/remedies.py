@@ -7,12 +7,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from longctx.config import Config, Optimizer, Positions, Recompute, Strategy, recompute_by_layer
+from longctx.config import ALL_IT_TAKES, Config, Optimizer, Positions, Recompute, Strategy, recompute_by_layer
 from longctx.plan import GIB, host_memory, memory
 
 USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
+RESERVED, GAPS = 1.5 * GIB, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 TILE = 16384  # tokens that remedies name
 MOST_STEPS = 1 << 17  # thousands of tokens of a sequence that are looked at
+
+
+def usable(capacity: float) -> float:
+    """Bytes of a GPU's that a run can plan with."""
+    return (1 - GAPS) * capacity - RESERVED
+
+
+def with_offload_chosen(
+    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float
+) -> Config:  # fmt: skip
+    """`parallel.offload=-1` as the fewest layers with which a run fits `limit` bytes a GPU; all but the last, if none
+    are enough. Other numbers stay as they are."""
+    if config.parallel.offload != ALL_IT_TAKES:
+        return config
+
+    def of(layers: int) -> Config:
+        return replace(config, parallel=replace(config.parallel, offload=layers))
+
+    most = config.model.layers - 1
+    fitting = (n for n in range(most) if memory(of(n), world_size, choose(of(n))).total <= limit)
+    return of(next(fitting, most))
 
 
 def host_refusal(config: Config, world_size: int, ranks_of_a_machine: int, free: float) -> str | None:

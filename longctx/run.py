@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from longctx import plan
+from longctx import plan, remedies
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import Config, OnUsr1
+from longctx.config import Config, OnUsr1, Strategy
 from longctx.config_checks import check
 from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
@@ -21,7 +24,7 @@ from longctx.model.implementations import implementations
 from longctx.parallel.mesh import AXES
 from longctx.parallel.strategy import strategy_for
 from longctx.run_info import Ending, RunInfo
-from longctx.runtime import check_machines, check_memory
+from longctx.runtime import Runtime, check_machines, check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
@@ -41,8 +44,10 @@ def train(run: RunInfo) -> Outcome:
     with StopSignals(config.parallel.stop_seconds, config.checkpoint.on_usr1 == OnUsr1.stop) as stop:
         runtime = runtime_module.start(config.parallel.timeout_seconds)
         check_machines(runtime)
+        choose = strategy_for(runtime.ranks_of_a_machine)
+        run = replace(run, config=choose_offload(config, runtime, choose))
+        config = run.config
         if config.parallel.check_memory:
-            choose = strategy_for(runtime.ranks_of_a_machine)
             is_foreseen = plan.is_foreseen(**implementations(config, runtime.device))
             runtime.run_on_all_ranks(lambda: check_memory(config, runtime, choose, is_foreseen))
         name = runtime.run_on_rank_0(lambda: uuid.uuid4().hex)
@@ -73,6 +78,13 @@ def train(run: RunInfo) -> Outcome:
         finally:
             watchdog.stop()
         return Outcome(not trainer.is_stopped, last_loss(trainer))
+
+
+def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Strategy]) -> Config:
+    """The configuration with a number for `parallel.offload=-1`, the same on all ranks. Collective."""
+    smallest = min(runtime.gather(runtime.device_bytes))
+    limit = remedies.usable(smallest) if runtime.device.type == "cuda" else math.inf
+    return remedies.with_offload_chosen(config, runtime.world_size, choose, limit)
 
 
 def introduce(trainer: Trainer) -> None:

@@ -72,8 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "suggest"},
     "run": {
-        "command_line", "config", "config_checks", "evaluate", "metrics_file", "model", "parallel", "plan", "report",
-        "run_info", "runtime", "stopping", "trainer", "watchdog",
+        "command_line", "config", "config_checks", "evaluate", "metrics_file", "model", "parallel", "plan", "remedies",
+        "report", "run_info", "runtime", "stopping", "trainer", "watchdog",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ALONE = (

@@ -35,7 +35,6 @@ from longctx.parallel.strategy import strategy_for
 
 OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
 MEMORY = ("recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")  # of parallel
-RESERVED_GIB, GAPS = 1.5, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 
 
 class Plan(NamedTuple):
@@ -131,11 +130,11 @@ def layouts(
 def memory_choices(config: Config, typed: set[str], machines: Machines, usable: float) -> Iterator[Config]:
     """What blocks may keep and where: each policy of activation checkpointing, attention saved in as many layers as
     fit, and tiled blocks with as little in host memory as makes them fit."""
+    choose = strategy_for(machines.per_machine)
     if typed & {f"parallel.{name}" for name in MEMORY}:
-        yield config
+        yield remedies.with_offload_chosen(config, machines.gpus, choose, usable)
         return
     yield from (remedies.with_recompute(config, policy) for policy in Recompute)
-    choose = strategy_for(machines.per_machine)
     saved = remedies.most_attention_saved(config, machines.gpus, choose, usable)
     if 0 < saved < config.model.layers:
         yield remedies.with_recompute(config, Recompute.full, saved)
@@ -200,7 +199,7 @@ def main() -> None:
                 "plan: memory and seconds are known of 16 bits, head dims up to 256 and the fused kernels; leave "
                 "model.attention, model.fused_ops and precision as they are, or run it"
             )
-        usable = ((1 - GAPS) * rates["gib"] - RESERVED_GIB) * plan.GIB
+        usable = remedies.usable(rates["gib"] * plan.GIB)
         found = plans(config, words, machines, rates, usable)
     except KeyError as error:
         sys.exit(f"plan: {error.args[0]}")

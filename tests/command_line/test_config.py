@@ -245,6 +245,24 @@ def test_layers_that_keep_attention():
     assert recompute_by_layer(config) == [Recompute.full, *[Recompute.attention_saved] * 3]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel.tile=4096"], r"parallel.tile=4096: such blocks compute all but attention again.*recompute=none"),
+        (["parallel.offload=2", "parallel.recompute=full", "parallel.tensor=2"], r"tensor=2: not served yet"),
+        (["parallel.offload=4", "parallel.recompute=full"], r"the last of the 4 layers keeps .* give at most 3"),
+        (["parallel.offload=-2", "parallel.recompute=full"], r"parallel.offload=-2 is less than -1"),
+        (["parallel.offload_optimizer=true"], r"of AdamW's moments, optim.optimizer is muon"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_offloaded_or_tiled(words, said):
+    with pytest.raises(ConfigError, match=said):
+        check(composed("recipe=gpt_tiny", "parallel.context=1", *words), 1 + ("parallel.tensor=2" in words))
+    for some in (["parallel.offload=3", "parallel.recompute=full"], ["parallel.offload_optimizer=true", "optim=adamw"]):
+        check(composed("recipe=gpt_tiny", *some), 1)
+
+
 def test_help_tells_every_key_with_its_limits():
     said = help_of_keys(Config())
     for key in keys(Config()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from longctx import plan, remedies, run_facts, step_time
 from longctx.config import ComputeDtype, Recompute, Strategy, groups_of_heads
 from longctx.errors import UserError
 from longctx.parallel.strategy import strategy_for
-from longctx.run import expected_memory
+from longctx.run import choose_offload, expected_memory, kept_and_where
 from longctx.runtime import check_memory
 from runs import ROOT, composed
 
@@ -49,6 +50,7 @@ ON_TWO_FULL = [
     "recipe=llama3_8b_128k", "parallel.context=2", "data.sequence_length=262144", "parallel.recompute=full",
 ]  # fmt: skip
 MEASURED = [  # on H200s: words, GPUs, GiB (docs/benchmarks.md)
+    (["recipe=llama3_8b_256k_1gpu"], 1, 125.4),
     (["recipe=gpt_32k"], 1, 22.4),
     (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 51.4),
     (["recipe=llama3_8b_128k", "parallel.context=2"], 2, 95.5),
@@ -242,6 +244,71 @@ def test_attention_is_saved_in_as_many_layers_as_fit():
     assert words == "parallel.recompute=full with parallel.attention_saved_layers=20 (133.6 GiB)"
 
 
+ON_ONE = ["recipe=llama3_8b_256k_1gpu"]
+
+
+def test_tiles_and_host_memory_are_a_remedy():
+    """What they say fits, and no layer less would."""
+    config, choose = composed("recipe=llama3_8b_1m", "parallel.context=2"), strategy_for(2)
+    for of_host, said in (  # GiB a rank
+        (math.inf, "parallel.tile=16384 parallel.offload=27"),
+        (160, "parallel.recompute=full parallel.tile=16384 parallel.offload=23"),
+        (120, "parallel.recompute=full parallel.tile=16384 parallel.offload=23 checkpoint.asynchronous=false"),
+    ):
+        found = remedies.tiled(config, 2, choose, 134.1 * GIB, of_host * GIB)
+        assert found is not None
+        assert " ".join(remedies.words(config, found)) == said
+        assert plan.memory(found, 2, choose(found)).total <= 134.1 * GIB
+        less = replace(found, parallel=replace(found.parallel, offload=found.parallel.offload - 1))
+        assert plan.memory(less, 2, choose(less)).total > 134.1 * GIB
+    terms = plan.host_memory(found, 2)
+    assert sum(terms.values()) == terms["offloaded activations"] == 23 * 4 * GIB  # inputs of 512k tokens
+    assert remedies.tiled(config, 2, choose, 134.1 * GIB, 90 * GIB) is None
+    assert remedies.tiled(replace(config, parallel=replace(config.parallel, tensor=2)), 2, choose, math.inf) is None
+    assert any("parallel.offload=27" in r for r in remedies.remedies(config, 2, choose, 134.1 * GIB))
+
+
+def test_as_many_layers_as_it_takes():
+    choose = strategy_for(1)
+    config = composed(*ON_ONE, "parallel.offload=-1")
+
+    def chosen(gib: float) -> int:
+        return remedies.with_offload_chosen(config, 1, choose, gib * GIB).parallel.offload
+
+    assert [chosen(gib) for gib in (200, 126, 20)] == [0, 13, 31]
+    assert remedies.with_offload_chosen(composed(*ON_ONE), 1, choose, 0).parallel.offload == 13
+    runtime = SimpleNamespace(
+        device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, gather=lambda mine: [mine, 140 * GIB]
+    )
+    assert choose_offload(config, runtime, choose).parallel.offload == chosen(0.97 * 128 - 1.5) > 13
+    runtime.device = torch.device("cpu")
+    assert choose_offload(config, runtime, choose).parallel.offload == 0
+
+
+def test_what_a_machine_cannot_hold_is_refused():
+    config = composed(*ON_ONE, "checkpoint.asynchronous=true")
+    terms = plan.host_memory(config, 1)
+    assert [round(size / GIB, 1) for size in terms.values()] == [52.4, 59.8, 89.7]
+    assert remedies.host_refusal(config, 1, 1, 220 * GIB) is None
+    said = remedies.host_refusal(config, 1, 1, 128 * GIB)
+    assert said is not None
+    assert said.startswith("202.0 GiB of host memory are needed by the 1 ranks of a machine, and 117.8 can be had: ")
+    for words in ("parallel.offload,", "parallel.offload_optimizer=false", "checkpoint.asynchronous=false"):
+        assert words in said
+    assert remedies.host_refusal(composed(*ON_ONE), 1, 1, 128 * GIB) is None
+    two = composed("recipe=llama3_8b_512k_2gpu", "parallel.context=2")
+    assert remedies.host_refusal(two, 2, 2, 160 * GIB) is None  # 145 GiB of both ranks
+    assert remedies.host_refusal(two, 2, 2, 150 * GIB) is not None
+
+
+@pytest.mark.parametrize(("words", "gpus", "gib"), [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 126.6)])
+def test_recipes_fit(words, gpus, gib):
+    config = composed(*words, f"parallel.context={gpus}")
+    found = plan.memory(config, gpus, strategy_for(gpus)(config))
+    assert found.total / GIB == pytest.approx(gib, abs=0.5)
+    assert found.total <= remedies.usable(139.8 * GIB)
+
+
 def test_more_recompute_needs_less():
     config = composed("recipe=gpt_128k", "parallel.context=4")
     needed = [plan.memory(remedies.with_recompute(config, policy), 4).total for policy in Recompute]
@@ -284,3 +351,8 @@ def test_what_is_expected_is_said_and_logged(gpu):
     assert "predicted_s" not in run_facts._expected(config, gpu, whole, True)
     assert run_facts._expected(config, gpu, whole, False) == {}
     assert expected_memory(SimpleNamespace(facts={})) == ""
+    assert kept_and_where(config) == ""
+    assert kept_and_where(composed(*ON_ONE)) == (
+        "memory saved: blocks in tiles of 16384 tokens, not compiled, what 13 of 32 layers keep is in host memory, the "
+        "optimizer's moments are in host memory\n"
+    )
