@@ -182,7 +182,7 @@ def row(p: Plan, usable: float) -> str:
     fits = "" if p.memory.total <= usable else f"  does not fit: most in the {p.memory.point}"
     return (
         f"{context:>7}  {p.strategy if context != '1' else '-':8} {recompute:52} {p.memory.total / plan.GIB:8.1f} "
-        f"{p.seconds:8.3g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}{fits}"
+        f"{p.seconds:8.4g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}{fits}"
     )
 
 

@@ -25,6 +25,7 @@ from longctx.config import (
     ModelConfig,
     Optimizer,
     ParallelConfig,
+    Recompute,
     Strategy,
 )
 from longctx.errors import UserError
@@ -130,20 +131,27 @@ def run_and_save(_rank, config, steps):
         return losses
 
 
+OFFLOADED = {"tile": 24, "recompute": Recompute.attention_saved, "offload": 1, "offload_optimizer": True}
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "context"),
+    ("optimizer", "context", "changes"),
     [
-        (Optimizer.adamw, 1),
-        (Optimizer.muon, 2),
-        pytest.param(Optimizer.muon, 1, marks=pytest.mark.slow),
-        pytest.param(Optimizer.adamw, 2, marks=pytest.mark.slow),
+        (Optimizer.adamw, 1, {}),
+        (Optimizer.muon, 2, {}),
+        (Optimizer.adamw, 2, OFFLOADED),
+        pytest.param(Optimizer.muon, 1, {}, marks=pytest.mark.slow),
+        pytest.param(Optimizer.adamw, 2, {}, marks=pytest.mark.slow),
     ],
 )
-def test_resume_is_bit_equal(tmp_path, corpus, optimizer, context):
-    parallel, ranks = ParallelConfig(context=context), context
+def test_resume_is_bit_equal(tmp_path, corpus, optimizer, context, changes):
+    """And what is offloaded before and after is as if it were not in the run that is whole."""
+    here = changes | ({"offload": 0, "offload_optimizer": False} if changes else {})
+    parallel, ranks = ParallelConfig(context=context, **here), context
     config = small_config(tmp_path / "whole", corpus, optim__steps=12, optim__optimizer=optimizer, parallel=parallel)
     whole = run_on_ranks(ranks, run_steps, config, 12)[0]
-    config = dataclasses.replace(config, folder=str(tmp_path / "parts"))
+    parallel = ParallelConfig(context=context, **changes)
+    config = dataclasses.replace(config, folder=str(tmp_path / "parts"), parallel=parallel)
     first = run_on_ranks(ranks, run_and_save, config, 5)[0]
     second = run_on_ranks(ranks, run_steps, config, 7)[0]
     assert first + second == whole
