@@ -151,11 +151,22 @@ def recall(
 def sample_texts(
     model: nn.Module, tokens: Mixture, settings: ValidationConfig, mesh: Mesh, device: torch.device
 ) -> list[str]:  # fmt: skip
-    """What the model makes of `validation.sample_prompts`, as text; nothing without a tokenizer. All ranks call it."""
+    """What the model makes of `validation.sample_prompts`, as text; of a corpus of conversations, its answer to them.
+
+    Nothing without a tokenizer. All ranks call it.
+    """
     if not tokens.tokenizer_file or not settings.sample_tokens or not settings.sample_prompts:
         return []
-    tokenizer, begin = open_tokenizer(tokens.tokenizer_file), tokens.document_begin or []
-    prompts = [[*begin, *tokenizer.encode(p, add_special_tokens=False).ids] for p in settings.sample_prompts]
+    tokenizer, begin, asked = (
+        open_tokenizer(tokens.tokenizer_file),
+        tokens.document_begin or [],
+        settings.sample_prompts,
+    )
+    if tokens.chat_prompt:  # special tokens and all, as conversations are trained on
+        begin, (before, after) = [], tokens.chat_prompt
+        tokenizer.encode_special_tokens = False
+        asked = [f"{before}{prompt}{after}" for prompt in asked]
+    prompts = [[*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in asked]
     prompts = [ids or [tokens.end_of_document] for ids in prompts]
     texts = generate(model, prompts, settings.sample_tokens, mesh, device, tokens.tokenizer_vocab)
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]

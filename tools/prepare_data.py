@@ -4,8 +4,10 @@ usage: python tools/prepare_data.py INPUT [INPUT ...] --output FOLDER [--tokeniz
 
 INPUT is a file of JSON lines (one document a line), of parquet (one a row), both with the text in the field
 --text-field, a text (one document), each also compressed as .zst, .gz, .bz2 or .lz4, or a folder of all of these.
-Without --tokenizer, the 8192-token byte-level BPE of longctx, which was trained on Python sources, is used. A
-preparation that was stopped goes on where it was when the same command is given again.
+Lines and rows may also hold conversations (`messages`, `tools`), or `prompt` and `completion`, as texts or messages: of
+these only the answers are trained on (docs/finetune.md). Without --tokenizer, the 8192-token byte-level BPE of longctx,
+which was trained on Python sources, is used. A preparation that was stopped goes on where it was when the same command
+is given again.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ def main() -> None:
         help="put what the tokenizer's template puts around a text (a begin-of-text token) around each document",
     )  # fmt: skip
     parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE",
+        help="jinja template of conversations; default: the one beside the tokenizer (needs transformers)",
+    )  # fmt: skip
+    parser.add_argument(
         "--skip-unreadable", action="store_true", help="leave out, and count, what is not UTF-8, not JSON or damaged"
     )
     arguments = parser.parse_args()
@@ -43,6 +49,8 @@ def main() -> None:
         parser.error(f"--validation-fraction {arguments.validation_fraction} is outside 0 to 1")
     if not arguments.tokenizer.is_file():
         parser.error(f"--tokenizer {arguments.tokenizer}: no such file")
+    if arguments.chat_template and not arguments.chat_template.is_file():
+        parser.error(f"--chat-template {arguments.chat_template}: no such file")
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} is less than 1")
     for path in arguments.input:
@@ -55,7 +63,8 @@ def main() -> None:
         manifest = prepare(
             pieces, arguments.output, arguments.tokenizer, arguments.validation_fraction, source=source,
             workers=arguments.workers, end_of_document=arguments.end_of_document,
-            add_special_tokens=arguments.add_special_tokens,
+            add_special_tokens=arguments.add_special_tokens, chat_template=arguments.chat_template,
+            skip_unreadable=arguments.skip_unreadable,
         )  # fmt: skip
     except UserError as error:
         work = preparing(arguments.output)

@@ -76,6 +76,7 @@ class NanoGPTFolder:
     """
 
     document_begin: list[int] | None = None
+    chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
@@ -122,6 +123,7 @@ class MegatronFolder:
     """Megatron's `*.idx` and `*.bin`; files whose name has a word beginning with `val` are the validation split."""
 
     document_begin: list[int] | None = None
+    chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)

@@ -76,7 +76,7 @@ class TokenWindows:
             raise DataError(f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text{shorter}")
 
     def window(self, number: int) -> Sequence:
-        return pack(*self.split.read(number * self.length, self.length + 1), self.separate_documents)
+        return pack(*self.split.read(number * self.length, self.length + 1), separate_documents=self.separate_documents)
 
 
 class ShuffledTokens(TokenWindows):

@@ -17,21 +17,25 @@ class Sequence(NamedTuple):
     """One training row; each field int64, (sequence_length,)."""
 
     tokens: np.ndarray
-    targets: np.ndarray  # the next token of the same document, or IGNORE_INDEX
+    targets: np.ndarray  # the next token of the same document, or IGNORE_INDEX: also where it is not trained on
     positions: np.ndarray  # inside the document, 0 at its first token in this sequence
     document_start: np.ndarray  # index in the sequence of the first token of this token's document
 
 
-def pack(ids: np.ndarray, new_documents: np.ndarray, separate_documents: bool = True) -> Sequence:
+def pack(
+    ids: np.ndarray, new_documents: np.ndarray, is_trained: np.ndarray | None = None, separate_documents: bool = True
+) -> Sequence:  # fmt: skip
     """Cuts a sequence of n tokens out of n + 1 tokens of the stream.
 
-    ids (n + 1,); new_documents: ascending indices in 1..n at which another document begins. With
-    `separate_documents` positions restart there, attention is kept apart by `document_start`, and the token before
-    has no target; without, the sequence is one text.
+    ids (n + 1,); new_documents: ascending indices in 1..n at which another document begins; is_trained (n + 1,): which
+    tokens are targets, None: all. With `separate_documents` positions restart at a new document, attention is kept
+    apart by `document_start`, and the token before has no target; without, the sequence is one text.
     """
     length = len(ids) - 1
     index = np.arange(length)
     targets = ids[1:].copy()
+    if is_trained is not None:
+        targets[~is_trained[1:]] = IGNORE_INDEX
     if not separate_documents:
         return Sequence(ids[:-1], targets, index, np.zeros_like(index))
     targets[new_documents - 1] = IGNORE_INDEX

@@ -25,7 +25,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.text import MIB, Piece, Skipped
+from longctx.data.chat import Chat, ChatError, Completion, chat_tokenizer
+from longctx.data.text import MIB, Document, Piece, Skipped
 from longctx.data.tokenizer import (
     count_bytes,
     document_frame,
@@ -55,6 +56,9 @@ class Recipe:
     document_end: tuple[int, ...]
     validation_fraction: float
     max_document_tokens: int | None
+    chat_template_file: str = ""  # of conversations; empty: what lies beside the tokenizer
+    chat_template_sha256: str = ""
+    skip_unreadable: bool = False
 
     @property
     def dtype(self) -> str:
@@ -72,14 +76,18 @@ def prepare(
     work: Path | None = None,
     end_of_document: str | None = None,
     add_special_tokens: bool = True,
+    chat_template: Path | None = None,
+    skip_unreadable: bool = False,
 ) -> Manifest:
     """Tokenizes `pieces` into `folder`, which appears only when it is whole.
 
     A document goes to the validation split if the hash of its name falls into `validation_fraction`. One longer than
     `max_document_tokens` is cut into several. The result does not depend on `workers`, the number of processes: one is
     this process, with a thread a core. `work` holds what is done until then, and is gone on with if it is there
-    already. `end_of_document` and `add_special_tokens`: as of `document_frame`. Raises `DataError` naming what cannot
-    be read, if nothing is left to train on, if the disk is full, or if `folder` exists.
+    already. `end_of_document` and `add_special_tokens`: as of `document_frame`; `chat_template`: as of `ChatTokenizer`.
+    Of conversations, and of prompts with completions, only the answers are trained on; they are never cut. Those that
+    the template does not take are left out if `skip_unreadable`. Raises `DataError` naming what cannot be read, if
+    nothing is left to train on, if the disk is full, or if `folder` exists.
     """
     if folder.exists():
         raise DataError(f"{folder}: exists already; remove it or give another folder")
@@ -93,6 +101,9 @@ def prepare(
         frame.end,
         validation_fraction,
         max_document_tokens,
+        "" if chat_template is None else str(chat_template.resolve()),
+        "" if chat_template is None else sha256(chat_template),
+        skip_unreadable,
     )
     work = work or preparing(folder)
     try:
@@ -134,6 +145,7 @@ def _prepare(
             recipe.dtype, recipe.vocab_size, list(recipe.document_begin), list(recipe.document_end),
             recipe.tokenizer_sha256, sha256(token_bytes), shards, source, sum(piece["skipped"] for piece in by_piece),
             [example for piece in by_piece for example in piece["skipped_examples"]][:EXAMPLES],
+            _chat_prompt(recipe) if any(shard.trained_sha256 for of_split in shards.values() for shard in of_split) else [],
         )  # fmt: skip
         manifest.write(work)
         for number in range(len(pieces)):
@@ -145,10 +157,18 @@ def _prepare(
     return manifest
 
 
+def _chat_prompt(recipe: Recipe) -> list[str]:
+    """For samples; empty if there is no template, of prompts and completions, or it takes no lone question."""
+    try:
+        return list(chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).prompt())
+    except (ChatError, DataError):
+        return []
+
+
 def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: int) -> list[dict[str, Any]]:
     """The record of each piece; those that an earlier call has finished are taken as they are."""
     done = {number: record for number, piece in enumerate(pieces) if (record := _finished(work, number, piece, recipe))}
-    kept = {f"{s['name']}.{k}" for d in done.values() for split in SPLITS for s in d["shards"][split] for k in KINDS}
+    kept = {name for d in done.values() for split in SPLITS for s in d["shards"][split] for name in Shard(**s).sizes(1)}
     kept |= {_record(work, number).name for number in done} | {"lock"}
     for path in work.iterdir():  # begun, or made of other input
         if path.name not in kept:
@@ -181,9 +201,6 @@ def _tokenize_all(pieces: Sequence[Piece], work: Path, recipe: Recipe, workers: 
     return [done[number] for number in range(len(pieces))]
 
 
-KINDS = ("tokens", "documents")
-
-
 def _begin_worker() -> None:
     """One thread each; and none outlives the process that has started it, even if that was killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -203,7 +220,7 @@ def _record(work: Path, number: int) -> Path:
 
 
 def _identity(piece: Piece, recipe: Recipe) -> str:
-    facts = {key: value for key, value in asdict(recipe).items() if key != "tokenizer_file"}
+    facts = {key: value for key, value in asdict(recipe).items() if not key.endswith("_file")}
     return hashlib.sha256(json.dumps([piece.identity, facts]).encode()).hexdigest()
 
 
@@ -213,15 +230,8 @@ def _finished(work: Path, number: int, piece: Piece, recipe: Recipe) -> dict[str
     except (FileNotFoundError, ValueError):
         return None
     shards = record["shards"]
-    sizes = {
-        f"{shard['name']}.{kind}": size
-        for split in SPLITS
-        for shard in shards[split]
-        for kind, size in (
-            ("tokens", shard["tokens"] * np.dtype(recipe.dtype).itemsize),
-            ("documents", shard["documents"] * 8),
-        )
-    }
+    width = np.dtype(recipe.dtype).itemsize
+    sizes = {k: v for split in SPLITS for shard in shards[split] for k, v in Shard(**shard).sizes(width).items()}
     is_whole = all((work / name).is_file() and (work / name).stat().st_size == size for name, size in sizes.items())
     return record if is_whole and record["identity"] == _identity(piece, recipe) else None
 
@@ -236,19 +246,33 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
         if isinstance(document, Skipped):
             skipped.append(document.why)
             continue
-        ids, text_bytes = _encode(tokenizer, document.pieces)
+        try:
+            ids, is_trained, text_bytes = _encode_document(tokenizer, document, recipe)
+        except ChatError as error:
+            if not recipe.skip_unreadable:
+                raise DataError(
+                    f"{document.name}: {error}; or leave out what cannot be read with --skip-unreadable"
+                ) from None
+            skipped.append(f"{document.name}: {error}")
+            continue
         if not len(ids):
             continue
         is_validation = document.is_validation
         if is_validation is None:
             is_validation = _fraction_of_name(document.name) < recipe.validation_fraction
+        writer = writers["validation" if is_validation else "train"]
+        if is_trained is not None:
+            if is_trained.any():
+                writer.add(ids, text_bytes, is_trained)
+            else:
+                skipped.append(f"{document.name}: no turn of the assistant, so nothing to train on")
+            continue
         limit = max(1, recipe.max_document_tokens - frame) if recipe.max_document_tokens else len(ids)
         for first in range(0, len(ids), limit):
             part = ids[first : first + limit]
             share = round(text_bytes * len(part) / len(ids))
-            framed = np.concatenate([recipe.document_begin, part, recipe.document_end])
-            writers["validation" if is_validation else "train"].add(framed, share)
-    shards = {split: [asdict(shard) for shard in writer.finish()] for split, writer in writers.items()}
+            writer.add(np.concatenate([recipe.document_begin, part, recipe.document_end]), share)
+    shards = {split: [shard.fields() for shard in writer.finish()] for split, writer in writers.items()}
     fields = {"format": PIECE_FORMAT, "identity": _identity(piece, recipe), "shards": shards}
     fields |= {"skipped": len(skipped), "skipped_examples": skipped[:EXAMPLES]}
     write_manifest(_record(work, number), fields)
@@ -258,6 +282,27 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
 @cache
 def _tokenizer(file: str) -> Tokenizer:
     return open_tokenizer(Path(file))
+
+
+def _encode_document(
+    tokenizer: Tokenizer, document: Document, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray | None, int]:  # fmt: skip
+    """Ids, which of them are trained on (None: it is a text, all are, and its frame is missing yet), bytes of the text.
+
+    Raises `ChatError`.
+    """
+    match document.answers:
+        case None:
+            ids, text_bytes = _encode(tokenizer, document.pieces)
+            return ids, None, text_bytes
+        case Chat() as chat:
+            ids, is_trained = chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).encode(chat)
+            return ids, is_trained, sum(len(str(message.get("content", "")).encode()) for message in chat.messages)
+        case Completion(prompt, text):
+            (before, prompt_bytes), (after, bytes_after) = (_encode(tokenizer, [part]) for part in (prompt, text))
+            ids = np.concatenate([recipe.document_begin, before, after, recipe.document_end]).astype(np.int64)
+            is_trained = np.arange(len(ids)) >= len(recipe.document_begin) + len(before)
+            return ids, is_trained & bool(len(after)), prompt_bytes + bytes_after
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:

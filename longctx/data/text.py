@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from longctx.data.chat import Chat, Completion
 from longctx.errors import DataError
 
+CONVERSATIONS = ("messages", "tools", "prompt", "completion")  # fields that conversations are in
 COMPRESSED = (".zst", ".gz", ".bz2", ".lz4")
 BOM = b"\xef\xbb\xbf"
 MIB = 1 << 20
@@ -31,6 +33,7 @@ class Document(NamedTuple):
     name: str
     pieces: Iterable[str]  # the text, in pieces that may be tokenized apart from each other
     is_validation: bool | None = None  # None: the hash of the name decides
+    answers: Chat | Completion | None = None  # in place of a text: what is trained on in parts only
 
 
 class Skipped(NamedTuple):
@@ -108,7 +111,7 @@ class FilePiece:
                     begin += len(lines.readline()) - 1
                 while (end is None or begin < end) and (line := lines.readline()):
                     if line.strip():
-                        yield self._document(f"{part.name}@{begin}", _text_of, line, part.path, begin)
+                        yield self._document(f"{part.name}@{begin}", _content_of_line, line, part.path, begin)
                     begin += len(line)
         except OSError as error:
             raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
@@ -119,24 +122,28 @@ class FilePiece:
 
         try:
             with pq.ParquetFile(part.path) as file:
-                if self.text_field not in file.schema_arrow.names:
-                    columns = ", ".join(file.schema_arrow.names)
+                there = file.schema_arrow.names
+                columns = [self.text_field] if self.text_field in there else [c for c in CONVERSATIONS if c in there]
+                if not columns:
                     raise DataError(
-                        f"{part.path}: no column {self.text_field!r} but {columns}; name it with --text-field"
+                        f"{part.path}: no column {self.text_field!r} but {', '.join(there)}; name it with --text-field"
                     )
                 row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
                 groups = list(range(part.begin, part.end))
-                for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[self.text_field]):
-                    for text in batch.column(0).to_pylist():
+                for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+                    for record in batch.to_pylist():
                         where = f"{part.path}: row {row}"
-                        yield self._document(f"{part.name}@{row}", _checked, text, lambda where=where: where)
+                        yield self._document(f"{part.name}@{row}", _content, record, lambda where=where: where)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
 
-    def _document(self, name: str, text_of: Callable[..., str], *arguments: Any) -> Document | Skipped:
+    def _document(
+        self, name: str, content_of: Callable[..., str | Chat | Completion], *arguments: Any
+    ) -> Document | Skipped:  # fmt: skip
         try:
-            return Document(name, [text_of(*arguments, self.text_field)])
+            content = content_of(*arguments, self.text_field)
+            return Document(name, [content]) if isinstance(content, str) else Document(name, [], answers=content)
         except UnreadableError as error:
             if not self.skip_unreadable:
                 raise
@@ -251,7 +258,7 @@ def _kind(path: Path, text_field: str) -> str:
     if first.startswith(b"PAR1"):
         return "parquet"
     record = _record_of(first)
-    if record is not None and (text_field in record or _record_of(second) is not None):
+    if record is not None and (record.keys() & {text_field, *CONVERSATIONS} or _record_of(second) is not None):
         return "jsonl"
     array = first.strip().startswith(b"[") and _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}")
     if array and text_field in array:
@@ -335,7 +342,7 @@ def _text_parts(path: Path) -> Iterator[str]:
         raise UnreadableError(f"{path}: {error}; the file is damaged or cannot be read") from None
 
 
-def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
+def _content_of_line(line: bytes, path: Path, offset: int, text_field: str) -> str | Chat | Completion:
     def where() -> str:
         number, left = 1, offset
         with _open(path) as file:
@@ -345,11 +352,40 @@ def _text_of(line: bytes, path: Path, offset: int, text_field: str) -> str:
         return f"{path}:{number}"
 
     try:
-        return _checked(json.loads(line)[text_field], where, text_field)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{where()}: not JSON ({error})") from None
-    except (KeyError, TypeError):
-        raise UnreadableError(f"{where()}: no field {text_field!r}; name it with --text-field") from None
+    return _content(record, where, text_field)
+
+
+def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
+    """What a record holds: a text, a conversation (`messages`), or `prompt` and `completion`, texts or messages."""
+    record = record if isinstance(record, dict) else {}
+    if text_field in record:
+        return _checked(record[text_field], where, text_field)
+    tools = record.get("tools")
+    if isinstance(tools, str):  # as datasets keep what has no fixed columns
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UnreadableError(f"{where()}: field 'tools' is not JSON ({error})") from None
+    if "messages" in record:
+        return Chat(_messages(record["messages"], where, "messages"), tools or None)
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return Completion(_checked(prompt, where, "prompt"), _checked(completion, where, "completion"))
+        given = _messages(prompt, where, "prompt")
+        return Chat([*given, *_messages(completion, where, "completion")], tools or None, len(given))
+    raise UnreadableError(
+        f"{where()}: no field {text_field!r}; name it with --text-field (also read: messages; prompt and completion)"
+    )
+
+
+def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str, Any]]:
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
+        raise UnreadableError(f"{where()}: field {field!r} holds no list of messages, each with a role: {found!r:.60}")
+    return [{key: value for key, value in message.items() if value is not None} for message in found]
 
 
 def _checked(text: Any, where: Callable[[], str], text_field: str) -> str:

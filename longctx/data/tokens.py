@@ -2,9 +2,10 @@
 
 A folder holds, for each split (train, validation), shards of two raw little-endian files: `*.tokens`, the ids (uint16,
 or uint32 where the vocabulary needs it) of whole documents, each closed by the end-of-document id, and `*.documents`,
-int64, for each document the index after its last token. `token_bytes.bin` (uint16) says how many bytes of text each id
-stands for. `manifest.json` names all files with sizes and sha256, its own too, and the tokenizer, a copy of which lies
-beside it.
+int64, for each document the index after its last token. Shards with conversations have a third, `*.trained`: a bit for
+each token, the lowest of a byte first, which says whether it is trained on. `token_bytes.bin` (uint16) says how many
+bytes of text each id stands for. `manifest.json` names all files with sizes and sha256, its own too, and the tokenizer,
+a copy of which lies beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,6 +43,16 @@ class Shard:
     text_bytes: int
     tokens_sha256: str
     documents_sha256: str
+    trained_sha256: str = ""  # empty: all tokens are trained on
+
+    def sizes(self, width: int) -> dict[str, int]:
+        """Its files and their bytes; `width`: bytes of an id."""
+        sizes = {f"{self.name}.tokens": self.tokens * width, f"{self.name}.documents": self.documents * 8}
+        return sizes | ({f"{self.name}.trained": -(-self.tokens // 8)} if self.trained_sha256 else {})
+
+    def fields(self) -> dict[str, Any]:
+        """As the manifest has it: what is empty is left out, as before there was any."""
+        return {name: value for name, value in asdict(self).items() if name != "trained_sha256" or value}
 
 
 @dataclass
@@ -58,14 +69,21 @@ class Manifest:
     source: str = ""  # where the text came from, for people
     skipped: int = 0  # files, lines and rows that could not be read
     skipped_examples: list[str] = field(default_factory=list)  # of them, where and why
+    chat_prompt: list[str] = field(default_factory=list)  # of conversations: what stands before and after a question
     format: str = FORMAT
 
     @property
     def end_of_document(self) -> int:
         return self.document_end[-1]
 
+    def fields(self) -> dict[str, Any]:
+        """As they are written: without `chat_prompt` where there are no conversations."""
+        splits = {split: [shard.fields() for shard in shards] for split, shards in self.splits.items()}
+        fields = asdict(self) | {"splits": splits}
+        return {name: value for name, value in fields.items() if name != "chat_prompt" or value}
+
     def write(self, folder: Path) -> None:
-        write_manifest(folder / MANIFEST, asdict(self))
+        write_manifest(folder / MANIFEST, self.fields())
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -85,20 +103,25 @@ class Manifest:
 class TokenSplit:
     """The documents of one split as one stream of tokens."""
 
-    def __init__(self, tokens: list[np.ndarray], document_ends: list[np.ndarray]) -> None:
-        """Of each shard: its ids, and for each document the index after its last token. Both may be memory-mapped."""
+    def __init__(
+        self, tokens: list[np.ndarray], document_ends: list[np.ndarray], trained: list[np.ndarray | None] | None = None
+    ) -> None:  # fmt: skip
+        """Of each shard: its ids, for each document the index after its last token, and bits that say which tokens are
+        trained on (None: all). All may be memory-mapped."""
         self.tokens, self.document_ends = tokens, document_ends
+        self.trained = trained or [None] * len(tokens)
         self.first = np.cumsum([0, *(len(ids) for ids in tokens)])  # of each shard in the stream, and the end
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` tokens from `offset`: ids (int64), and the indices in them where a new document begins.
+    def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`count` tokens from `offset`: ids (int64), the indices in them where a new document begins, and which are
+        trained on (bool).
 
         Raises `DataError` if a file has become shorter than it was when it was opened.
         """
-        ids, starts = [], []
+        ids, starts, trained = [], [], []
         for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
             shard_first = int(self.first[shard])
             begin, end = max(offset, shard_first), min(offset + count, int(self.first[shard + 1]))
@@ -109,12 +132,23 @@ class TokenSplit:
             check_still_whole(self.tokens[shard])
             check_still_whole(self.document_ends[shard])
             ids.append(np.asarray(self.tokens[shard][begin - shard_first : end - shard_first], dtype=np.int64))
+            trained.append(_bits(self.trained[shard], begin - shard_first, end - shard_first))
             ends = self.document_ends[shard]
             low = np.searchsorted(ends, begin - shard_first, "left")
             high = np.searchsorted(ends, end - shard_first, "right")  # one may end where the shard does
             starts.append(np.asarray(ends[low:high]) + shard_first - offset)
         starts = np.concatenate(starts)
-        return np.concatenate(ids), starts[(starts > 0) & (starts < count)]
+        return np.concatenate(ids), starts[(starts > 0) & (starts < count)], np.concatenate(trained)
+
+
+def _bits(packed: np.ndarray | None, begin: int, end: int) -> np.ndarray:
+    """Bits `begin` to `end`; all are set where there are none."""
+    if packed is None:
+        return np.ones(end - begin, dtype=bool)
+    check_still_whole(packed)
+    first = begin // 8
+    unpacked = np.unpackbits(np.asarray(packed[first : -(-end // 8)]), bitorder="little")
+    return unpacked[begin - 8 * first : end - 8 * first].astype(bool)
 
 
 def check_still_whole(values: np.ndarray) -> None:
@@ -139,6 +173,7 @@ class Corpus(Protocol):
     token_bytes: np.ndarray | None  # bytes of text each id stands for
     document_begin: list[int] | None  # ids each document begins with, before its text; None: not known
     end_of_document: int  # id that closes a document
+    chat_prompt: list[str]  # as of `Manifest`
     notes: list[str]  # what its user should know
 
     def fingerprint(self) -> str: ...
@@ -172,12 +207,14 @@ class TokenFolder:
         self.token_bytes: np.ndarray | None = np.fromfile(self.folder / "token_bytes.bin", dtype="<u2")
         self.document_begin: list[int] | None = self.manifest.document_begin
         self.end_of_document, self.notes = self.manifest.end_of_document, []
+        self.chat_prompt = self.manifest.chat_prompt
         if self.manifest.format == BEFORE:
             self.notes.append(f"{self.folder} {NOTE_ON_BEFORE}")
         self.splits = {
             split: TokenSplit(
                 [self._map(f"{s.name}.tokens", self.manifest.dtype) for s in shards],
                 [self._map(f"{s.name}.documents", "<i8") for s in shards],
+                [self._map(f"{s.name}.trained", "u1") if s.trained_sha256 else None for s in shards],
             )
             for split, shards in self.manifest.splits.items()
         }
@@ -189,7 +226,7 @@ class TokenFolder:
 
     def fingerprint(self) -> str:
         """Hash of the whole corpus: two folders with the same one hold the same tokens in the same order."""
-        shards = [[asdict(s) for s in self.manifest.splits.get(split, [])] for split in SPLITS]
+        shards = [[s.fields() for s in self.manifest.splits.get(split, [])] for split in SPLITS]
         return hashlib.sha256(json.dumps([self.manifest.tokenizer_sha256, shards]).encode()).hexdigest()[:16]
 
     def _check_file(self, name: str, size: int | None, digest: str | None) -> None:
@@ -204,10 +241,10 @@ class TokenFolder:
             raise DataError(f"{path}: its sha256 is not the manifest's: the file was changed; prepare it again")
 
     def _check_shard(self, shard: Shard, check_hashes: bool, is_read: bool) -> None:
-        width = np.dtype(self.manifest.dtype).itemsize
-        has_hash = check_hashes and is_read
-        self._check_file(f"{shard.name}.tokens", shard.tokens * width, shard.tokens_sha256 if has_hash else None)
-        self._check_file(f"{shard.name}.documents", shard.documents * 8, shard.documents_sha256 if has_hash else None)
+        sizes = shard.sizes(np.dtype(self.manifest.dtype).itemsize)
+        digests = shard.tokens_sha256, shard.documents_sha256, shard.trained_sha256
+        for (name, size), digest in zip(sizes.items(), digests, strict=False):
+            self._check_file(name, size, digest if check_hashes and is_read else None)
         if not is_read:
             return
         tokens, documents = f"{shard.name}.tokens", f"{shard.name}.documents"
@@ -244,9 +281,14 @@ class ShardWriter:
         self.file, self.digest = (folder / f"{name}.tokens").open("wb"), hashlib.sha256()
         self.ends: list[int] = []
         self.text_bytes = 0
+        self.trained: list[np.ndarray] = []  # of all documents, from the first on that has tokens which are not
 
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Adds one document: its ids, the end-of-document id last."""
+    def add(self, ids: np.ndarray, text_bytes: int, is_trained: np.ndarray | None = None) -> None:
+        """Adds one document: its ids, the end-of-document id last, and which are trained on; None: all."""
+        if is_trained is not None and not self.trained:
+            self.trained.append(np.ones(self.ends[-1] if self.ends else 0, dtype=bool))
+        if self.trained:
+            self.trained.append(np.ones(len(ids), dtype=bool) if is_trained is None else is_trained)
         content = ids.astype(self.dtype).tobytes()
         self.file.write(content)
         self.digest.update(content)
@@ -263,5 +305,10 @@ class ShardWriter:
         np.array(self.ends, dtype="<i8").tofile(documents_path)
         sync(tokens_path)
         sync(documents_path)
-        digests = self.digest.hexdigest(), sha256(documents_path)
+        digests = [self.digest.hexdigest(), sha256(documents_path)]
+        if self.trained:
+            trained_path = self.folder / f"{self.name}.trained"
+            np.packbits(np.concatenate(self.trained), bitorder="little").tofile(trained_path)
+            sync(trained_path)
+            digests.append(sha256(trained_path))
         return [Shard(self.name, self.ends[-1], len(self.ends), self.text_bytes, *digests)]

@@ -30,7 +30,7 @@ def write_megatron(path: Path, documents: list[list[int]], code: int = 8, dtype:
 
 
 def documents_of(split) -> list[list[int]]:
-    ids, starts = split.read(0, len(split))
+    ids, starts, _ = split.read(0, len(split))
     return [part.tolist() for part in np.split(ids, starts)]
 
 
@@ -131,7 +131,7 @@ def test_a_run_on_each_format_has_the_same_losses(tmp_path, corpus):
     (tmp_path / "nanogpt").mkdir()
     (tmp_path / "megatron").mkdir()
     for split, name in (("train", "train"), ("validation", "val")):
-        ids, starts = own.splits[split].read(0, len(own.splits[split]))
+        ids, starts, _ = own.splits[split].read(0, len(own.splits[split]))
         ids.astype("<u2").tofile(tmp_path / "nanogpt" / f"{name}.bin")
         write_megatron(tmp_path / "megatron" / f"{name}_text_document", [d.tolist() for d in np.split(ids, starts)])
     losses = {

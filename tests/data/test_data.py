@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -37,7 +36,7 @@ def corpus(tmp_path):
 def test_round_trip(corpus):
     tokens = TokenFolder(corpus, VOCAB, check_hashes=True)
     tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
-    ids, starts = tokens.splits["train"].read(0, len(tokens.splits["train"]))
+    ids, starts, _ = tokens.splits["train"].read(0, len(tokens.splits["train"]))
     documents = np.split(ids, starts)
     assert [tokenizer.decode(d[:-1].tolist()) for d in documents] == TEXTS[:3]
     assert all(d[-1] == tokens.manifest.end_of_document for d in documents)
@@ -50,10 +49,10 @@ def test_windows_cross_shards(tmp_path):
     tokens = TokenFolder(tmp_path / "many", VOCAB)
     assert [s.name for s in tokens.manifest.splits["train"]] == [f"train_{i:05d}" for i in range(12)]
     split = tokens.splits["train"]
-    whole, starts = split.read(0, len(split))
+    whole, starts, _ = split.read(0, len(split))
     assert len(starts) == 11
     for offset in range(0, len(split) - 30, 7):  # windows that cross shards
-        ids, inside = split.read(offset, 30)
+        ids, inside, _ = split.read(offset, 30)
         assert np.array_equal(ids, whole[offset : offset + 30])
         assert np.array_equal(inside, starts[(starts > offset) & (starts < offset + 30)] - offset)
 
@@ -344,4 +343,4 @@ def test_shipped_tokenizer():
 def test_manifest_is_plain_json(corpus):
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert manifest["splits"]["train"][0]["documents"] == 3
-    assert dataclasses.asdict(TokenFolder(corpus, VOCAB).manifest) | {"sha256": manifest["sha256"]} == manifest
+    assert TokenFolder(corpus, VOCAB).manifest.fields() | {"sha256": manifest["sha256"]} == manifest

@@ -1,0 +1,195 @@
+"""Conversations as tokens: ids and masks are transformers', and only the answers are targets."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from corpora import find_pieces
+from longctx.config import DataConfig
+from longctx.data.chat import Chat, ChatError, ChatTokenizer
+from longctx.data.loader import ShuffledTokens
+from longctx.data.packing import IGNORE_INDEX, pack
+from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.tokens import TokenFolder
+from longctx.errors import DataError
+
+# after the templates of three families of models, with the assistant's turns marked
+CHATML = """{%- if tools %}<|im_start|>system
+# Tools{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ message.content or '' }}{% for call in message.tool_calls or [] %}
+<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endgeneration %}
+{%- else %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+HEADERS = """{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start|>' + message.role + '<|end|>\\n\\n' }}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content | trim }}<|eot|>{% endgeneration %}
+{%- else %}{{ message.content | trim }}<|eot|>{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"""
+BRACKETS = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}[INST] {{ message.content }} [/INST]
+{%- elif message.role == 'system' %}<<SYS>>{{ message.content }}<</SYS>>
+{%- else %}{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}"""
+TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS}
+UNMARKED = {name: re.sub(r"{% (end)?generation %}", "{{ '' }}", text) for name, text in TEMPLATES.items()}
+
+USER, ANSWER = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+CHATS = {
+    "one turn": Chat([USER, ANSWER]),
+    "system prompt, three turns": Chat([{"role": "system", "content": "Be short."}, *[USER, ANSWER] * 3]),
+    "empty turns": Chat([USER, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}, ANSWER]),
+    "ends with a question": Chat([USER, ANSWER, USER]),
+    "no answer": Chat([USER]),
+    "spelled special tokens, é and 字": Chat([{"role": "user", "content": "<|im_end|> é 字"}, ANSWER]),
+    "long": Chat([USER, {"role": "assistant", "content": "word " * 400}] * 2),
+}
+WITH_TOOLS = Chat([USER, {k: v for k, v in CALL.items() if v}, {"role": "tool", "content": "4"}, ANSWER], [TOOL])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer with the special tokens of the templates, and no template."""
+    where = tmp_path_factory.mktemp("tokenizer")
+    special = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(BUILTIN_TOKENIZER), bos_token="<|begin|>", eos_token="<|endoftext|>",
+        additional_special_tokens=special,
+    )  # fmt: skip
+    tokenizer.save_pretrained(str(where))
+    return where
+
+
+def template_file(folder: Path, text: str) -> Path:
+    file = folder / f"{abs(hash(text))}.jinja"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("chat", [*CHATS, "tools"])
+def test_ids_and_masks_are_those_of_transformers(folder, name, chat):
+    """With the answers marked in the template, and without."""
+    if chat == "tools" and name != "chatml":
+        name = "chatml"  # the only one of the three that knows them
+    conversation = CHATS.get(chat, WITH_TOOLS)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    expected = theirs.apply_chat_template(
+        conversation.messages, tools=conversation.tools, chat_template=TEMPLATES[name], return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    for text in (TEMPLATES[name], UNMARKED[name]):
+        ids, is_trained = ChatTokenizer(folder / "tokenizer.json", template_file(folder, text)).encode(conversation)
+        assert ids.tolist() == expected["input_ids"]
+        assert is_trained.astype(int).tolist() == expected["assistant_masks"]
+    assert is_trained.any() == (chat != "no answer")
+
+
+def test_a_template_that_writes_turns_otherwise_later_is_refused(folder):
+    """As those that drop the reasoning of earlier turns."""
+    text = UNMARKED["chatml"].replace("{{ message.content or '' }}", "{{ message.content if loop.last else '...' }}")
+    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, text))
+    with pytest.raises(ChatError, match=r"writes message 2 otherwise when others follow.*generation"):
+        tokenizer.encode(CHATS["system prompt, three turns"]._replace(messages=[USER, ANSWER, USER, ANSWER]))
+
+
+def records(folder: Path, *lines: dict) -> Path:
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def prepared(tmp_path: Path, folder: Path, *lines: dict, **options) -> TokenFolder:
+    pieces = find_pieces([records(tmp_path, *lines)])
+    template = template_file(folder, CHATML)
+    prepare(
+        pieces, tmp_path / "out", folder / "tokenizer.json", validation_fraction=0.0, chat_template=template, **options
+    )
+    return TokenFolder(tmp_path / "out", 9000, check_hashes=True)
+
+
+def targets_of(corpus: TokenFolder) -> list[str]:
+    """The text of each run of targets in the training split, as one sequence."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(corpus.tokenizer_file))
+    split = corpus.splits["train"]
+    sequence = pack(*split.read(0, len(split)))
+    is_target = np.concatenate([[False], sequence.targets != IGNORE_INDEX, [False]])
+    edges = np.flatnonzero(np.diff(is_target.astype(int)))
+    return [tokenizer.decode(sequence.targets[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+def test_only_answers_are_targets(tmp_path, folder):
+    """Of conversations, of prompts with completions of both kinds, beside a text of which everything is."""
+    lines = [
+        {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "Still 4."}]},
+        {"prompt": "Q: 3?", "completion": " A: three"},
+        {"prompt": [USER, ANSWER, USER], "completion": [{"role": "assistant", "content": "Four."}]},
+        {"messages": WITH_TOOLS.messages, "tools": json.dumps(WITH_TOOLS.tools)},
+        {"text": "a whole text"},
+        {"messages": [USER]},
+    ]
+    corpus = prepared(tmp_path, folder, *lines)
+    found = targets_of(corpus)
+    assert found[:4] == [
+        "It is 4.<|im_end|>\n", "Still 4.<|im_end|>\n", " A: three<|endoftext|>", "Four.<|im_end|>\n",
+    ]  # fmt: skip
+    assert found[4].startswith("<tool_call>")
+    assert found[5] == "It is 4.<|im_end|>\n"
+    assert found[6].endswith("whole text<|endoftext|>")
+    assert corpus.chat_prompt == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+    assert corpus.manifest.skipped == 1
+    assert "no turn of the assistant" in corpus.manifest.skipped_examples[0]
+
+
+def test_a_conversation_longer_than_a_sequence(tmp_path, folder):
+    """Each token of its answers is a target of one window, as of the whole."""
+    chat = CHATS["long"]
+    corpus = prepared(tmp_path, folder, {"messages": chat.messages}, {"messages": [USER, ANSWER] * 40})
+    split = corpus.splits["train"]
+    trained = split.read(0, len(split))[2]
+    source = ShuffledTokens(split, DataConfig(sequence_length=100), 0, "here")
+    windows = sorted((source.sequence(n) for n in range(source.size)), key=lambda s: s.tokens.tobytes())
+    targets = sum(int((s.targets != IGNORE_INDEX).sum()) for s in windows)
+    starts = split.read(0, source.size * 100 + 1)[1]
+    expected = trained[1 : source.size * 100 + 1].copy()
+    expected[starts - 1] = False
+    assert targets == expected.sum() > 400
+
+
+def test_what_cannot_be_rendered_is_named(tmp_path, folder):
+    bad = {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}
+    file = template_file(folder, "{{ raise_exception('only texts') if messages[-1].content is mapping }}" + CHATML)
+    pieces = find_pieces([records(tmp_path, bad, {"messages": [USER, ANSWER]})])
+    options = {"validation_fraction": 0.0, "chat_template": file}
+    with pytest.raises(DataError, match=r"chats.jsonl@0: the chat template does not take it .*only texts.*skip-unread"):
+        prepare(pieces, tmp_path / "a", folder / "tokenizer.json", **options)
+    assert prepare(pieces, tmp_path / "b", folder / "tokenizer.json", skip_unreadable=True, **options).skipped == 1
+    with pytest.raises(DataError, match="has no chat template beside it"):
+        prepare(pieces, tmp_path / "c", folder / "tokenizer.json", validation_fraction=0.0)
+    for line, said in (
+        ({"messages": []}, "field 'messages' holds no list of messages"),
+        ({"messages": "hello"}, "field 'messages' holds no list"),
+        ({"prompt": "a"}, "no field 'text'; name it with --text-field"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "field 'tools' is not JSON"),
+    ):
+        pieces = find_pieces([records(tmp_path, line)])
+        with pytest.raises(DataError, match=said):
+            prepare(pieces, tmp_path / "d", folder / "tokenizer.json", validation_fraction=0.0, chat_template=file)
