@@ -157,11 +157,8 @@ def sample_texts(
     """
     if not tokens.tokenizer_file or not settings.sample_tokens or not settings.sample_prompts:
         return []
-    tokenizer, begin, asked = (
-        open_tokenizer(tokens.tokenizer_file),
-        tokens.document_begin or [],
-        settings.sample_prompts,
-    )
+    tokenizer, begin = open_tokenizer(tokens.tokenizer_file), tokens.document_begin or []
+    asked = settings.sample_prompts
     if tokens.chat_prompt:  # special tokens and all, as conversations are trained on
         begin, (before, after) = [], tokens.chat_prompt
         tokenizer.encode_special_tokens = False

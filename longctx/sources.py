@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from longctx.config import Config, DataSource
 from longctx.data import builtin
+from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
@@ -46,12 +48,15 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
 
 
 def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> None:
-    """Leaves the corpus's tokenizer in the run's folder, as documents were made with it: for exports. On rank 0."""
+    """Leaves the corpus's tokenizer in the run's folder, as documents were made with it, and the chat template of its
+    conversations: for exports. On rank 0."""
     if tokens is None or tokens.tokenizer_file is None:
         return
     file = folder / "tokenizer.json"
     try:
         file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
+        if tokens.chat_prompt:
+            shutil.copyfile(tokens.tokenizer_file.with_name(CHAT_TEMPLATE), folder / CHAT_TEMPLATE)
     except OSError as error:
         runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 

@@ -37,6 +37,7 @@ def runs_of_training() -> list[tuple[str, ...]]:
     for words in (words for page in PAGES for words in commands(page) if "train.py" in words):
         at = words.index("train.py")
         ranks = words[words.index("--nproc-per-node") + 1] if "--nproc-per-node" in words else "1"
+        ranks = "1" if ranks == "gpu" else ranks
         rest = words[at + 1 :]
         if rest and not {"-m", "--help", "--config-dir"} & set(rest):  # sweeps are run by test_sweeps.py
             found.append((ranks, *(word for word in rest if word not in ("--cfg", "job"))))

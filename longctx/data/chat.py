@@ -16,6 +16,7 @@ import numpy as np
 
 from longctx.errors import DataError
 
+CHAT_TEMPLATE = "chat_template.jinja"  # the file of a template, as transformers calls it
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -64,7 +65,8 @@ class ChatTokenizer:
                 f"{tokenizer_file}: has no chat template beside it (chat_template.jinja, or in tokenizer_config.json), "
                 "and the input holds conversations; give one with --chat-template FILE"
             )
-        self.marks_answers = bool(GENERATION.search(self.tokenizer.get_chat_template()))
+        self.template: str = self.tokenizer.get_chat_template()
+        self.marks_answers = bool(GENERATION.search(self.template))
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""

@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.chat import Chat, ChatError, Completion, chat_tokenizer
+from longctx.data.chat import CHAT_TEMPLATE, Chat, ChatError, Completion, chat_tokenizer
 from longctx.data.text import MIB, Document, Piece, Skipped
 from longctx.data.tokenizer import (
     count_bytes,
@@ -145,8 +145,11 @@ def _prepare(
             recipe.dtype, recipe.vocab_size, list(recipe.document_begin), list(recipe.document_end),
             recipe.tokenizer_sha256, sha256(token_bytes), shards, source, sum(piece["skipped"] for piece in by_piece),
             [example for piece in by_piece for example in piece["skipped_examples"]][:EXAMPLES],
-            _chat_prompt(recipe) if any(shard.trained_sha256 for of_split in shards.values() for shard in of_split) else [],
+            _chat_prompt(recipe) if any(shard.trained_sha256 for shard in shards["train"]) else [],
         )  # fmt: skip
+        if manifest.chat_prompt:
+            template = chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).template
+            (work / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         manifest.write(work)
         for number in range(len(pieces)):
             _record(work, number).unlink()

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from longctx.checkpoint import CheckpointError, read_manifest, shape_of, verify_files
 from longctx.config import Config, ModelConfig
+from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
 from longctx.files import readable_as_its_folder
 from longctx.hugging_face.convert import Stored, stored_tensors, to_config_json
@@ -43,7 +44,7 @@ def export_hugging_face(
 
     The tokenizer lies beside them, so that a text gets the ids it was trained on, and what is generated ends at its
     end-of-document token: `tokenizer_file` (and its token `end_of_document`; None: a usual one), or the one that the
-    run has kept in its folder.
+    run has kept in its folder, with the chat template of its conversations.
 
     Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
     """
@@ -56,6 +57,9 @@ def export_hugging_face(
         end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
         names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, sequence_length)
         fields |= names
+        template = kept.with_name(CHAT_TEMPLATE)
+        if tokenizer_file is None and template.exists():
+            beside[CHAT_TEMPLATE] = template.read_text(encoding="utf-8")
     beside["config.json"] = _json(fields)
     return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
 

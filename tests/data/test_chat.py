@@ -18,23 +18,10 @@ from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError
+from runs import ROOT
 
 # after the templates of three families of models, with the assistant's turns marked
-CHATML = """{%- if tools %}<|im_start|>system
-# Tools{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}<|im_end|>
-{% endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}<|im_start|>assistant
-{% generation %}{{ message.content or '' }}{% for call in message.tool_calls or [] %}
-<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
-{% endgeneration %}
-{%- else %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+CHATML = (ROOT / "examples" / "chatml.jinja").read_text()
 HEADERS = """{{- bos_token }}
 {%- for message in messages %}
 {{- '<|start|>' + message.role + '<|end|>\\n\\n' }}

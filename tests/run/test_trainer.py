@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from corpora import find_pieces
 from longctx import trainer as trainer_module
 from longctx.config import (
     AttentionImplementation,
@@ -28,6 +29,7 @@ from longctx.config import (
     Recompute,
     Strategy,
 )
+from longctx.data.prepare import prepare
 from longctx.errors import UserError
 from longctx.metrics_file import read_metrics
 from ranks import run_on_ranks
@@ -122,6 +124,23 @@ def test_the_same_curve_in_every_layout(tmp_path, corpus, strategy):
         losses = run_on_ranks(ranks, run_steps, config, 8)
         assert losses[0] == losses[-1]
         assert losses[0] == pytest.approx(single, rel=1e-5)
+
+
+def test_the_loss_is_over_trained_tokens_in_every_layout(tmp_path):
+    """Of prompts and completions of all lengths, so that shares and micro-batches have other numbers of targets."""
+    records = [{"prompt": f"f({n}) " * (1 + n * 7 % 23), "completion": f" {n} " * (1 + n % 11)} for n in range(400)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare(find_pieces([tmp_path / "pairs.jsonl"]), tmp_path / "pairs", validation_fraction=0.1)
+    config = small_config(tmp_path / "one", tmp_path / "pairs")
+    single = run_on_ranks(1, run_steps, config, 4)[0]
+    for name, parallel, ranks, micro_batch in (
+        ("shard", ParallelConfig(), 2, 1),
+        ("context", ParallelConfig(context=2), 2, 1),
+        ("accumulation", ParallelConfig(), 1, 4),
+    ):
+        data = dataclasses.replace(config.data, sequences_per_micro_batch=micro_batch)
+        other = dataclasses.replace(config, folder=str(tmp_path / name), parallel=parallel, data=data)
+        assert run_on_ranks(ranks, run_steps, other, 4)[0] == pytest.approx(single, rel=1e-5)
 
 
 def run_and_save(_rank, config, steps):
