@@ -30,20 +30,23 @@ from torch.distributed.checkpoint import _hf_utils as hf
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from longctx import files
 from longctx.errors import UserError
 from longctx.files import sha256, sync
-from longctx.local_part import local_part
+from longctx.host_memory import host_tensor
+from longctx.local_part import local_of, local_part, with_local
 from longctx.runtime import Runtime
 
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
 BEST_BY = "loss/val"  # fact of a checkpoint
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # of safetensors
+DTYPES = {  # of safetensors
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 SECONDS_TO_APPEAR = 5  # of another machine's files
 
 
@@ -61,7 +64,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         self.runtime = runtime.in_background()
         has_gpu = runtime.device.type == "cuda"
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=has_gpu)  # kept, the copy is in pinned memory
+        self.places: dict[str, Tensor] = {}  # in host memory, for copies of what is on a GPU: kept from save to save
         # a thread's device is not that of the one that starts it
         device = {"initializer": torch.cuda.set_device, "initargs": (runtime.device,)} if has_gpu else {}
         self.has_gpu = has_gpu
@@ -72,14 +75,27 @@ class Checkpoints:
     def prepare(self, tensors: dict[str, Tensor]) -> None:
         """Makes room in host memory for what `save_in_background` will copy, in the background.
 
-        Pinning memory takes about a second for 1.5 GB, which the first save would have to wait for.
+        Touching and locking it takes about a second for 2 GB, which the first save would have to wait for.
         """
 
         def make_room() -> None:
-            self.runtime.run_on_all_ranks(lambda: self.stager.stage(tensors))
+            self.runtime.run_on_all_ranks(lambda: self._copy(tensors))
 
-        if self.stager.cache_staged_state_dict:
+        if self.has_gpu:
             self.pending = self.thread.submit(make_room)
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank holds of `tensors`, in host memory, where nothing changes it until the next copy."""
+        copies = {}
+        for name, tensor in tensors.items():
+            local = local_of(tensor).detach()
+            if name not in self.places:
+                self.places[name] = host_tensor(local.shape, local.dtype, self.runtime.device)
+            self.places[name].copy_(local, non_blocking=True)
+            copies[name] = with_local(tensor, self.places[name])
+        if self.has_gpu:
+            torch.cuda.synchronize()
+        return copies
 
     def save_in_background(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """As `save`, from a copy in host memory: returns once that is made, and the save before has ended.
@@ -87,7 +103,7 @@ class Checkpoints:
         All ranks call it. `wait` tells what came of it.
         """
         self.wait()
-        copy: Any = self.runtime.run_on_all_ranks(lambda: self.stager.stage(tensors))
+        copy = self.runtime.run_on_all_ranks(lambda: self._copy(tensors))
         self.pending = self.thread.submit(self.save, step, copy, facts)
 
     def save_beside(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:

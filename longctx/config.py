@@ -325,14 +325,14 @@ class ParallelConfig:
     )  # fmt: skip
     tile: int = knob(
         0,
-        "blocks compute all but attention, and with it its backward pass, for so many tokens of a micro-batch at a "
-        "time, without torch.compile: 16384 bounds what they hold and costs little; 0: for all at once",
+        "norms, projections and MLP run over so many tokens of a micro-batch at a time, forward and backward, and "
+        "attention sees all: 16384 bounds what blocks hold and costs little; without torch.compile; 0: all at once",
         least=0,
     )
     offload: int = knob(
         0,
-        "activation offload: the first so many layers keep what recompute lets them keep in host memory, and bring it "
-        "back one layer ahead; without torch.compile; -1: as many as it takes to fit",
+        "activation offload: what the first so many layers keep is in host memory, and comes back one layer ahead; "
+        "with recompute=attention_saved or full, without torch.compile; -1: as many layers as it takes to fit",
         least=ALL_IT_TAKES,
     )
     offload_optimizer: bool = knob(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import weakref
@@ -20,27 +21,37 @@ THREADS = 8
 def host_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros in page-locked memory of exactly its size, for copies to and from `device`.
 
-    torch.empty(pin_memory=True) takes the next power of two. Pages are touched by several threads: the first touch is
-    what takes long, about half a second a GiB and thread. Raises `MemoryError` where pages cannot be locked.
+    torch.empty(pin_memory=True) takes the next power of two. Several threads touch the pages, since the first touch is
+    what takes long. Raises `MemoryError` where pages cannot be had and locked.
     """
     size = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, max(size, 1))  # whole pages of its own, which nothing else can have locked
+    # whole pages of its own, which nothing else can have locked; private, or they could not be huge ones
+    try:
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(_refusal(size, str(error))) from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # not on every system
             memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    array = (ctypes.c_ubyte * len(memory)).from_buffer(memory)  # outlived by the pages, unlike the mmap object itself
+    flat = torch.frombuffer(array, dtype=torch.uint8)
     if device.type == "cuda":
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(Tensor.zero_, flat.split(PIECE)))
         runtime: Any = torch.cuda.cudart()
         address = flat.data_ptr()
         if error := int(runtime.cudaHostRegister(address, flat.numel(), 0)):
-            raise MemoryError(
-                f"{size / 2**30:.1f} GiB of host memory cannot be locked (CUDA error {error}): `ulimit -l` and the "
-                "container's memory limit must allow it; offload less"
-            )
-        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+            raise MemoryError(_refusal(size, f"CUDA error {error}"))
+        weakref.finalize(array, runtime.cudaHostUnregister, address).atexit = False
     return flat[:size].view(dtype).view(*shape)
+
+
+def _refusal(size: int, why: str) -> str:
+    return (
+        f"{size / 2**30:.1f} GiB of host memory cannot be had and locked ({why}): `ulimit -l` and the container's "
+        "memory limit must allow it; set a smaller parallel.offload, parallel.offload_optimizer=false or "
+        "checkpoint.asynchronous=false"
+    )
 
 
 class HostCopies:
@@ -48,17 +59,17 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.is_async = device.type == "cuda"
-        self.streams = [torch.cuda.Stream(device) if self.is_async else None for _ in range(2)]
+        self.down, self.up = (torch.cuda.Stream(device) if self.is_async else None for _ in range(2))
 
     def to_host(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
         """Begins a copy of what is computed so far; `source` must stay until the event has been waited for."""
-        return self._copy(self.streams[0], source, target, None)
+        return self._copy(self.down, source, target, None)
 
     def to_device(
         self, source: Tensor, target: Tensor, after: torch.cuda.Event | None = None
     ) -> torch.cuda.Event | None:  # fmt: skip
         """Begins a copy once the device has come here, and `after` has happened."""
-        return self._copy(self.streams[1], source, target, after)
+        return self._copy(self.up, source, target, after)
 
     def _copy(
         self, stream: torch.cuda.Stream | None, source: Tensor, target: Tensor, after: torch.cuda.Event | None

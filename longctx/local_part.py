@@ -22,6 +22,11 @@ def local_part(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return _part_at(tensor, coordinate)
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, laid out over ranks or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:
     """A tensor laid out over ranks as `tensor` is, of which this one holds `local`, on whatever device that is."""
     return DTensor(local, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local  # pyright: ignore[reportCallIssue]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longctx.local_part import index_of, parts_of_ranks
+from longctx.local_part import index_of, local_of, parts_of_ranks
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., as torch.optim.Muon has them
 ITERATIONS = 5
@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         is_sharded = isinstance(matrices[0], DTensor)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if is_sharded else (0, 1)
-        self.device = local(matrices[0]).device
+        self.device = local_of(matrices[0]).device
         self.buckets = list(in_buckets(matrices, self.ranks))
 
     @torch.no_grad()
@@ -72,14 +72,14 @@ class Muon(torch.optim.Optimizer):
             updates = self._orthogonalized(bucket, [self._nesterov(m.parameter, momentum) for m in bucket])
             for matrix, update in zip(bucket, updates, strict=True):
                 rows, columns = matrix.parameter.shape
-                here = local(matrix.parameter)
+                here = local_of(matrix.parameter)
                 here.mul_(1 - lr * group["weight_decay"])
                 here.add_(update.view_as(here), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
         """Takes the gradient into the momentum; returns what this rank holds of the update, (elements,)."""
         assert parameter.grad is not None
-        gradient, mean = local(parameter.grad), local(self.state[parameter]["momentum_buffer"])
+        gradient, mean = local_of(parameter.grad), local_of(self.state[parameter]["momentum_buffer"])
         mean.lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum).to(self.dtype).flatten()
 
@@ -146,11 +146,6 @@ def newton_schulz(x: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def in_buckets(parameters: list[Tensor], ranks: int) -> Iterator[list[Matrix]]:

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from longctx.host_memory import HostCopies, host_tensor
-from longctx.local_part import with_local
+from longctx.local_part import local_of, with_local
+from longctx.plan import MOMENTS_IN_FLIGHT, MOMENTS_PIECE
 
-PIECE = 1 << 26  # numbers; a power of two, so that a CPU's vector instructions take the same ones together
-IN_FLIGHT = 3  # pieces: one comes, one is updated, one leaves
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -38,19 +36,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self.device = _local(self.param_groups[0]["params"][0]).device
+        self.device = local_of(self.param_groups[0]["params"][0]).device
         self.copies = HostCopies(self.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates all parameters that have gradients."""
+        self.create_state()
         pieces = list(self._pieces())
         size = max((piece.parameter.numel() for piece in pieces), default=0)
-        buffers = torch.empty((IN_FLIGHT, len(MOMENTS), size), device=self.device)
-        left: list[torch.cuda.Event | None] = [None] * IN_FLIGHT  # when a buffer's moments are in host memory again
+        buffers = torch.empty((MOMENTS_IN_FLIGHT, len(MOMENTS), size), device=self.device)
+        left: list[torch.cuda.Event | None] = [
+            None
+        ] * MOMENTS_IN_FLIGHT  # when a buffer's moments are in host memory again
 
         def fetch(number: int) -> tuple[list[Tensor], list[torch.cuda.Event | None]]:
-            buffer, piece = number % IN_FLIGHT, pieces[number]
+            buffer, piece = number % MOMENTS_IN_FLIGHT, pieces[number]
             moments = [row[: piece.parameter.numel()] for row in buffers[buffer]]
             pairs = zip(piece.moments, moments, strict=True)
             return moments, [self.copies.to_device(host, here, left[buffer]) for host, here in pairs]
@@ -65,7 +66,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 self.copies.wait(event)
             _update(piece, moments)
             for here, host in zip(moments, piece.moments, strict=True):
-                left[number % IN_FLIGHT] = self.copies.to_host(here, host)
+                left[number % MOMENTS_IN_FLIGHT] = self.copies.to_host(here, host)
         for event in left:
             self.copies.wait(event)
 
@@ -75,20 +76,22 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                local, gradient = (_local(t).view(-1) for t in (parameter, parameter.grad))
-                if not state:
-                    self._create_state(parameter)
-                moments = [_local(state[name]).view(-1) for name in MOMENTS]
-                flat = [t.split(PIECE) for t in (local, gradient, *moments)]
+                local, gradient = (local_of(t).view(-1) for t in (parameter, parameter.grad))
+                moments = [local_of(state[name]).view(-1) for name in MOMENTS]
+                flat = [t.split(MOMENTS_PIECE) for t in (local, gradient, *moments)]
                 for number, (of_parameter, of_gradient, *of_moments) in enumerate(zip(*flat, strict=True), 1):
                     is_last = number == len(flat[0])
                     yield _Piece(group, state["step"], is_last, of_parameter, of_gradient, of_moments)
 
-    def _create_state(self, parameter: Tensor) -> None:
-        local, state = _local(parameter), self.state[parameter]
-        state["step"] = torch.zeros((), device=self.device)
-        for name in MOMENTS:
-            state[name] = with_local(parameter, host_tensor(local.shape, local.dtype, self.device))
+    def create_state(self) -> None:
+        """Makes the moments of all parameters, zeros, where there are none yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                local, state = local_of(parameter), self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), device=self.device)
+                    for name in MOMENTS:
+                        state[name] = with_local(parameter, host_tensor(local.shape, local.dtype, self.device))
 
 
 def _update(piece: _Piece, moments: list[Tensor]) -> None:
@@ -98,7 +101,3 @@ def _update(piece: _Piece, moments: list[Tensor]) -> None:
         [piece.parameter], [piece.gradient], [moments[0]], [moments[1]], [], [step], fused=True, amsgrad=False,
         beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -88,6 +88,9 @@ class Optimizers:
     def _create_state(self) -> None:
         """A step of AdamW with zero gradients and a rate of zero: it makes the state and changes no parameter."""
         adamw = self.optimizers[0]
+        if isinstance(adamw, OffloadedAdamW):
+            adamw.create_state()
+            return
         for group in adamw.param_groups:
             group["lr"] = 0.0
             for parameter in group["params"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +25,9 @@ from longctx.kernels.loss.chunks import tokens_of_a_chunk
 
 GIB = 1 << 30
 FLOAT32 = 4  # bytes
+# an offloaded optimizer's moments come in pieces of so many numbers (a power of two, so that a CPU's vector
+# instructions take the same ones together): one comes, one is updated, one leaves
+MOMENTS_PIECE, MOMENTS_IN_FLIGHT = 1 << 26, 3
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
@@ -145,6 +147,7 @@ def micro_batches_of(config: Config, world_size: int) -> int:
 
 def _sizes(config: Config, world_size: int) -> _Sizes:
     model, parallel, data = config.model, config.parallel, config.data
+    assert parallel.offload >= 0, "see `remedies.with_offload_chosen`"
     compute = FLOAT32 if config.precision.compute == ComputeDtype.float32 else 2
     shard = resolve_shard(parallel, world_size)
     tokens = micro_batch(data, _readers(config, world_size)) * data.sequence_length // parallel.context
@@ -195,7 +198,7 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
         compute=compute,
         hidden=width * tokens,
         blocks={policy: block.times(tokens) for policy, block in blocks.items()},
-        tiles=math.ceil(1 / of_tile),
+        tiles=-(-tokens // parallel.tile) if parallel.tile else 1,
         of_rows=of_rows * tokens,
         normed=normed * tokens,
         logits=float(compute * vocabulary * min(tokens, tokens_of_a_chunk(tokens, width, compute * vocabulary))),
@@ -238,6 +241,13 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
     slots = min(ranks, max(1, int(2 * GIB / gradients)))
     return 2 * keys + slots * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
+
+
+def _moments_in_flight(config: Config, sizes: _Sizes) -> float:
+    """Bytes of an offloaded optimizer on the GPU during the update."""
+    if not config.parallel.offload_optimizer:
+        return 0
+    return 2 * FLOAT32 * MOMENTS_IN_FLIGHT * min(MOMENTS_PIECE, max(sizes.table, sizes.first_matrix) / sizes.ranks)
 
 
 def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather) -> Memory:
@@ -294,7 +304,10 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
             "gradients": gradients(layers) + FLOAT32 * sizes.root * (3 if alone else 1),
             "losses": 0.0 if alone else max(embedding_gradient, FLOAT32 * sizes.root / sizes.ranks) + held,
         },
-        "update": state | {"gradients": whole_gradients},
+        "update": state | {
+            "gradients": whole_gradients,
+            "optimizer": state["optimizer"] + _moments_in_flight(config, sizes),
+        },
     }  # fmt: skip
     in_mlp = sizes.compute * sizes.first_matrix  # gradients of weights
     in_attention = sizes.compute * (
@@ -335,11 +348,11 @@ def host_memory(config: Config, world_size: int) -> dict[str, float]:
     parallel, sizes = config.parallel, _sizes(config, world_size)
     policies = recompute_by_layer(config)[: parallel.offload]
     count = (sizes.block * config.model.layers + sizes.root) / sizes.ranks
-    is_copied = config.checkpoint.asynchronous and config.checkpoint.every_steps > 0
+    is_copied = config.checkpoint.asynchronous and (config.checkpoint.every_steps > 0 or config.checkpoint.at_end)
     return {
-        "offloaded activations": sum(sizes.blocks[policy].kept for policy in policies),
-        "offloaded optimizer": 2 * FLOAT32 * count if parallel.offload_optimizer else 0.0,
-        "copy for checkpoint.asynchronous": state_bytes(config, world_size) - FLOAT32 * count if is_copied else 0.0,
+        "activations": sum(sizes.blocks[policy].kept for policy in policies),
+        "optimizer": 2 * FLOAT32 * count if parallel.offload_optimizer else 0.0,
+        "copy for checkpoints": state_bytes(config, world_size) - FLOAT32 * count if is_copied else 0.0,
     }
 
 

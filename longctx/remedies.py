@@ -13,6 +13,7 @@ from longctx.plan import GIB, host_memory, memory
 USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
 RESERVED, GAPS = 1.5 * GIB, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 TILE = 16384  # tokens that remedies name
+OF_MEMORY = ("recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")  # keys of parallel
 MOST_STEPS = 1 << 17  # thousands of tokens of a sequence that are looked at
 
 
@@ -37,21 +38,30 @@ def with_offload_chosen(
     return of(next(fitting, most))
 
 
-def host_refusal(config: Config, world_size: int, ranks_of_a_machine: int, free: float) -> str | None:
-    """Why a machine with `free` bytes cannot hold what its ranks with GPUs put there; None: it can."""
+def host_refusal(
+    config: Config, world_size: int, ranks_of_a_machine: int, free_of_host: float,
+    choose: Callable[[Config], Strategy], free: float,
+) -> str | None:  # fmt: skip
+    """Why a machine with `free_of_host` bytes cannot hold what its ranks with GPUs put there, and what would do; None:
+    it can. The other arguments as of `refusal`."""
     terms = {name: size * ranks_of_a_machine for name, size in host_memory(config, world_size).items() if size}
-    needed, usable = sum(terms.values()), USABLE_OF_HOST * free
-    if needed <= usable:
+    of_host = USABLE_OF_HOST * free_of_host
+    if sum(terms.values()) <= of_host:
         return None
-    keys = {
-        "offloaded activations": "a smaller parallel.offload",
-        "offloaded optimizer": "parallel.offload_optimizer=false",
-        "copy for checkpoint.asynchronous": "checkpoint.asynchronous=false",
-    }
-    named = ", ".join(f"{size / GIB:.1f} {name}" for name, size in terms.items())
+
+    def fits(other: Config) -> bool:
+        on_gpu = memory(other, world_size, choose(other)).total
+        return on_gpu <= free and sum(host_memory(other, world_size).values()) * ranks_of_a_machine <= of_host
+
+    in_foreground = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
+    on_gpus = [with_recompute(c, p, offload=0, offload_optimizer=False) for c in (in_foreground,) for p in Recompute]
+    planned = tiled(in_foreground, world_size, choose, free, free_of_host / ranks_of_a_machine)
+    found = [other for other in (in_foreground, *on_gpus, planned) if other is not None and fits(other)]
+    fixes = [" with ".join(words(config, other)) for other in found[:2]]
+    named = ", ".join(f"{size / GIB:.1f} for {name}" for name, size in terms.items())
     return (
-        f"{needed / GIB:.1f} GiB of host memory are needed by the {ranks_of_a_machine} ranks of a machine, and "
-        f"{usable / GIB:.1f} can be had: {named}. Set {', or '.join(keys[name] for name in terms)}; "
+        f"{sum(terms.values()) / GIB:.1f} GiB of host memory are needed on a machine, and {of_host / GIB:.1f} can be "
+        f"had: {named}. Set {', or '.join([*fixes, 'more GPUs that share the rest, or a machine with more memory'])}; "
         "parallel.check_memory=false tries all the same"
     )
 
@@ -96,7 +106,8 @@ def remedies(
     length = longest(least, world_size, choose, limit)
     if 0 < length < config.data.sequence_length:
         fitting.append(replace(least, data=replace(least.data, sequence_length=length)))
-    return [f"{' with '.join(words(config, other))} ({needed(other) / GIB:.1f} GiB)" for other in fitting]
+    told = [f"{' with '.join(words(config, other))} ({needed(other) / GIB:.1f} GiB)" for other in fitting]
+    return list(dict.fromkeys(told))
 
 
 def tiled(
@@ -113,6 +124,7 @@ def tiled(
     policies = [Recompute.attention_saved, Recompute.full]
     if config.parallel.recompute in policies:
         policies = policies[policies.index(config.parallel.recompute) :]
+    assert config.parallel.offload >= 0, "see `with_offload_chosen`"
     can_offload = config.optim.optimizer == Optimizer.adamw and not config.parallel.offload_optimizer
     for offload_optimizer in [config.parallel.offload_optimizer, *([True] if can_offload else [])]:
         for asynchronous in [config.checkpoint.asynchronous, *([False] if config.checkpoint.asynchronous else [])]:
@@ -122,7 +134,8 @@ def tiled(
                 changed = replace(with_recompute(config, policy, **others), checkpoint=checkpoint)
                 for layers in range(config.parallel.offload, config.model.layers):
                     changed = replace(changed, parallel=replace(changed.parallel, offload=layers))
-                    if sum(host_memory(changed, world_size).values()) > USABLE_OF_HOST * of_host:
+                    is_on_host = layers or offload_optimizer
+                    if is_on_host and sum(host_memory(changed, world_size).values()) > USABLE_OF_HOST * of_host:
                         break
                     if memory(changed, world_size, choose(changed)).total <= limit:
                         return changed
@@ -131,8 +144,7 @@ def tiled(
 
 def words(before: Config, after: Config) -> list[str]:
     """What to say on the command line for a change of what is kept, where, or at a time."""
-    of_parallel = ("context", "strategy", "recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")
-    fields = [("parallel", name) for name in of_parallel]
+    fields = [("parallel", name) for name in ("context", "strategy", *OF_MEMORY)]
     fields += [("data", name) for name in ("sequences_per_micro_batch", "sequence_length")]
     fields.append(("checkpoint", "asynchronous"))
     values = {f"{group}.{name}": [getattr(getattr(c, group), name) for c in (before, after)] for group, name in fields}

@@ -16,8 +16,9 @@ import torch
 from longctx import plan, remedies
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import Config, OnUsr1, Strategy
+from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Strategy
 from longctx.config_checks import check
+from longctx.errors import UserError
 from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
 from longctx.model.implementations import implementations
@@ -81,10 +82,21 @@ def train(run: RunInfo) -> Outcome:
 
 
 def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Strategy]) -> Config:
-    """The configuration with a number for `parallel.offload=-1`, the same on all ranks. Collective."""
-    smallest = min(runtime.gather(runtime.device_bytes))
-    limit = remedies.usable(smallest) if runtime.device.type == "cuda" else math.inf
-    return remedies.with_offload_chosen(config, runtime.world_size, choose, limit)
+    """The configuration with a number for `parallel.offload=-1`, the same on all ranks. Collective.
+
+    Raises `UserError` where that cannot be planned.
+    """
+    if config.parallel.offload != ALL_IT_TAKES:
+        return config
+    if runtime.device.type == "cpu":
+        return remedies.with_offload_chosen(config, runtime.world_size, choose, math.inf)
+    if not plan.is_foreseen(**implementations(config, runtime.device)):
+        raise UserError(
+            "parallel.offload=-1 goes by a plan of memory that knows the fused kernels alone; give a number of layers, "
+            "or leave model.attention and model.fused_ops as they are"
+        )
+    limits = runtime.gather(min(remedies.usable(runtime.device_bytes), runtime.free_device_bytes()))
+    return remedies.with_offload_chosen(config, runtime.world_size, choose, min(limits))
 
 
 def introduce(trainer: Trainer) -> None:
@@ -107,14 +119,15 @@ def kept_and_where(config: Config) -> str:
     """A line on what blocks keep, if they are tiled or offloaded, and the optimizer; empty for a run without these."""
     parallel, layers = config.parallel, config.model.layers
     said = []
-    if parallel.is_tiled:
-        tile = f"tiles of {parallel.tile} tokens" if parallel.tile else "one function each"
-        said.append(f"blocks in {tile}, not compiled")
+    if parallel.tile:
+        said.append(f"blocks run in tiles of {parallel.tile} tokens")
     if parallel.offload:
         said.append(f"what {parallel.offload} of {layers} layers keep is in host memory")
     if parallel.offload_optimizer:
         said.append("the optimizer's moments are in host memory")
-    return f"memory saved: {', '.join(said)}\n" if said else ""
+    if parallel.is_tiled and parallel.compile:
+        said.append("blocks are not compiled")
+    return f"to hold less: {', '.join(said)}\n" if said else ""
 
 
 def expected_memory(trainer: Trainer) -> str:

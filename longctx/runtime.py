@@ -57,6 +57,12 @@ class Runtime:
         is_gpu = self.device.type == "cuda"
         return torch.cuda.get_device_properties(self.device).total_memory if is_gpu else 0
 
+    def free_device_bytes(self) -> int:
+        """Memory of the GPU that a run can have."""
+        gc.collect()  # of an earlier job of this process
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info(self.device)[0] + kept
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -180,19 +186,17 @@ def check_machines(runtime: Runtime) -> None:
 def check_memory(
     config: Config, runtime: Runtime, choose: Callable[[Config], Strategy], is_foreseen: bool
 ) -> None:  # fmt: skip
-    """Raises `UserError` if a step needs more than a GPU has, or parameters, gradients and optimizer alone more than
-    this machine.
+    """Raises `UserError` if a step needs more than a GPU has, if its ranks put more into this machine's memory than
+    there is, or on CPUs if parameters, gradients and optimizer alone are more than that.
 
     `choose` gives the strategy of the context axis for a configuration. Unless the run's memory `is_foreseen`, see
     `plan`, a GPU too is only asked for parameters, gradients and optimizer.
     """
     needed = plan.state_bytes(config, runtime.world_size)
     if runtime.device.type == "cuda":
-        gc.collect()  # of an earlier job of this process
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        free, where = torch.cuda.mem_get_info(runtime.device)[0] + kept, "are free on a GPU"
+        free, where = runtime.free_device_bytes(), "are free on a GPU"
         of_host, ranks = machine.available_host_bytes() or math.inf, runtime.ranks_of_a_machine
-        if problem := remedies.host_refusal(config, runtime.world_size, ranks, of_host):
+        if problem := remedies.host_refusal(config, runtime.world_size, ranks, of_host, choose, free):
             raise UserError(problem)
         if is_foreseen:
             if problem := remedies.refusal(config, runtime.world_size, choose, free, of_host / ranks):

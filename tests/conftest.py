@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
         if any(hasattr(item.module, name) for name in SEVERAL_PROCESSES):
             which = "parallel" if item.path.parent.name == "parallel" else "others"
             item.add_marker(pytest.mark.xdist_group(f"ranks, {which}"))
-        elif "machine_code" in item.path.parts:  # a file's kernels are compiled once
+        elif "machine_code" in item.path.parts or item.path.name == "test_package.py":  # compiled, or built, once
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
     def gpus_needed(item) -> int:

@@ -47,9 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"batch", "config", "errors", "files"},
     "sources": {"config", "data", "errors", "runtime"},
     "muon": {"local_part"},
-    "offloaded_adamw": {"host_memory", "local_part"},
+    "offloaded_adamw": {"host_memory", "local_part", "plan"},
     "optim": {"config", "muon", "offloaded_adamw", "schedule"},
-    "checkpoint": {"errors", "files", "local_part", "runtime"},
+    "checkpoint": {"errors", "files", "host_memory", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime", "step_time"},
     "run_record": {"files", "run_info"},
@@ -72,8 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "suggest"},
     "run": {
-        "command_line", "config", "config_checks", "evaluate", "metrics_file", "model", "parallel", "plan", "remedies",
-        "report", "run_info", "runtime", "stopping", "trainer", "watchdog",
+        "command_line", "config", "config_checks", "errors", "evaluate", "metrics_file", "model", "parallel", "plan",
+        "remedies", "report", "run_info", "runtime", "stopping", "trainer", "watchdog",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ALONE = (

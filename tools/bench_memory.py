@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,13 +23,13 @@ import benchmarking
 import torch
 import torch.distributed as dist
 from plan import composed
-from torch.distributed.tensor import DTensor
 
-from longctx import plan, runtime, step_time
+from longctx import plan, remedies, runtime, step_time
 from longctx.batch import Batch
-from longctx.config import Config
+from longctx.config import Config, micro_batch
 from longctx.config_checks import check
 from longctx.errors import UserError
+from longctx.local_part import local_of
 from longctx.model.transformer import Block
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.load_balance import zigzag
@@ -36,6 +37,7 @@ from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, token_weight
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from longctx.parallel.strategy import strategy_for
 from longctx.runtime import Runtime
 
 STEPS, TIMED = 5, 3
@@ -62,7 +64,8 @@ def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarki
     optimizer = Optimizers(
         model, config.optim, getattr(torch, config.precision.compute), config.parallel.offload_optimizer
     )
-    tokens = torch.randint(config.model.vocab_size, (1, config.data.sequence_length + 1), generator=_seeded(0))
+    shape = micro_batch(config.data, mesh.readers), config.data.sequence_length + 1
+    tokens = torch.randint(config.model.vocab_size, shape, generator=_seeded(0))
     start = torch.zeros_like(tokens[:, 1:])
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(start.shape[1]).expand_as(start), start)
     local = LocalBatch.of(batch, zigzag(start.shape[1], mesh.size("context")), mesh, device)
@@ -77,8 +80,8 @@ def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarki
         optimizer.step(config.optim.steps // 2)
         optimizer.zero_grad()
         seconds.append(_now(device) - began)
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    bits = sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in parts)
+    parts = [local_of(p).detach() for p in model.parameters()]
+    bits = sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in parts)
     allocated = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     slowest = torch.tensor([median(seconds[-TIMED:]), allocated], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -112,6 +115,8 @@ def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> be
     most = composed(words).model.layers - 1
     config = composed([*words, *(word.format(most=most) for word in VARIANTS[name])])
     check(config, run.world_size)
+    capacity = remedies.usable(run.device_bytes) if run.device.type == "cuda" else math.inf
+    config = remedies.with_offload_chosen(config, run.world_size, strategy_for(run.ranks_of_a_machine), capacity)
     try:
         found = measured(config, run, is_deterministic)
     except torch.OutOfMemoryError:

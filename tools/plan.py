@@ -4,8 +4,8 @@ Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a f
 (of each machine, for what may be offloaded; without it nothing is). Prints each layout that the run may have, the
 fastest that fits first, with the memory of a GPU, the seconds of a step and the longest sequence; the command that
 starts the first; and what does not fit. `--json` prints the same for programs. No GPU is needed: memory and seconds are
-those of longctx/plan.py, with each sequence one document, and communication hidden; of strategies that are alike that
-of parallel.strategy=auto is first.
+those of longctx/plan.py and longctx/step_time.py, with each sequence one document, and communication hidden; of
+strategies that are alike that of parallel.strategy=auto is first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from longctx.errors import ConfigError
 from longctx.parallel.strategy import strategy_for
 
 OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
-MEMORY = ("recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")  # of parallel
 
 
 class Plan(NamedTuple):
@@ -48,6 +47,9 @@ class Plan(NamedTuple):
     mfu: float
     longest: int  # tokens of a sequence with which it still fits
     is_auto: bool  # whether `auto` would take this strategy
+    context: int
+    kept: str  # what blocks keep and where, in words
+    fits: bool  # on the GPUs, and in host memory, if that was said
 
 
 class Machines(NamedTuple):
@@ -122,6 +124,7 @@ def layouts(
                 problems.append(error)
                 continue
             for changed in memory_choices(of_ranks, typed, machines, usable):
+                check(changed, gpus)
                 parallel = changed.parallel
                 always = [f"parallel.{name}={getattr(parallel, name)}" for name in ("context", "strategy", "recompute")]
                 yield list(dict.fromkeys([*always, *remedies.words(config, changed)])), changed
@@ -131,17 +134,26 @@ def memory_choices(config: Config, typed: set[str], machines: Machines, usable: 
     """What blocks may keep and where: each policy of activation checkpointing, attention saved in as many layers as
     fit, and tiled blocks with as little in host memory as makes them fit."""
     choose = strategy_for(machines.per_machine)
-    if typed & {f"parallel.{name}" for name in MEMORY}:
+    if typed & {f"parallel.{name}" for name in remedies.OF_MEMORY}:
         yield remedies.with_offload_chosen(config, machines.gpus, choose, usable)
         return
-    yield from (remedies.with_recompute(config, policy) for policy in Recompute)
-    saved = remedies.most_attention_saved(config, machines.gpus, choose, usable)
+    plain = remedies.with_recompute(config, Recompute.none, tile=0, offload=0, offload_optimizer=False)
+    yield from (remedies.with_recompute(plain, policy) for policy in Recompute)
+    saved = remedies.most_attention_saved(plain, machines.gpus, choose, usable)
     if 0 < saved < config.model.layers:
-        yield remedies.with_recompute(config, Recompute.full, saved)
-    unbound = remedies.with_recompute(config, Recompute.none)
-    tiled = remedies.tiled(unbound, machines.gpus, choose, usable, machines.host_bytes_of_a_rank)
+        yield remedies.with_recompute(plain, Recompute.full, saved)
+    tiled = remedies.tiled(plain, machines.gpus, choose, usable, machines.host_bytes_of_a_rank)
     if tiled is not None:
         yield tiled
+
+
+def kept_in_words(config: Config) -> str:
+    """What blocks keep, and where: for the table."""
+    parallel = config.parallel
+    saved = f", {parallel.attention_saved_layers} saved" if parallel.attention_saved_layers else ""
+    tile = f", tile {parallel.tile}" if parallel.tile else ""
+    offload = f", {parallel.offload} on host" if parallel.offload else ""
+    return f"{parallel.recompute}{saved}{tile}{offload}{', optimizer on host' if parallel.offload_optimizer else ''}"
 
 
 def plans(config: Config, words: list[str], machines: Machines, rates: dict[str, Any], usable: float) -> list[Plan]:
@@ -157,10 +169,17 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
         longest = remedies.longest(changed, gpus, choose, usable)
         memory = plan.memory(changed, gpus, strategy)
         auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
-        found.append(Plan(said, str(strategy), memory, seconds, tokens / seconds, mfu, longest, strategy == auto))
+        of_host = sum(plan.host_memory(changed, gpus).values())
+        fits = memory.total <= usable and (not machines.host_gib or of_host <= machines.host_bytes_of_a_rank)
+        found.append(
+            Plan(
+                said, str(strategy), memory, seconds, tokens / seconds, mfu, longest, strategy == auto,
+                changed.parallel.context, kept_in_words(changed), fits,
+            )
+        )  # fmt: skip
     if not found:
         raise problems[0]
-    return sorted(found, key=lambda p: (p.memory.total > usable, p.seconds, not p.is_auto, p.memory.total))
+    return sorted(found, key=lambda p: (not p.fits, p.seconds, not p.is_auto, p.memory.total))
 
 
 def command_of(p: Plan, words: list[str], machines: Machines) -> str:
@@ -173,16 +192,11 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
 
 
 def row(p: Plan, usable: float) -> str:
-    said = {key.removeprefix("parallel."): value for key, value in (word.split("=") for word in p.words)}
-    context, recompute = said["context"], said["recompute"]
-    recompute += f", {said['attention_saved_layers']} saved" if "attention_saved_layers" in said else ""
-    recompute += f", tile {said['tile']}" if "tile" in said else ""
-    recompute += f", {said['offload']} on host" if "offload" in said else ""
-    recompute += ", optimizer on host" if "offload_optimizer" in said else ""
-    fits = "" if p.memory.total <= usable else f"  does not fit: most in the {p.memory.point}"
+    why = f"most in the {p.memory.point}" if p.memory.total > usable else "host memory is too small"
     return (
-        f"{context:>7}  {p.strategy if context != '1' else '-':8} {recompute:52} {p.memory.total / plan.GIB:8.1f} "
-        f"{p.seconds:8.4g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}{fits}"
+        f"{p.context:>7}  {p.strategy if p.context > 1 else '-':8} {p.kept:52} {p.memory.total / plan.GIB:8.1f} "
+        f"{p.seconds:8.4g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}"
+        f"{'' if p.fits else f'  does not fit: {why}'}"
     )
 
 
@@ -207,10 +221,10 @@ def main() -> None:
         sys.exit(f"plan: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"plan: {train.explain(error)}")
-    fitting = [p for p in found if p.memory.total <= usable]
+    fitting = [p for p in found if p.fits]
     command = command_of(fitting[0], words, machines) if fitting else None
     if arguments.json:
-        of_plans = [p._asdict() | {"memory": p.memory._asdict(), "fits": p in fitting} for p in found]
+        of_plans = [p._asdict() | {"memory": p.memory._asdict()} for p in found]
         facts = {"gpus": machines.gpus, "gpu": rates["gpu"], "usable_gib": usable / plan.GIB, "command": command}
         print(json.dumps(facts | {"provenance": rates["provenance"], "plans": of_plans}, indent=1))
         return

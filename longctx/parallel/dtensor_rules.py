@@ -29,6 +29,7 @@ from longctx.kernels.loss.cross_entropy import cross_entropy_gradient, cross_ent
 from longctx.kernels.loss.linear_cross_entropy import Vocabulary, fake_gradients, finished, in_chunks
 from longctx.kernels.loss.options import LOSS_SCHEMA, LossOptions
 from longctx.kernels.norm import layer_norm, rms_norm  # noqa: F401  register ops
+from longctx.local_part import local_of
 
 Rules = list[tuple[list[Placement | None], list[Placement | None]]]
 ops = torch.ops.longctx
@@ -302,7 +303,7 @@ def _cross_entropy_with_gradient_in_place(op, logits, targets, weight, *call):
 def _scale(op, x, factor):
     if isinstance(factor, DTensor):
         factor = factor.redistribute(factor.device_mesh, [Replicate()] * factor.device_mesh.ndim).to_local()
-    op(x.to_local() if isinstance(x, DTensor) else x, factor)
+    op(local_of(x), factor)
 
 
 # linear cross entropy ------------------------------------------------------------------------------------------------

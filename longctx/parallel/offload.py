@@ -7,6 +7,7 @@ the block after. Each layer has its place in host memory for the whole run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,47 +15,64 @@ from torch import Tensor
 from longctx.host_memory import HostCopies, host_tensor
 
 
+@dataclass(eq=False)
+class Kept:
+    """What one block keeps of one forward pass."""
+
+    layer: int
+    places: list[Tensor]  # in host memory
+    is_there: torch.cuda.Event | None  # when it is
+    back: list[Tensor] | None = None  # on the device, from when on it is asked for
+    is_back: torch.cuda.Event | None = None
+
+
 class ActivationOffload:
     """What the first `layers` blocks of a rank's model keep."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
+        assert layers >= 0, f"{layers} layers: see `remedies.with_offload_chosen`"
         self.layers, self.device, self.copies = layers, device, HostCopies(device)
         self.places: dict[int, list[Tensor]] = {}  # by layer
-        self.kept: list[tuple[int, list[Tensor], torch.cuda.Event | None]] = []  # layers, where, and when they are
+        self.kept: list[Kept] = []
         self.leaving: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
-        self.coming: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
 
-    def put(self, layer: int, tensors: Sequence[Tensor]) -> None:
+    def put(self, layer: int, tensors: Sequence[Tensor]) -> Kept:
         """Begins to copy what `layer` keeps; nobody writes to it any more, and who has no other use for it drops it."""
         self.settle()
-        if self.kept and self.kept[-1][0] >= layer:  # of a forward pass whose backward pass never came
-            self.kept, self.coming = [], {}
+        if self.kept and self.kept[-1].layer >= layer:  # of a forward pass whose backward pass never came
+            for left in self.kept:
+                self.copies.wait(left.is_back)
+            self.kept = []
         event, places = None, self._places_for(layer, tensors)
         for tensor, place in zip(tensors, places, strict=True):
             event = self.copies.to_host(tensor, place)
         self.leaving = tensors, event
-        self.kept.append((layer, places, event))
+        self.kept.append(Kept(layer, places, event))
+        return self.kept[-1]
 
-    def get(self, layer: int) -> list[Tensor]:
-        """What was put last, of `layer`, on the device."""
-        number, *_ = self.kept[-1]
-        assert number == layer, f"layer {layer} asks for what it keeps before layer {number} does"
+    def get(self, kept: Kept) -> list[Tensor]:
+        """What was put, on the device. Raises `RuntimeError` unless it is what was put last and not asked for yet."""
+        if not self.kept or self.kept[-1] is not kept:
+            raise RuntimeError(
+                f"layer {kept.layer}: what it keeps was written over by a later forward pass; run each backward pass "
+                "before the next forward pass, or set parallel.offload=0"
+            )
         self.prefetch()
-        tensors, event = self.coming.pop(layer)
         self.kept.pop()
-        self.copies.wait(event)
+        self.copies.wait(kept.is_back)
         self.prefetch()
+        assert kept.back is not None
+        tensors, kept.back = kept.back, None
         return tensors
 
     def prefetch(self) -> None:
         """Begins to bring back what will be asked for next."""
-        if not self.kept or self.kept[-1][0] in self.coming:
+        if not self.kept or self.kept[-1].back is not None:
             return
-        layer, places, is_there = self.kept[-1]
-        tensors, event = [torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in places], None
-        for place, tensor in zip(places, tensors, strict=True):
-            event = self.copies.to_device(place, tensor, is_there)
-        self.coming[layer] = tensors, event
+        kept = self.kept[-1]
+        kept.back = [torch.empty(place.shape, dtype=place.dtype, device=self.device) for place in kept.places]
+        for place, tensor in zip(kept.places, kept.back, strict=True):
+            kept.is_back = self.copies.to_device(place, tensor, kept.is_there)
 
     def settle(self) -> None:
         """Lets go of what has left, which a layer later it has."""

@@ -27,7 +27,11 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class TiledBlock:
-    """What a block's `run` becomes: the same results in tiles of so many tokens; 0: all of a micro-batch at once."""
+    """What a block's `run` becomes: the same results in tiles of so many tokens; 0: all of a micro-batch at once.
+
+    All parameters must have gradients, and the gradient that the block is given is written over: nobody else reads it
+    where blocks follow each other.
+    """
 
     def __init__(
         self, block: Block, layer: int, tile: int, recompute: Recompute, offload: ActivationOffload | None = None
@@ -51,7 +55,7 @@ class TiledBlock:
         """The block's result, and attention's output and log-sum-exp, if they are saved."""
         with _KeepAttention() as kept:
             out = self.block.attention.attend(*self._before_attention(x, rotation), mask).contiguous()
-        results = kept.results if self.saves_attention else ()
+        results = (out, *kept.results[1:]) if self.saves_attention else ()  # what `attend` made of the op's
         y, rows, rows_of_out = torch.empty_like(x), _rows(x), _rows(out)
         for part in self._parts(x):
             hidden, residual = self.block.after_attention(rows_of_out[:, part], rows[:, part])
@@ -158,10 +162,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Rotation, mask: KeyIntervals, tiled: TiledBlock, *_parameters: Tensor):
         y, attention = tiled.forward(x, rotation, mask)
-        ctx.tiled, ctx.rotation, ctx.mask = tiled, rotation, mask
-        ctx.is_offloaded = tiled.offload is not None and tiled.layer < tiled.offload.layers
-        if tiled.offload is not None and ctx.is_offloaded:
-            tiled.offload.put(tiled.layer, [x.detach(), *attention])
+        ctx.tiled, ctx.rotation, ctx.mask, ctx.kept = tiled, rotation, mask, None
+        if tiled.offload is not None and tiled.layer < tiled.offload.layers:
+            ctx.kept = tiled.offload.put(tiled.layer, [x.detach(), *attention])
             return y
         ctx.save_for_backward(x, *attention)
         if tiled.offload is not None:
@@ -172,7 +175,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         tiled: TiledBlock = ctx.tiled
         offload = tiled.offload
-        saved = offload.get(tiled.layer) if offload is not None and ctx.is_offloaded else ctx.saved_tensors
+        saved = ctx.saved_tensors if offload is None or ctx.kept is None else offload.get(ctx.kept)
         if offload is not None and tiled.layer == offload.layers:  # the layer before is the first to come back
             offload.prefetch()
         x, *attention = (t.detach() for t in saved)

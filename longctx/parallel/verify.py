@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from longctx.batch import Batch
 from longctx.config import ComputeDtype, Config
 from longctx.errors import UserError
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.tiles import TILE
+from longctx.local_part import local_of
 from longctx.model.transformer import Block, Transformer
 from longctx.parallel.context_parallel import ContextAttend
 from longctx.parallel.load_balance import Split, zigzag
@@ -83,7 +83,7 @@ def _loss_and_gradients(
     gradients = []
     for parameter in model.parameters():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        gradients.append((gradient.to_local() if isinstance(gradient, DTensor) else gradient).float())
+        gradients.append(local_of(gradient).float())
         parameter.grad = None
     return [total, *gradients]
 

@@ -11,8 +11,11 @@ from types import ModuleType
 
 import pytest
 
+from longctx import plan
+from longctx.config_checks import check
 from longctx.data.tokens import TokenFolder
-from runs import ROOT
+from longctx.parallel.strategy import strategy_for
+from runs import ROOT, composed
 
 
 def run_tool(*words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -139,6 +142,27 @@ def test_plan():
     assert {p["words"][2] for p in found["plans"] if not p["fits"]} == {"parallel.recompute=none"}
     seconds = [p["seconds"] for p in found["plans"] if p["fits"]]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml")))
+def test_the_command_of_each_recipe_is_one_that_can_be_started(recipe, monkeypatch, capsys):
+    """Whatever the recipe says of tiles and offload itself, and with host memory or without."""
+    tool = load_tool("plan")
+    for words in (["gpus=8"], ["gpus=8", "host_gib=1024"]):
+        monkeypatch.setattr(sys, "argv", ["plan.py", f"recipe={recipe}", *words, "data.sequences_per_step=8", "--json"])
+        if recipe == "gpt_tiny":  # in float32
+            with pytest.raises(SystemExit):
+                tool.main()
+            continue
+        tool.main()
+        found = json.loads(capsys.readouterr().out)
+        overrides = shlex.split(found["command"])
+        overrides = [word for word in overrides[overrides.index(f"recipe={recipe}") :] if "=" in word]
+        config = composed(*overrides)
+        check(config, 8)
+        needed = plan.memory(config, 8, strategy_for(8)(config)).total
+        assert needed == sum(found["plans"][0]["memory"]["terms"].values())
+        assert all(("host" in p["kept"]) <= (len(words) > 1) for p in found["plans"])
 
 
 @pytest.mark.parametrize(

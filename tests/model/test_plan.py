@@ -262,13 +262,15 @@ def test_tiles_and_host_memory_are_a_remedy():
         less = replace(found, parallel=replace(found.parallel, offload=found.parallel.offload - 1))
         assert plan.memory(less, 2, choose(less)).total > 134.1 * GIB
     terms = plan.host_memory(found, 2)
-    assert sum(terms.values()) == terms["offloaded activations"] == 23 * 4 * GIB  # inputs of 512k tokens
+    assert sum(terms.values()) == terms["activations"] == 23 * 4 * GIB  # inputs of 512k tokens
     assert remedies.tiled(config, 2, choose, 134.1 * GIB, 90 * GIB) is None
     assert remedies.tiled(replace(config, parallel=replace(config.parallel, tensor=2)), 2, choose, math.inf) is None
     assert any("parallel.offload=27" in r for r in remedies.remedies(config, 2, choose, 134.1 * GIB))
 
 
-def test_as_many_layers_as_it_takes():
+def test_as_many_layers_as_it_takes(monkeypatch):
+    names = {"attention": "hopper", "fused_ops": "triton"}
+    monkeypatch.setattr("longctx.run.implementations", lambda *_: names)
     choose = strategy_for(1)
     config = composed(*ON_ONE, "parallel.offload=-1")
 
@@ -278,27 +280,50 @@ def test_as_many_layers_as_it_takes():
     assert [chosen(gib) for gib in (200, 126, 20)] == [0, 13, 31]
     assert remedies.with_offload_chosen(composed(*ON_ONE), 1, choose, 0).parallel.offload == 13
     runtime = SimpleNamespace(
-        device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, gather=lambda mine: [mine, 140 * GIB]
-    )
+        device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, gather=lambda mine: [mine, 140 * GIB],
+        free_device_bytes=lambda: 127 * GIB,
+    )  # fmt: skip
     assert choose_offload(config, runtime, choose).parallel.offload == chosen(0.97 * 128 - 1.5) > 13
+    runtime.free_device_bytes = lambda: 110 * GIB  # another process is there
+    assert choose_offload(config, runtime, choose).parallel.offload == chosen(110)
+    names["attention"] = "sdpa"
+    with pytest.raises(UserError, match=r"parallel.offload=-1 goes by a plan .*; give a number of layers"):
+        choose_offload(config, runtime, choose)
     runtime.device = torch.device("cpu")
     assert choose_offload(config, runtime, choose).parallel.offload == 0
 
 
 def test_what_a_machine_cannot_hold_is_refused():
+    """With what fits it and the GPU."""
+    choose = strategy_for(1)
+
+    def refused(config, gib: float, gpu: float = 134.1, ranks: int = 1) -> str | None:
+        return remedies.host_refusal(config, ranks, ranks, gib * GIB, strategy_for(ranks), gpu * GIB)
+
     config = composed(*ON_ONE, "checkpoint.asynchronous=true")
     terms = plan.host_memory(config, 1)
     assert [round(size / GIB, 1) for size in terms.values()] == [52.4, 59.8, 89.7]
-    assert remedies.host_refusal(config, 1, 1, 220 * GIB) is None
-    said = remedies.host_refusal(config, 1, 1, 128 * GIB)
+    at_the_end = replace(config, checkpoint=replace(config.checkpoint, every_steps=0))
+    assert plan.host_memory(at_the_end, 1) == terms
+    never = replace(config, checkpoint=replace(config.checkpoint, every_steps=0, at_end=False))
+    assert plan.host_memory(never, 1)["copy for checkpoints"] == 0
+    assert refused(config, 220) is None
+    said = refused(config, 128)
     assert said is not None
-    assert said.startswith("202.0 GiB of host memory are needed by the 1 ranks of a machine, and 117.8 can be had: ")
-    for words in ("parallel.offload,", "parallel.offload_optimizer=false", "checkpoint.asynchronous=false"):
-        assert words in said
-    assert remedies.host_refusal(composed(*ON_ONE), 1, 1, 128 * GIB) is None
+    assert said.startswith(
+        "202.0 GiB of host memory are needed on a machine, and 117.8 can be had: 52.4 for activations, 59.8 for "
+        "optimizer, 89.7 for copy for checkpoints. Set checkpoint.asynchronous=false, or "
+    )
+    assert refused(composed(*ON_ONE), 128) is None
+    smaller = refused(composed(*ON_ONE), 100)
+    assert smaller is not None
+    assert "Set parallel.recompute=full, or more GPUs" in smaller
+    changed = composed(*ON_ONE, "parallel.recompute=full")
+    assert plan.memory(changed, 1, choose(changed)).total < 134.1 * GIB
+    assert refused(changed, 100) is None
     two = composed("recipe=llama3_8b_512k_2gpu", "parallel.context=2")
-    assert remedies.host_refusal(two, 2, 2, 160 * GIB) is None  # 145 GiB of both ranks
-    assert remedies.host_refusal(two, 2, 2, 150 * GIB) is not None
+    assert refused(two, 160, ranks=2) is None  # 145 GiB of both ranks
+    assert refused(two, 150, ranks=2) is not None
 
 
 @pytest.mark.parametrize(("words", "gpus", "gib"), [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 126.6)])
@@ -319,13 +344,11 @@ def test_more_recompute_needs_less():
 
 
 @pytest.fixture
-def gpu(monkeypatch) -> SimpleNamespace:
+def gpu() -> SimpleNamespace:
     """A runtime on one GPU with 20 GiB free, of which nothing is asked but that."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (20 * GIB, 140 * GIB))
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
     return SimpleNamespace(
-        device=torch.device("cuda"), device_name="NVIDIA H200", world_size=1, ranks_of_a_machine=1, gather=lambda x: [x]
+        device=torch.device("cuda"), device_name="NVIDIA H200", world_size=1, ranks_of_a_machine=1,
+        gather=lambda x: [x], free_device_bytes=lambda: 20 * GIB,
     )  # fmt: skip
 
 
@@ -353,6 +376,6 @@ def test_what_is_expected_is_said_and_logged(gpu):
     assert expected_memory(SimpleNamespace(facts={})) == ""
     assert kept_and_where(config) == ""
     assert kept_and_where(composed(*ON_ONE)) == (
-        "memory saved: blocks in tiles of 16384 tokens, not compiled, what 13 of 32 layers keep is in host memory, the "
+        "to hold less: blocks run in tiles of 16384 tokens, what 13 of 32 layers keep is in host memory, the "
         "optimizer's moments are in host memory\n"
     )

@@ -7,11 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from longctx import offloaded_adamw
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig, Schedule
 from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.local_part import local_of
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
@@ -54,10 +54,6 @@ def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
     return torch.stack(norms), {name: p.full_tensor() for name, p in model.named_parameters()}, state
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @pytest.mark.parametrize("optimizer", [pytest.param(Optimizer.adamw, marks=pytest.mark.slow), Optimizer.muon])
 def test_steps_do_not_depend_on_the_layout(optimizer):
     norms, parameters, _ = run_on_ranks(1, take_steps, ParallelConfig(), optimizer)[0]
@@ -78,7 +74,7 @@ def test_steps_do_not_depend_on_the_layout(optimizer):
 
 def take_steps_in_pieces(rank: int, parallel: ParallelConfig):
     """As `take_steps`, with AdamW's parameters cut into pieces of 1024 numbers at most."""
-    with mock.patch.object(offloaded_adamw, "PIECE", 1024):
+    with mock.patch.object(offloaded_adamw, "MOMENTS_PIECE", 1024):
         return take_steps(rank, parallel, Optimizer.adamw)
 
 
