@@ -231,6 +231,9 @@ class ModelConfig:
     positions: Positions = knob(Positions.rotary, "how a token knows its place in its document")
     max_positions: int = knob(0, "learned positions only: rows of the table, tokens", least=0)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    no_rotary_every: int = knob(
+        0, "of so many layers the last turns neither queries nor keys (NoPE); 0: all turn them", least=0
+    )
     qk_norm: bool = knob(False, "RMSNorm over head_dim of queries and keys")
     qkv_bias: bool = knob(False, "bias of the query, key and value projections")
     projection_bias: bool = knob(False, "bias of the attention's output projection and of the MLP")
@@ -514,6 +517,12 @@ def layer_windows(model: ModelConfig) -> list[int]:
     """Keys a row of each layer sees; 0: all."""
     every = model.full_attention_every
     return [0 if every and (layer + 1) % every == 0 else model.window for layer in range(model.layers)]
+
+
+def layers_with_rotary(model: ModelConfig) -> list[bool]:
+    """Whether each layer turns its queries and keys by their positions."""
+    every, is_rotary = model.no_rotary_every, model.positions == Positions.rotary
+    return [is_rotary and not (every and (layer + 1) % every == 0) for layer in range(model.layers)]
 
 
 def recompute_by_layer(config: Config) -> list[Recompute]:

@@ -144,6 +144,11 @@ def _check_model(model: ModelConfig) -> list[str]:
         )
     if model.positions == Positions.rotary and model.head_dim % 2:
         problems.append(f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs, so give an even one")
+    if model.no_rotary_every and model.positions != Positions.rotary:
+        problems.append(
+            f"model.no_rotary_every={model.no_rotary_every} is of model.positions=rotary, which is {model.positions}; "
+            "set it to 0"
+        )
     return problems
 
 

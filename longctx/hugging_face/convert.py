@@ -1,8 +1,8 @@
-"""GPT-2, Llama and Qwen 3 as Hugging Face names them: `config.json` and the tensors of its safetensors files.
+"""GPT-2 and Llama's kin (Qwen 2.5 and 3, Mistral, SmolLM3) as Hugging Face names them.
 
-Pure functions of a `ModelConfig`; reading and writing files is in `load.py` and
-`export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is permuted;
-GPT-2 stores matrices transposed, and query, key and value as one.
+`config.json`, and the tensors of its safetensors files. Pure functions of a `ModelConfig`; reading and writing files is
+in `load.py` and `export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is
+permuted; GPT-2 stores matrices transposed, and query, key and value as one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling
+from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling, layers_with_rotary
 from longctx.errors import UserError
 from longctx.model.rotary import attention_factor
 
@@ -31,34 +31,65 @@ class Stored(NamedTuple):
     is_transposed: bool = False
 
 
+CLASSES = {  # families as `model_type` names them, and their classes in transformers
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+}  # fmt: skip
+
+
 def family(config: ModelConfig) -> str:
-    """`gpt2`, `llama` or `qwen3`: the class of transformers that computes this model. Raises `PretrainedError`."""
-    problems = []
-    if config.window or config.logit_softcap:
-        problems.append("model.window and model.logit_softcap are in none of them")
-    is_gpt2 = (config.norm, config.activation, config.positions) == (
-        Norm.layer_norm, Activation.gelu, Positions.learned,
-    )  # fmt: skip
-    is_llama = (config.norm, config.activation, config.positions) == (
-        Norm.rms_norm, Activation.swiglu, Positions.rotary,
-    )  # fmt: skip
-    if is_gpt2:
-        if not (config.qkv_bias and config.projection_bias and config.tied_embeddings) or config.qk_norm:
-            problems.append("GPT-2 has all biases, tied embeddings and no norm of queries and keys")
-        if config.heads * config.head_dim != config.width or config.kv_heads != config.heads:
-            problems.append("GPT-2's heads are all of its width, with a key and value head each")
-    elif is_llama:
-        if config.qk_norm and (config.qkv_bias or config.projection_bias):
-            problems.append("with qk_norm (Qwen 3) there are no biases")
-        elif config.qkv_bias != config.projection_bias:
-            problems.append("Llama has biases everywhere or nowhere")
-        if config.rotary.scaling == RotaryScaling.ntk:
-            problems.append("rotary scaling ntk is none of transformers'; a larger theta is the same")
+    """The key of `CLASSES` that computes this model. Raises `PretrainedError` if none does."""
+    shape = config.norm, config.activation, config.positions
+    if shape == (Norm.layer_norm, Activation.gelu, Positions.learned):
+        kind, problems = "gpt2", _not_gpt2(config)
+    elif shape == (Norm.rms_norm, Activation.swiglu, Positions.rotary):
+        kind = _kind_of_llama(config)
+        problems = _not_llama(config, kind)
     else:
-        problems.append(f"no family has {config.norm}, {config.activation} and {config.positions} positions together")
+        kind, problems = (
+            "",
+            [f"no family has {config.norm}, {config.activation} and {config.positions} positions together"],
+        )
+    if config.logit_softcap:
+        problems.append("model.logit_softcap is in none of them")
     if problems:
-        raise PretrainedError(f"this model is neither GPT-2, Llama nor Qwen 3: {'; '.join(problems)}")
-    return "gpt2" if is_gpt2 else "qwen3" if config.qk_norm else "llama"
+        raise PretrainedError(f"this model is neither GPT-2 nor one of Llama's kin: {'; '.join(problems)}")
+    return kind
+
+
+def _not_gpt2(config: ModelConfig) -> list[str]:
+    problems = []
+    if not (config.qkv_bias and config.projection_bias and config.tied_embeddings) or config.qk_norm or config.window:
+        problems.append("GPT-2 has all biases, tied embeddings, no norm of queries and keys, and no window")
+    if config.heads * config.head_dim != config.width or config.kv_heads != config.heads:
+        problems.append("GPT-2's heads are all of its width, with a key and value head each")
+    return problems
+
+
+def _kind_of_llama(config: ModelConfig) -> str:
+    """The family that has what sets this model apart from Llama."""
+    if config.qk_norm:
+        return "qwen3"
+    if config.no_rotary_every:
+        return "smollm3"
+    if config.window:
+        return "mistral"
+    return "qwen2" if config.qkv_bias and not config.projection_bias else "llama"
+
+
+def _not_llama(config: ModelConfig, kind: str) -> list[str]:
+    problems = []
+    if config.qk_norm and (config.qkv_bias or config.projection_bias or config.no_rotary_every):
+        problems.append("with qk_norm (Qwen 3) there are no biases, and all layers have rotary positions")
+    elif config.projection_bias and (not config.qkv_bias or kind == "mistral"):
+        problems.append("biases are everywhere (Llama, SmolLM3), of queries, keys and values (Qwen 2.5), or nowhere")
+    elif config.qkv_bias != config.projection_bias and kind != "qwen2":
+        problems.append(f"biases of queries, keys and values alone are Qwen 2.5's, which this is not ({kind})")
+    if config.window and (kind != "mistral" or config.full_attention_every):
+        problems.append("model.window is Mistral's alone, in all layers")
+    if config.rotary.scaling == RotaryScaling.ntk:
+        problems.append("rotary scaling ntk is none of transformers'; a larger theta is the same")
+    return problems
 
 
 def stored_tensors(config: ModelConfig) -> list[Stored]:
@@ -100,9 +131,14 @@ def _llama_tensors(config: ModelConfig) -> list[Stored]:
     vectors = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
     if config.qk_norm:
         vectors |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
-    kinds = ("weight", "bias") if config.qkv_bias else ("weight",)
+    has_bias = dict.fromkeys(layers.values(), config.projection_bias)
+    has_bias |= dict.fromkeys(("attention.query", "attention.key", "attention.value"), config.qkv_bias)
     for i in range(config.layers):
-        names = [(name, ours, kind) for name, ours in layers.items() for kind in kinds]
+        names = [
+            (name, ours, kind)
+            for name, ours in layers.items()
+            for kind in (("weight", "bias") if has_bias[ours] else ("weight",))
+        ]
         names += [(name, ours, "weight") for name, ours in vectors.items()]
         found += [
             Stored(f"model.layers.{i}.{name}.{kind}", (f"blocks.{i}.{ours}.{kind}",)) for name, ours, kind in names
@@ -132,7 +168,7 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
     rope = _to_rope_parameters(config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     fields = shared | {
-        "model_type": kind, "architectures": ["Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLM"],
+        "model_type": kind, "architectures": [CLASSES[kind]], "pad_token_id": None,
         "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
         "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "initializer_range": config.init_std,
@@ -146,7 +182,18 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
         fields["max_position_embeddings"] = config.rotary.original_length
     if config.rotary.scaling == RotaryScaling.yarn:  # transformers before 4.56 takes the factor from this
         fields["max_position_embeddings"] = round(config.rotary.factor * config.rotary.original_length)
-    return fields | ({"mlp_bias": config.projection_bias} if kind == "llama" else {"use_sliding_window": False})
+    own = {
+        "llama": {"mlp_bias": config.projection_bias},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False},
+        "mistral": {"sliding_window": config.window},
+        "smollm3": {
+            "mlp_bias": config.projection_bias, "use_sliding_window": False,
+            "no_rope_layer_interval": config.no_rotary_every,
+            "no_rope_layers": [int(rotates) for rotates in layers_with_rotary(config)],
+        },
+    }  # fmt: skip
+    return fields | own[kind]
 
 
 def _to_rope_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -181,11 +228,11 @@ def from_config_json(fields: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         if kind == "gpt2":
             return _from_gpt2(fields, where)
-        if kind in ("llama", "qwen3"):
+        if kind in CLASSES:
             return _from_llama(fields, where)
     except KeyError as error:
         raise PretrainedError(f"{where}: has no key {error}") from None
-    raise PretrainedError(f"{where}: model_type {kind!r}; gpt2, llama and qwen3 can be read")
+    raise PretrainedError(f"{where}: model_type {kind!r}; {', '.join(CLASSES)} can be read")
 
 
 def _refuse(fields: dict[str, Any], where: str, **expected: Any) -> None:
@@ -212,20 +259,40 @@ def _from_gpt2(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
     _refuse(fields, where, hidden_act="silu", use_sliding_window=False, pretraining_tp=1)
-    bias = bool(fields.get("attention_bias", False))
-    is_qwen = fields["model_type"] == "qwen3"
-    if (bias and is_qwen) or (not is_qwen and bool(fields.get("mlp_bias", False)) != bias):
+    kind = fields["model_type"]
+    of_mlp = bool(fields.get("mlp_bias", False))
+    bias = bool(fields.get("attention_bias", False)) and kind in ("llama", "smollm3", "qwen3")
+    if (bias and kind == "qwen3") or of_mlp != (bias and kind in ("llama", "smollm3")):
         raise PretrainedError(f"{where}: biases of attention or of the MLP alone are not supported")
+    own: dict[str, Any] = {}
+    if kind == "mistral":
+        own = {"window": fields.get("sliding_window") or 0, "full_attention_every": 0}
+    if kind == "smollm3":
+        own = {"no_rotary_every": _no_rotary_every(fields, where)}
     heads = fields["num_attention_heads"]
     return {
         "vocab_size": fields["vocab_size"], "layers": fields["num_hidden_layers"], "width": fields["hidden_size"],
         "heads": heads, "kv_heads": fields.get("num_key_value_heads") or heads,
         "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
         "mlp_width": fields["intermediate_size"], "norm": Norm.rms_norm, "norm_eps": fields["rms_norm_eps"],
-        "activation": Activation.swiglu, "positions": Positions.rotary, "qk_norm": is_qwen, "qkv_bias": bias,
-        "projection_bias": bias, "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
-        "rotary": _from_rope_parameters(fields, where),
+        "activation": Activation.swiglu, "positions": Positions.rotary, "qk_norm": kind == "qwen3",
+        "qkv_bias": bias or kind == "qwen2", "projection_bias": bias,
+        "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "rotary": _from_rope_parameters(fields, where), **own,
     }  # fmt: skip
+
+
+def _no_rotary_every(fields: dict[str, Any], where: str) -> int:
+    """Of how many layers the last has no rotary positions; 0: all have them."""
+    turned = fields.get("no_rope_layers")
+    if turned is None:
+        return fields.get("no_rope_layer_interval", 4)
+    every = next((number for number, rotates in enumerate(turned, 1) if not rotates), 0)
+    if [bool(rotates) for rotates in turned] != [not (every and (i + 1) % every == 0) for i in range(len(turned))]:
+        raise PretrainedError(
+            f"{where}: no_rope_layers={turned}: only every n-th layer can be without rotary positions"
+        )
+    return every
 
 
 def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.config import ModelConfig, Positions
+from longctx.config import ModelConfig
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.norm.rms_norm import RMSNorm
@@ -32,10 +32,10 @@ class Attend(nn.Module):
 class Attention(nn.Module):
     """Projections, rotary positions, optional QK-norm, and `attend`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rotates: bool) -> None:
+        """rotates: whether queries and keys are turned by their positions."""
         super().__init__()
-        self.head_dim, self.fused_ops = config.head_dim, str(config.fused_ops)
-        self.rotates = config.positions == Positions.rotary
+        self.head_dim, self.fused_ops, self.rotates = config.head_dim, str(config.fused_ops), rotates
         self.query = nn.Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
         self.key = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.value = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)

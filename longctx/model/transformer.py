@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the shapes of GPT-2, Llama 3 and Qwen 3; `ModelConfig` says which."""
+"""One decoder-only transformer for the shapes of GPT-2 and of Llama and its kin; `ModelConfig` says which."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longctx.config import Activation, ModelConfig, Positions, layer_windows
+from longctx.config import Activation, ModelConfig, Positions, layer_windows, layers_with_rotary
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.loss import reference
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
@@ -45,10 +45,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rotates: bool) -> None:
+        """rotates: whether queries and keys are turned by their positions."""
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, rotates)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.run: Callable[[Tensor, tuple[Tensor, Tensor], KeyIntervals], Tensor] | None = None
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
         self.position_embedding = None
         if config.positions == Positions.learned:
             self.position_embedding = nn.Embedding(config.max_positions, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, rotates) for rotates in layers_with_rotary(config))
         self.final_norm = make_norm(config)
         self.head = Head(config)
         self.output_weight = None

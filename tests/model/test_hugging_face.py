@@ -13,11 +13,20 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from corpora import byte_tokenizer, documents_of, prepared
-from longctx.config import ModelConfig, ParallelConfig, RotaryConfig, RotaryScaling
+from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, RotaryScaling
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
 from longctx.hugging_face.load import PretrainedWeights
@@ -50,6 +59,10 @@ MODELS = {
         },
     ),
     "qwen3": Qwen3Config(**SMALL),
+    "qwen2": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "mistral with a window": MistralConfig(**SMALL, sliding_window=11),
+    "smollm3": SmolLM3Config(**SMALL | {"num_hidden_layers": 4}, no_rope_layer_interval=2, pad_token_id=None),
 }  # fmt: skip
 TOKENS = torch.randint(8192, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -197,7 +210,10 @@ def drop_index_entry(folder: Path) -> None:
         (lambda f: cut(next(iter(sorted(f.glob("model-*"))))), r"model-00001-of-.*: no whole safetensors file"),
         (lambda f: (f / "config.json").unlink(), r"config.json: no such file; name a folder"),
         (lambda f: (f / "config.json").write_text("{"), r"config.json: not JSON"),
-        (lambda f: edit(f / "config.json", model_type="mamba"), "model_type 'mamba'; gpt2, llama and qwen3"),
+        (
+            lambda f: edit(f / "config.json", model_type="mamba"),
+            "model_type 'mamba'; gpt2, llama, qwen2, qwen3,",
+        ),
         (lambda f: edit(f / "config.json", hidden_act="relu"), "hidden_act='relu', only 'silu' is supported"),
         (lambda f: edit(f / "config.json", rope_parameters={"rope_type": "longrope"}), "rope_type 'longrope'"),
         (lambda f: edit(f / "config.json", num_hidden_layers=3), r"set model.layers=3"),
@@ -231,8 +247,48 @@ def test_other_tensors_are_refused(tmp_path):
     config.qk_norm, config.layers = False, 1
     with pytest.raises(PretrainedError, match=r"tensor model.layers.1.* has no place in this model \(9 have none\)"):
         PretrainedWeights(tmp_path / "hf").names(config)
-    with pytest.raises(PretrainedError, match="model.window and model.logit_softcap are in none of them"):
-        stored_tensors(ModelConfig(window=8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"logit_softcap": 5.0}, "model.logit_softcap is in none of them"),
+        ({"window": 8, "full_attention_every": 2}, "model.window is Mistral's alone, in all layers"),
+        ({"window": 8, "qk_norm": True}, "model.window is Mistral's alone"),
+        ({"window": 8, "qkv_bias": True}, r"alone are Qwen 2.5's, which this is not \(mistral\)"),
+        ({"projection_bias": True}, r"biases are everywhere \(Llama, SmolLM3\)"),
+        ({"qk_norm": True, "no_rotary_every": 4}, "all layers have rotary positions"),
+        ({"norm": Norm.layer_norm}, "no family has layer_norm, swiglu and rotary positions together"),
+    ],
+    ids=str,
+)
+def test_what_no_family_computes_is_refused(fields, said):
+    with pytest.raises(PretrainedError, match=said):
+        stored_tensors(ModelConfig(**fields))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_description_is_read_as_the_same_model(tmp_path, name):
+    """By us, and by transformers, with the weights as they were."""
+    expected = make(tmp_path / "hf", name)
+    config = config_of(tmp_path / "hf")
+    fields = to_config_json(config, 64)
+    assert from_config_json(fields, "here") == from_config_json(json.loads(json.dumps(fields)), "here")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+    again = config_of(tmp_path / "hf")
+    assert attention_factor(again.rotary) == attention_factor(config.rotary)  # written down, where it followed before
+    again.rotary.attention_factor = config.rotary.attention_factor
+    assert again == config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        assert_close(model(TOKENS).logits, expected)
+
+
+def test_layers_without_positions_are_every_nth():
+    fields = to_config_json(ModelConfig(layers=6, no_rotary_every=3), 64)
+    assert fields["no_rope_layers"] == [1, 1, 0, 1, 1, 0]
+    with pytest.raises(PretrainedError, match=r"no_rope_layers=\[0, 1\].*: only every n-th layer"):
+        from_config_json(fields | {"no_rope_layers": [0, 1]}, "here")
 
 
 # rotary positions ----------------------------------------------------------------------------------------------------
