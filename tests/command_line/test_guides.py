@@ -1,4 +1,4 @@
-"""docs/finetune.md as it is written, with a small random model in place of Qwen 3."""
+"""docs/finetune.md and docs/extend_context.md as they are written, with a small random model in place of Qwen 3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.metrics_file import read_metrics
 from runs import ROOT
 
-PAGE = (ROOT / "docs" / "finetune.md").read_text()
+FINETUNE, EXTEND = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("finetune", "extend_context"))
 SMALL = {
     "vocab_size": 8320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "intermediate_size": 128,
@@ -31,8 +31,8 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.S | re.M)
+def commands(page: str) -> list[list[str]]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.S | re.M)
     return [shlex.split(line) for kind, block in blocks if not kind for line in block.strip().splitlines()]
 
 
@@ -43,9 +43,17 @@ def run(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def training(words: list[str], *more: str, ranks: int = 2) -> list[str]:
+    """A command of a page with the small model, on so many processes."""
+    assert words[0] == ".venv/bin/torchrun"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *OVERRIDES, *more]
+    words[words.index("gpu")] = str(ranks)
+    return words
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Where a user stands: the tools, a model, and the page's conversations, many times."""
+    """Where a user stands: the tools, and a model."""
     for name in ("tools", "examples", "train.py", "recipes", "configs", "longctx", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     model = Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6))
@@ -54,20 +62,18 @@ def folder(tmp_path) -> Path:
         tokenizer_file=str(BUILTIN_TOKENIZER), additional_special_tokens=["<|im_start|>", "<|im_end|>"]
     )
     tokenizer.save_pretrained(str(tmp_path / "Qwen3-0.6B"))
-    lines = re.search(r"```json\n(.*?)```", PAGE, re.S)
-    assert lines is not None
-    (tmp_path / "chats.jsonl").write_text(lines[1] * 40)
     return tmp_path
 
 
-def test_the_page_runs_as_written(folder):
-    prepare, train, export = commands()
+def test_fine_tuning(folder):
+    lines = re.search(r"```json\n(.*?)```", FINETUNE, re.S)
+    assert lines is not None
+    (folder / "chats.jsonl").write_text(lines[1] * 40)
+    prepare, train, export = commands(FINETUNE)
     assert prepare[0] == export[0] == ".venv/bin/python"
     said = run([sys.executable, *prepare[1:], "--validation-fraction", "0.2"], folder)
     assert "documents" in said
-    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", *train[1:], *OVERRIDES]
-    train[train.index("gpu")] = "2"
-    said = run(train, folder)
+    said = run(training(train), folder)
     assert "--- sample ---\n<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n" in said
     rows = read_metrics(folder / "runs" / "chat" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss/train" in row] == [1, 2, 3, 4]
@@ -82,3 +88,34 @@ def test_the_page_runs_as_written(folder):
     assert model(**asked).logits.isfinite().all()
     facts = json.loads((folder / "chats" / "manifest.json").read_text())
     assert facts["splits"]["train"][0]["trained_sha256"]
+
+
+def test_extending_the_context(folder):
+    """From 32 tokens to 128; what it says is of the real model."""
+    for name, files in (("long", ("longctx", "kernels")), ("short", ("tools",))):
+        (folder / "texts" / name).mkdir(parents=True)
+        for number, source in enumerate(sorted(path for f in files for path in (ROOT / f).glob("*.py"))):
+            (folder / "texts" / name / f"{number}.txt").write_text(source.read_text())
+    *prepare, plan, as_it_is, yarn_alone, extended, compare, export = commands(EXTEND)
+    for words in prepare:
+        run([sys.executable, *words[1:], "--validation-fraction", "0.2"], folder)
+    assert "torchrun --nproc-per-node 1" in run([sys.executable, *plan[1:]], folder)
+    small = "model.rotary.original_length=32", "data.curriculum={0: 32, 0.25: 0}", "validation.sequences=2"
+    for words in (as_it_is, yarn_alone, extended):
+        steps = [word for word in words if word.startswith("optim.steps")]
+        run(training(words, *small, *steps, ranks=2 if words is extended else 1), folder)
+    losses = {}
+    for name in ("as-it-is", "yarn-alone", "extended"):
+        rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
+        losses[name] = next(row for row in reversed(rows) if "loss/val" in row)
+    assert losses["as-it-is"]["loss/val"] != losses["yarn-alone"]["loss/val"]  # the weights are the same
+    assert losses["extended"]["loss/val"] != losses["yarn-alone"]["loss/val"]
+    for found in losses.values():
+        assert "loss/pos/64" in found
+        assert any(key.startswith("recall/") for key in found)
+    assert "yarn" in run([sys.executable, *compare[1:]], folder)
+    run([sys.executable, *export[1:]], folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "extended-out", dtype=torch.float32)
+    assert model.config.rope_parameters["rope_type"] == "yarn"
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 32
+    assert model(torch.arange(100)[None]).logits.isfinite().all()
