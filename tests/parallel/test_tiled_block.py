@@ -104,6 +104,16 @@ def test_steps_that_are_left_leave_nothing():
     assert {n: [place.data_ptr() for place in found] for n, found in offload_of(model).places.items()} == places
 
 
+def test_a_backward_pass_after_another_forward_pass_is_refused():
+    """Its activations were written over: it would have silently wrong gradients."""
+    model = tiled(FOUR, 64, Recompute.full, 2)
+    inputs = Batch(*(x.to(DEVICE) for x in make_inputs(DOCUMENTS)))
+    mask = KeyIntervals.documents(inputs.document_start)
+    first, _ = (model(inputs.tokens, inputs.positions, mask, inputs.targets).sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match=r"layer 1: what it keeps was written over by a later forward pass"):
+        first.backward()
+
+
 def test_gradients_of_weights_are_summed_in_float32():
     """In bfloat16, over 32 tiles: as near to float64 as those of the whole block. Sums in bfloat16 are not."""
     model = dataclasses.replace(GQA, width=64, head_dim=16, layers=1)
