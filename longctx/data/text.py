@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,9 +262,17 @@ def _kind(path: Path, text_field: str) -> str:
     if record is not None and (record.keys() & {text_field, *CONVERSATIONS} or _record_of(second) is not None):
         return "jsonl"
     array = first.strip().startswith(b"[") and _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}")
-    if array and text_field in array:
+    if (array and text_field in array) or _is_array_of_conversations(path):
         raise DataError(f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')")
     return "text"
+
+
+def _is_array_of_conversations(path: Path) -> bool:
+    """Whether a file begins as a JSON array of records with conversations, on one line or many."""
+    with _open(path) as file:
+        begin = file.read(1 << 12).removeprefix(BOM)
+    fields = "|".join(CONVERSATIONS).encode()
+    return re.match(rb"\s*\[\s*\{(\s*\"[^\"]*\"\s*:\s*\"[^\"]*\"\s*,)*\s*\"(" + fields + rb")\"\s*:", begin) is not None
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:

@@ -161,6 +161,15 @@ def test_a_conversation_longer_than_a_sequence(tmp_path, folder):
     assert targets == expected.sum() > 400
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_of_conversations_is_no_text(tmp_path, indent):
+    (tmp_path / "chats.json").write_text(json.dumps([{"id": "a b", "messages": [USER, ANSWER]}] * 3, indent=indent))
+    with pytest.raises(DataError, match=r"chats.json: holds a JSON array of records; make JSON lines of it"):
+        find_pieces([tmp_path / "chats.json"])
+    (tmp_path / "list.txt").write_text('[{a} list of "messages": none]')
+    assert [part.kind for piece in find_pieces([tmp_path / "list.txt"]) for part in piece.ranges] == ["text"]
+
+
 def test_what_cannot_be_rendered_is_named(tmp_path, folder):
     bad = {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}
     file = template_file(folder, "{{ raise_exception('only texts') if messages[-1].content is mapping }}" + CHATML)
