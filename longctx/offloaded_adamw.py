@@ -46,9 +46,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         pieces = list(self._pieces())
         size = max((piece.parameter.numel() for piece in pieces), default=0)
         buffers = torch.empty((MOMENTS_IN_FLIGHT, len(MOMENTS), size), device=self.device)
-        left: list[torch.cuda.Event | None] = [
-            None
-        ] * MOMENTS_IN_FLIGHT  # when a buffer's moments are in host memory again
+        # of each buffer: when its moments are in host memory again
+        left: list[torch.cuda.Event | None] = [None] * MOMENTS_IN_FLIGHT
 
         def fetch(number: int) -> tuple[list[Tensor], list[torch.cuda.Event | None]]:
             buffer, piece = number % MOMENTS_IN_FLIGHT, pieces[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from longctx.config import ALL_IT_TAKES, Config, Optimizer, Positions, Recompute, Strategy, recompute_by_layer
@@ -30,12 +31,26 @@ def with_offload_chosen(
     if config.parallel.offload != ALL_IT_TAKES:
         return config
 
-    def of(layers: int) -> Config:
-        return replace(config, parallel=replace(config.parallel, offload=layers))
+    least = _fewest_offloaded(_offloading(config, 0), world_size, choose, limit)
+    return _offloading(config, config.model.layers - 1) if least is None else least
 
-    most = config.model.layers - 1
-    fitting = (n for n in range(most) if memory(of(n), world_size, choose(of(n))).total <= limit)
-    return of(next(fitting, most))
+
+def _offloading(config: Config, layers: int) -> Config:
+    return replace(config, parallel=replace(config.parallel, offload=layers))
+
+
+def _fewest_offloaded(
+    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float
+) -> Config | None:  # fmt: skip
+    """The configuration with as few layers offloaded, but not fewer than it says, as fit `limit` bytes a GPU."""
+    changed = (_offloading(config, layers) for layers in range(config.parallel.offload, config.model.layers))
+    return next((other for other in changed if memory(other, world_size, choose(other)).total <= limit), None)
+
+
+def _policies_from(config: Config) -> list[Recompute]:
+    """The configuration's policy of activation checkpointing, and those that keep less."""
+    policies = list(Recompute)
+    return policies[policies.index(config.parallel.recompute) :]
 
 
 def host_refusal(
@@ -54,7 +69,8 @@ def host_refusal(
         return on_gpu <= free and sum(host_memory(other, world_size).values()) * ranks_of_a_machine <= of_host
 
     in_foreground = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
-    on_gpus = [with_recompute(c, p, offload=0, offload_optimizer=False) for c in (in_foreground,) for p in Recompute]
+    kept_here = {"offload": 0, "offload_optimizer": False}
+    on_gpus = [with_recompute(in_foreground, policy, **kept_here) for policy in _policies_from(config)]
     planned = tiled(in_foreground, world_size, choose, free, free_of_host / ranks_of_a_machine)
     found = [other for other in (in_foreground, *on_gpus, planned) if other is not None and fits(other)]
     fixes = [" with ".join(words(config, other)) for other in found[:2]]
@@ -88,8 +104,7 @@ def remedies(
     config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, of_host: float = math.inf
 ) -> list[str]:  # fmt: skip
     """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
-    policies = list(Recompute)
-    changed = [with_recompute(config, p) for p in policies[policies.index(config.parallel.recompute) + 1 :]]
+    changed = [with_recompute(config, policy) for policy in _policies_from(config)[1:]]
     saved = most_attention_saved(config, world_size, choose, limit)
     if 0 <= saved < recompute_by_layer(config).count(Recompute.attention_saved):
         changed.append(with_recompute(config, Recompute.full, saved))
@@ -121,24 +136,21 @@ def tiled(
     """
     if config.parallel.tensor > 1:
         return None
-    policies = [Recompute.attention_saved, Recompute.full]
-    if config.parallel.recompute in policies:
-        policies = policies[policies.index(config.parallel.recompute) :]
     assert config.parallel.offload >= 0, "see `with_offload_chosen`"
-    can_offload = config.optim.optimizer == Optimizer.adamw and not config.parallel.offload_optimizer
-    for offload_optimizer in [config.parallel.offload_optimizer, *([True] if can_offload else [])]:
-        for asynchronous in [config.checkpoint.asynchronous, *([False] if config.checkpoint.asynchronous else [])]:
-            checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
-            for policy in policies:
-                others = {"tile": config.parallel.tile or TILE, "offload_optimizer": offload_optimizer}
-                changed = replace(with_recompute(config, policy, **others), checkpoint=checkpoint)
-                for layers in range(config.parallel.offload, config.model.layers):
-                    changed = replace(changed, parallel=replace(changed.parallel, offload=layers))
-                    is_on_host = layers or offload_optimizer
-                    if is_on_host and sum(host_memory(changed, world_size).values()) > USABLE_OF_HOST * of_host:
-                        break
-                    if memory(changed, world_size, choose(changed)).total <= limit:
-                        return changed
+    can_offload = config.optim.optimizer == Optimizer.adamw
+    optimizers = sorted({config.parallel.offload_optimizer, can_offload or config.parallel.offload_optimizer})
+    in_background = sorted({config.checkpoint.asynchronous, False}, reverse=True)
+    policies = [policy for policy in _policies_from(config) if policy != Recompute.none]
+    for offload_optimizer, asynchronous, policy in product(optimizers, in_background, policies):
+        others = {"tile": config.parallel.tile or TILE, "offload_optimizer": offload_optimizer}
+        checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
+        changed = replace(with_recompute(config, policy, **others), checkpoint=checkpoint)
+        least = _fewest_offloaded(changed, world_size, choose, limit)
+        if least is None:
+            continue
+        is_on_host = least.parallel.offload or offload_optimizer
+        if not is_on_host or sum(host_memory(least, world_size).values()) <= USABLE_OF_HOST * of_host:
+            return least
     return None
 
 

@@ -70,14 +70,16 @@ class ChatTokenizer:
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""
-        text = self.render(chat.messages, chat.tools)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self._apply(
+            chat.messages, chat.tools, return_dict=True, return_assistant_tokens_mask=self.marks_answers,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )  # fmt: skip
         ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"])
         if self.marks_answers:
-            is_trained = self._marked(chat)
+            is_trained = np.array(encoding["assistant_masks"], dtype=bool)
         else:
             is_trained = np.zeros(len(ids), dtype=bool)
-            for begin, end in self._answers(chat, text):
+            for begin, end in self._answers(chat):
                 is_trained |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         if chat.given:
             is_trained &= offsets[:, 0] >= len(self.render(chat.messages[: chat.given], chat.tools))
@@ -85,33 +87,27 @@ class ChatTokenizer:
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, is_asked: bool = False) -> str:
         """The text of messages; `is_asked`: with what the assistant's next turn begins with."""
+        return self._apply(messages, tools, add_generation_prompt=is_asked, tokenize=False)
+
+    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: Any) -> Any:
+        """As transformers' `apply_chat_template`. Raises `ChatError`."""
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=is_asked, tokenize=False
-            )
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
         except Exception as error:  # a template raises what it likes
             raise ChatError(f"the chat template does not take it ({type(error).__name__}: {error})") from None
-        return text
 
     def prompt(self) -> tuple[str, str]:
         """What stands before and after a question that opens a conversation. Raises `ChatError`."""
         question = "a question"
-        before, found, after = self.render([{"role": "user", "content": question}], None, is_asked=True).partition(
-            question
-        )
+        text = self.render([{"role": "user", "content": question}], None, is_asked=True)
+        before, found, after = text.partition(question)
         if not found:
             raise ChatError("the chat template does not show what a user writes")
         return before, after
 
-    def _marked(self, chat: Chat) -> np.ndarray:
-        found: Any = self.tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return np.array(found["assistant_masks"], dtype=bool)
-
-    def _answers(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
+    def _answers(self, chat: Chat) -> list[tuple[int, int]]:
         """Where the assistant's turns begin and end in the text."""
-        found = []
+        found, whole = [], self.render(chat.messages, chat.tools)
         for number, message in enumerate(chat.messages):
             if message.get("role") != "assistant" or number < chat.given:
                 continue

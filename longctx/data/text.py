@@ -261,8 +261,9 @@ def _kind(path: Path, text_field: str) -> str:
     record = _record_of(first)
     if record is not None and (record.keys() & {text_field, *CONVERSATIONS} or _record_of(second) is not None):
         return "jsonl"
-    array = first.strip().startswith(b"[") and _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}")
-    if (array and text_field in array) or _is_array_of_conversations(path):
+    is_array = first.strip().startswith(b"[")
+    element = _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}") if is_array else None
+    if is_array and ((element and text_field in element) or _is_array_of_conversations(path)):
         raise DataError(f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')")
     return "text"
 

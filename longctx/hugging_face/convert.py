@@ -46,10 +46,8 @@ def family(config: ModelConfig) -> str:
         kind = _kind_of_llama(config)
         problems = _not_llama(config, kind)
     else:
-        kind, problems = (
-            "",
-            [f"no family has {config.norm}, {config.activation} and {config.positions} positions together"],
-        )
+        kind = ""
+        problems = [f"no family has {config.norm}, {config.activation} and {config.positions} positions together"]
     if config.logit_softcap:
         problems.append("model.logit_softcap is in none of them")
     if problems:
@@ -288,7 +286,8 @@ def _no_rotary_every(fields: dict[str, Any], where: str) -> int:
     if turned is None:
         return fields.get("no_rope_layer_interval", 4)
     every = next((number for number, rotates in enumerate(turned, 1) if not rotates), 0)
-    if [bool(rotates) for rotates in turned] != [not (every and (i + 1) % every == 0) for i in range(len(turned))]:
+    expected = layers_with_rotary(ModelConfig(layers=len(turned), no_rotary_every=every))
+    if [bool(rotates) for rotates in turned] != expected:
         raise PretrainedError(
             f"{where}: no_rope_layers={turned}: only every n-th layer can be without rotary positions"
         )

@@ -321,6 +321,10 @@ def test_what_a_machine_cannot_hold_is_refused():
     changed = composed(*ON_ONE, "parallel.recompute=full")
     assert plan.memory(changed, 1, choose(changed)).total < 134.1 * GIB
     assert refused(changed, 100) is None
+    words = "parallel.recompute=full", "parallel.tile=4096", "parallel.offload_optimizer=true"
+    small = refused(composed("recipe=gpt_32k", "optim=adamw", *words, "checkpoint.asynchronous=false"), 0.5)
+    assert small is not None
+    assert "Set parallel.offload_optimizer=false, or more GPUs" in small  # not recompute=none, which tiles refuse
     two = composed("recipe=llama3_8b_512k_2gpu", "parallel.context=2")
     assert refused(two, 160, ranks=2) is None  # 145 GiB of both ranks
     assert refused(two, 150, ranks=2) is not None
