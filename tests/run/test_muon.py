@@ -65,26 +65,26 @@ def test_newton_schulz_lifts_singular_values():
     assert square.quantile(0.15) > 0.65  # the least are a thousandth of the norm, and stay below
 
 
-def shard(model: nn.Module, layout: str) -> None:
+def shard(model: nn.Module, layout: str, device: str) -> None:
     """FSDP2 over all ranks, with replicas, over tensor parallelism that has split rows or columns, or with both."""
     ranks = dist.get_world_size()
     if layout == "shard":
-        fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+        fully_shard(model, mesh=init_device_mesh(device, (ranks,)))
     elif layout == "replicate":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(model, mesh=init_device_mesh(device, (2, ranks // 2), mesh_dim_names=("replicate", "shard")))
     else:
         replicas = 2 if layout == "replicate, tensor" else 1
         names = ("replicate", "shard", "tensor")
-        mesh = init_device_mesh("cpu", (replicas, ranks // 2 // replicas, 2), mesh_dim_names=names)
+        mesh = init_device_mesh(device, (replicas, ranks // 2 // replicas, 2), mesh_dim_names=names)
         styles = {f"layer{n}": (ColwiseParallel, RowwiseParallel)[n % 2]() for n in range(len(SHAPES))}
         parallelize_module(model, mesh["tensor"], styles)
         fully_shard(model, mesh=mesh["replicate", "shard"] if replicas > 1 else mesh["shard"])
 
 
-def steps_on_ranks(_rank: int, layout: str, bucket: int):
+def steps_on_ranks(_rank: int, layout: str, bucket: int, device: str):
     """Whole parameters after some steps; what this rank keeps of the momentum, and how much it orthogonalises."""
-    model = as_model()
-    shard(model, layout)
+    model = as_model().to(device)
+    shard(model, layout, device)
     parameters = list(model.parameters())
     with mock.patch.object(muon, "BUCKET_ELEMENTS", bucket):
         optimizer = Muon(parameters, 0.02, 0.9, 0.1, torch.float32)
@@ -95,21 +95,23 @@ def steps_on_ranks(_rank: int, layout: str, bucket: int):
         optimizer.step()
     kept = [optimizer.state[p]["momentum_buffer"].to_local().numel() for p in parameters]
     mine = [m.parameter.numel() for bucket in optimizer.buckets for m in bucket if m.owner == dist.get_rank()]
-    return [p.full_tensor() for p in parameters], sum(kept), sum(mine), len(optimizer.buckets)
+    return [p.full_tensor().cpu() for p in parameters], sum(kept), sum(mine), len(optimizer.buckets)
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "copies", "bucket"),
+    ("layout", "ranks", "copies", "bucket", "device"),
     [
-        ("shard", 4, 1, 2**26),
-        ("shard", 4, 1, 50),
-        ("replicate", 4, 2, 50),
-        ("tensor", 2, 1, 50),
-        ("tensor", 4, 1, 50),
-        ("replicate, tensor", 4, 2, 50),
+        ("shard", 4, 1, 2**26, "cpu"),
+        ("shard", 4, 1, 50, "cpu"),
+        ("replicate", 4, 2, 50, "cpu"),
+        ("tensor", 2, 1, 50, "cpu"),
+        ("tensor", 4, 1, 50, "cpu"),
+        ("replicate, tensor", 4, 2, 50, "cpu"),
+        pytest.param("shard", 2, 1, 50, "cuda", marks=pytest.mark.gpu(2)),
+        pytest.param("tensor", 2, 1, 50, "cuda", marks=pytest.mark.gpu(2)),
     ],
 )
-def test_shards_take_the_steps_of_one_process(layout, ranks, copies, bucket):
+def test_shards_take_the_steps_of_one_process(layout, ranks, copies, bucket, device):
     single = [nn.Parameter(value) for value in matrices(0)]
     optimizer = Muon(single, 0.02, 0.9, 0.1, torch.float32)
     for step in range(STEPS):
@@ -117,7 +119,7 @@ def test_shards_take_the_steps_of_one_process(layout, ranks, copies, bucket):
             p.grad = gradient
         optimizer.step()
 
-    results = run_on_ranks(ranks, steps_on_ranks, layout, bucket)
+    results = run_on_ranks(ranks, steps_on_ranks, layout, bucket, device, device=device)
     elements = sum(p.numel() for p in single)
     for parameters, *_ in results:
         for p, expected in zip(parameters, single, strict=True):
