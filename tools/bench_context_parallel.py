@@ -119,8 +119,9 @@ def ours(name: str) -> Iterator[Attention]:
     mesh = make_mesh(parallel, size, "cuda")
     made = ContextParallel.over(choose_strategy(Config(parallel=parallel), size), mesh, timeout_seconds=60)
     if form:
+        groups = [of.group for of in made.transports]
         made.close()
-        made = ContextParallel(made.choice, [transport.Messages(of.group) for of in made.transports])
+        made = ContextParallel(made.choice, [transport.Messages(group) for group in groups])
     try:
         yield made.replace(Attend("auto"))
     finally:

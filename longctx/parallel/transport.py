@@ -118,6 +118,7 @@ class SymmetricMemory(Transport):
         dtype = dtype or like.dtype
 
         def make(size: int) -> Tensor:
+            torch.cuda.empty_cache()  # which it lies outside of: what torch keeps unused would be missing here
             buffer = symmetric_memory.empty(size, dtype=dtype, device=self.device)
             self.handles[name] = handle = symmetric_memory.rendezvous(buffer, self.group)
             self.begins[name] = [handle.get_buffer(r, (size,), dtype).data_ptr() for r in range(self.size)]
