@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -78,6 +78,7 @@ def train(run: RunInfo) -> Outcome:
                 trainer.close()
         finally:
             watchdog.stop()
+        stop.end_launcher_too()
         return Outcome(not trainer.is_stopped, last_loss(trainer))
 
 
@@ -109,10 +110,24 @@ def introduce(trainer: Trainer) -> None:
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
-        f"{context}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
+        f"{context}{between_machines(facts)}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
         f"{kept_and_where(config)}{expected_memory(trainer)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
+
+
+def between_machines(facts: dict[str, Any]) -> str:
+    """A line on what keys and gradients cost between machines that share sequences; empty where none do."""
+    if "between_machines_gb_per_s" not in facts:
+        return ""
+    rate, said = facts["between_machines_gb_per_s"], []
+    for which in ("forward", "backward"):
+        gib = facts[f"between_machines_gib_{which}"]
+        milliseconds = gib * plan.GIB / rate / 1e6
+        meanwhile = facts.get(f"attention_s_{which}")
+        behind = f" beside {1000 * meanwhile:.3g} ms of attention" if meanwhile else ""
+        said.append(f"{gib:.3g} GiB {which}, {milliseconds:.3g} ms{behind}")
+    return f"between machines, a layer and micro-batch: {'; '.join(said)}; at the {rate:.3g} GB/s measured\n"
 
 
 def kept_and_where(config: Config) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from longctx import plan, step_time
-from longctx.config import Config
+from longctx.config import Config, micro_batch
 from longctx.data.mixture import Mixture
 from longctx.machine import this_machine
 from longctx.model.transformer import training_flops
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.mesh import AXES, Mesh
+from longctx.parallel.traffic import between_machines, link_rate
 from longctx.runtime import Runtime
 
 
@@ -38,6 +39,7 @@ def collect(
         "strategy": str(context_parallel.choice.strategy) if mesh.size("context") > 1 else "none",
         "transport": context_parallel.transport or "none",
         **implementations,
+        **_between_machines(config, runtime, mesh, context_parallel),
         **_expected(config, runtime, context_parallel, plan.is_foreseen(**implementations)),
         "data": f"{tokens} ({tokens.fingerprint()})" if tokens else "synthetic recall",
         "versions": {
@@ -46,6 +48,28 @@ def collect(
         },
         "commit": runtime.run_on_rank_0(commit),
     }  # fmt: skip
+
+
+def _between_machines(
+    config: Config, runtime: Runtime, mesh: Mesh, context_parallel: ContextParallel
+) -> dict[str, float]:  # fmt: skip
+    """What attention sends between machines, if they share sequences, how fast they are joined, and what it can hide
+    behind. Collective."""
+    ranks = runtime.ranks_of_a_machine
+    if mesh.ranks_of_a_reader <= ranks:
+        return {}
+    choice, sequences = context_parallel.choice, micro_batch(config.data, mesh.readers)
+    traffic = between_machines(config, choice.strategy, choice.ulysses_size, ranks, sequences)
+    rate = link_rate(mesh.group("context"), ranks // mesh.size("tensor"), runtime.device) * mesh.size("tensor")
+    slowest = min(runtime.gather(rate))
+    rates = step_time.rates_of_device(runtime.device_name) if step_time.is_timed(config) else None
+    forward, backward = step_time.attention_of_a_layer(config, runtime.world_size, rates) if rates else (0.0, 0.0)
+    return {
+        "between_machines_gib_forward": traffic.forward / plan.GIB,
+        "between_machines_gib_backward": traffic.backward / plan.GIB,
+        "between_machines_gb_per_s": slowest / 1e9,
+        **({"attention_s_forward": forward, "attention_s_backward": backward} if rates else {}),
+    }
 
 
 def _version_of(package: str) -> str:

@@ -73,6 +73,17 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     }
 
 
+def attention_of_a_layer(config: Config, world_size: int, of: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a layer's attention over a micro-batch whose sequences are one document each, forward and backward."""
+    parts = config.model.layers * micro_batches_of(config, world_size) * world_size
+    width = padded_head_dim(config.model.head_dim)
+    flops_of_a_layer = flops(config)[0] * width / config.model.head_dim / parts
+    rates_of_width = of["attention_tflops"][str(width)]
+    return flops_of_a_layer / (rates_of_width["forward"] * 1e12), 2.5 * flops_of_a_layer / (
+        rates_of_width["backward"] * 1e12
+    )
+
+
 def in_words(seconds: float) -> str:
     """`40 s`, `12 min`, `4 h`, `3 days`."""
     for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):

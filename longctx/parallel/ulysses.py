@@ -135,7 +135,10 @@ class _Exchange:
         self.moves = _moves_of_group(call.mask, groups, group)
         batch, _, n_heads, head_dim = q.shape
         flops = 4 * batch * visible_pairs(call.mask) / groups * n_heads / size * head_dim
-        self.heads = Heads(n_heads, k.shape[2], size, most_groups(flops, q.nbytes) if q.is_cuda else MOST_GROUPS)
+        most = most_groups(flops, q.nbytes) if q.is_cuda else MOST_GROUPS
+        if self.outer:  # keys go to the other groups once, not once for each group of the query heads that share them
+            most = min(most, max(1, k.shape[2] // size))
+        self.heads = Heads(n_heads, k.shape[2], size, most)
         self.whole = Call(call.mask.mask, call.options, call.implementation)
         self.split = call._replace(mask=SplitMask(call.mask.mask, _split_over_groups(call.mask, groups)))
         self.leaving: list[tuple[Tensor, Wait]] = []  # which must live until they have left
