@@ -106,17 +106,27 @@ def _as_from_here(path: Path) -> Path:
 
 
 def resume_command(config: Config, overrides: list[str], world_size: int, **changes: str) -> str:
-    """What to type, in any folder, to go on with this run. `changes`: keys (`optim__steps`) with other values."""
+    """What to type, in any folder and on each machine, to go on with this run.
+
+    `changes`: keys (`optim__steps`) with other values.
+    """
     tools = _as_from_here(Path(sys.executable).parent)
     launcher = [str(tools / "python")]
     if world_size > 1:
-        per_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
-        launcher = [str(tools / "torchrun"), "--nproc-per-node", per_machine]
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        meeting = meeting_of(world_size // per_machine, os.environ.get("MASTER_ADDR", "HOST"))
+        launcher = [str(tools / "torchrun"), *meeting, "--nproc-per-node", str(per_machine)]
     given = {"name": config.name} | {key.replace("__", "."): value for key, value in changes.items()}
     kept = [w for w in overrides if w.partition("=")[0].lstrip("+") not in (*given, "optim.steps", "checkpoint.resume")]
     given.setdefault("optim.steps", str(config.optim.steps))
     words = [f"{key}={value if _is_plain(value) else quoted(value)}" for key, value in given.items()]
     return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*launcher, *script(), *kept, *words])}"
+
+
+def meeting_of(machines: int, first: str) -> list[str]:
+    """Words for torchrun, on each of so many machines, by which they find each other: at the first of these."""
+    words = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:29500"]
+    return words if machines > 1 else []
 
 
 def how_to_go_on(
@@ -128,7 +138,9 @@ def how_to_go_on(
     """
     optim = config.optim
     steps = optim.steps * (2 if is_complete else 1)
-    lines = [f"resume: {resume_command(config, overrides, world_size, optim__steps=str(steps))}"]
+    machines = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    where = f", on each of {machines} machines" if machines > 1 else ""
+    lines = [f"resume{where}: {resume_command(config, overrides, world_size, optim__steps=str(steps))}"]
     longer = replace(config, optim=replace(optim, steps=steps))
     before, after = attention_span(config, step - 1), attention_span(longer, step)
     if is_complete and after is not None and after != before:
@@ -167,7 +179,8 @@ def help_of_keys(config: Config) -> str:
 
 
 def refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
-    """Raises `ConfigError` if something else than torchrun has started several processes: each would be alone."""
+    """Raises `ConfigError` if several processes were started by what tells them nothing of each other: each would be
+    alone. Those of torchrun know, and those of srun, see `slurm.join`."""
     if "RANK" in environment:
         return
     for launcher, names in (

@@ -122,11 +122,10 @@ def between_machines(facts: dict[str, Any]) -> str:
         return ""
     rate, said = facts["between_machines_gb_per_s"], []
     for which in ("forward", "backward"):
-        gib = facts[f"between_machines_gib_{which}"]
-        milliseconds = gib * plan.GIB / rate / 1e6
+        megabytes = facts[f"between_machines_mb_{which}"]
         meanwhile = facts.get(f"attention_s_{which}")
         behind = f" beside {1000 * meanwhile:.3g} ms of attention" if meanwhile else ""
-        said.append(f"{gib:.3g} GiB {which}, {milliseconds:.3g} ms{behind}")
+        said.append(f"{megabytes:,.4g} MB {which}, {megabytes / rate:.3g} ms{behind}")
     return f"between machines, a layer and micro-batch: {'; '.join(said)}; at the {rate:.3g} GB/s measured\n"
 
 

@@ -65,8 +65,8 @@ def _between_machines(
     rates = step_time.rates_of_device(runtime.device_name) if step_time.is_timed(config) else None
     forward, backward = step_time.attention_of_a_layer(config, runtime.world_size, rates) if rates else (0.0, 0.0)
     return {
-        "between_machines_gib_forward": traffic.forward / plan.GIB,
-        "between_machines_gib_backward": traffic.backward / plan.GIB,
+        "between_machines_mb_forward": traffic.forward / 1e6,
+        "between_machines_mb_backward": traffic.backward / 1e6,
         "between_machines_gb_per_s": slowest / 1e9,
         **({"attention_s_forward": forward, "attention_s_backward": backward} if rates else {}),
     }

@@ -6,6 +6,7 @@ import datetime
 import gc
 import math
 import os
+import socket
 import time
 import traceback
 import uuid
@@ -82,11 +83,7 @@ class Runtime:
             result = action()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = _explain(error)
-        problems = self.gather(problem)
-        for rank, message in enumerate(problems):
-            if message is not None:
-                everywhere = all(p == message for p in problems)
-                raise UserError(message if everywhere else f"rank {rank}: {message}")
+        _raise_first(self.gather((problem, socket.gethostname())))
         return result  # pyright: ignore[reportReturnType]  only None if that is what `action` returned
 
     def gather(self, mine: T) -> list[T]:
@@ -112,9 +109,19 @@ class Runtime:
 def raise_together(problem: UserError | None) -> NoReturn:
     """Raises on all ranks what has stopped one of them or several. To be called by all, once all know of it."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if problem is None else str(problem))
-    rank, message = next((rank, message) for rank, message in enumerate(found) if message is not None)
-    raise UserError(message if len(found) == 1 else f"rank {rank}: {message}")
+    dist.all_gather_object(found, (None if problem is None else str(problem), socket.gethostname()))
+    _raise_first(found)
+    raise AssertionError("no rank has a problem")
+
+
+def _raise_first(found: list[tuple[str | None, str]]) -> None:
+    """Raises what has stopped a rank, if any: of each rank what has, and its machine. Says which, if not all alike."""
+    problems, machines = zip(*found, strict=True)
+    for rank, (message, machine_name) in enumerate(found):
+        if message is None:
+            continue
+        where = f"rank {rank}" + (f" on {machine_name}" if len(set(machines)) > 1 else "")
+        raise UserError(message if all(problem == message for problem in problems) else f"{where}: {message}")
 
 
 def _explain(error: Exception) -> str:

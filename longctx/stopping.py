@@ -48,6 +48,7 @@ class StopSignals:
         self.is_abandoning = False
         self.came_here = False  # to this process, rather than to another rank
         self.is_orphan = False  # its launcher is gone
+        self._is_done = False  # what a signal asks for
         self._asked_at = 0.0
         self._store: Store | None = None
         self._parent, self._has_launcher = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
@@ -69,7 +70,7 @@ class StopSignals:
 
     def __exit__(self, *_error: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(4 * PERIOD_S)  # longer only where the store does not answer, as over a link that was cut
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -109,6 +110,17 @@ class StopSignals:
         self._tell("stop", str(number))
         self._asked_at = time.monotonic()  # last: what has come meanwhile is the same signal
 
+    def end_launcher_too(self) -> None:
+        """Passes a signal that came to another machine on to the torchrun of this one, once all is done.
+
+        That one's torchrun ends without a word, and this one would wait for it for five minutes.
+        """
+        is_of_several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        is_first = os.environ.get("LOCAL_RANK") == "0"
+        if self.number and not self.came_here and self._has_launcher and is_of_several and is_first:
+            self._is_done = True
+            os.kill(self._parent, signal.SIGTERM)
+
     # in the thread ---------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
@@ -128,6 +140,8 @@ class StopSignals:
                 self._close_gate()
 
     def _hear(self, number: int) -> None:
+        if self._is_done:
+            return
         if number == signal.SIGUSR1 and not self.usr1_stops:
             self.save_asked = True
             self.say("SIGUSR1: saving after this step")
@@ -202,12 +216,22 @@ def leave(code: int) -> None:
 
 def say_after_launcher(message: str) -> None:
     """Prints a line once the launcher of this process has ended: torchrun prints a long trace when a signal ends it."""
+    _after_launcher(60, 'printf "%s\\n" "$1"', message)
+
+
+def end_stuck_launcher(seconds: float) -> None:
+    """Kills the torchrun of this process unless it ends within so many seconds after all: what it waits for, a store
+    that does not answer, keeps it from hearing signals."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _after_launcher(seconds, 'kill -9 "$0" 2>/dev/null', "")
+
+
+def _after_launcher(seconds: float, command: str, word: str) -> None:
+    """A shell's command once the launcher has ended, which is process $0, or after so many seconds; `word` is $1."""
     is_there = 'kill -0 "$0" 2>/dev/null && ! grep -qs "^State:.*Z" "/proc/$0/status"'  # nor a zombie
-    wait = f'n=0; while {is_there} && [ $n -lt 600 ]; do sleep 0.1; n=$((n+1)); done; printf "%s\\n" "$1"'
-    try:
-        subprocess.Popen(["/bin/sh", "-c", wait, str(os.getppid()), message], start_new_session=True)
-    except OSError:  # it was printed before, too
-        return
+    wait = f"n=0; while {is_there} && [ $n -lt {10 * seconds:.0f} ]; do sleep 0.1; n=$((n+1)); done; {command}"
+    with contextlib.suppress(OSError):
+        subprocess.Popen(["/bin/sh", "-c", wait, str(os.getppid()), word], start_new_session=True)
 
 
 def end_with_parent() -> None:

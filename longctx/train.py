@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -34,6 +33,7 @@ except ModuleNotFoundError as error:
         f"longctx: {error.name} is not installed; to train: pip install 'longctx[train]', in a checkout make train"
     )
 
+from longctx import slurm
 from longctx.command_line import as_typed, help_of_keys, name_of_job, quoted, refuse_foreign_launchers, script
 from longctx.config import Config
 from longctx.errors import ConfigError, UserError
@@ -135,7 +135,7 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
     job = submitit.JobEnvironment()
     ranks = ["--nproc-per-node", str(launcher.get("gpus_per_node") or 1)]
     if job.num_nodes > 1:
-        port = 20000 + zlib.crc32(job.job_id.encode()) % 10000
+        port = slurm.port_of(job.job_id)
         ranks += ["--nnodes", str(job.num_nodes), "--node-rank", str(job.node), "--rdzv-backend", "c10d"]
         ranks += ["--rdzv-id", job.job_id, "--rdzv-endpoint", f"{job.hostnames[0]}:{port}"]
     else:
@@ -240,6 +240,10 @@ def start() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
     if sys.stderr is not None:
         faulthandler.enable()  # tells where a rank stood when the system ended it (SIGBUS of a file that was cut short)
+    try:
+        slurm.join(os.environ)
+    except ConfigError as error:
+        fail(str(error))
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_of_keys(Config()))
         if not any(word.startswith("recipe=") for word in sys.argv):

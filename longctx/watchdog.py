@@ -3,12 +3,14 @@
 The thread of a rank beats every few seconds. A rank without a heartbeat for as long as a collective may take (its
 process was stopped, its machine is gone) is named, and the job ends. Where all beat and none makes progress, each shows
 where it stands in the program before its collectives give up: the rank that stands where no other does is the one that
-the others wait for.
+the others wait for. A rank that the store itself has not answered for so long (the link to its machine is cut) ends,
+and with it its launcher, which would wait for the store for ever.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import signal
 import sys
@@ -21,8 +23,10 @@ from typing import Protocol
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from longctx.machine import this_machine
+from longctx.stopping import end_stuck_launcher, leave
 
 LEFT = "left"
+ENDED = "ended"  # the job, by a rank that has said why
 
 
 class Clock(Protocol):
@@ -65,6 +69,7 @@ class Watchdog:
         self.ended = threading.Event()
         self.size, self.beats = size, 0
         self.progress_at = self.seen_at = self.clock()
+        self.answered_at = self.clock()  # when the store has last answered all that was asked; inf: it is gone
         self.shown_at = 0.0  # when this rank has shown where it stands; 0: not since it last got on
         self.seen = ""  # the last heartbeat of the other rank
         self.store = None
@@ -77,6 +82,7 @@ class Watchdog:
             self._beat(0)  # at once: a rank that stops before its first period is missed as well
             self.thread = threading.Thread(target=self._run, daemon=True)
             self.thread.start()
+            threading.Thread(target=self._guard, daemon=True).start()
 
     def stop(self) -> None:
         """This rank is done: from now on nobody misses it.
@@ -91,6 +97,8 @@ class Watchdog:
     def look(self) -> None:
         """What the thread does once a period: beats, and looks for progress here and for the other's heartbeat."""
         assert self.store is not None
+        if self.store.check([ENDED]):
+            leave(1)
         self._look_for_progress()
         self.beats += 1
         self._beat(self.beats)
@@ -106,6 +114,13 @@ class Watchdog:
             self.seen, self.seen_at = found, self.clock()
         elif self.clock() - self.seen_at > self.silence_s:
             self._end(self.seen, self.clock() - self.seen_at)
+        self.answered_at = self.clock()
+
+    def look_for_answers(self) -> None:
+        """What another thread does once a period: the one that looks may stand still where no packet comes back."""
+        silent_s = self.clock() - self.answered_at
+        if silent_s > self.silence_s:
+            self._end_alone(silent_s)
 
     def _run(self) -> None:
         assert self.store is not None
@@ -114,7 +129,11 @@ class Watchdog:
                 self.look()
             self.store.set(str(self.rank), LEFT)
         except (DistError, RuntimeError):  # the store is gone, and with it the job
-            pass
+            self.answered_at = math.inf
+
+    def _guard(self) -> None:
+        while not self.clock.wait(self.period_s, self.ended):
+            self.look_for_answers()
 
     def _look_for_progress(self) -> None:
         if (beat := self.heartbeat()) != self.last_beat:
@@ -143,6 +162,7 @@ class Watchdog:
         )  # fmt: skip
 
     def _end(self, sign: str, silent_s: float) -> None:
+        assert self.store is not None
         _, machine, process = sign.split()
         print(
             f"rank {self.other} (process {process} on {machine.split('/')[0]}) has given no sign of life for "
@@ -152,7 +172,18 @@ class Watchdog:
         )  # fmt: skip
         if machine == this_machine():  # a stopped process would not end by itself
             os.kill(int(process), signal.SIGKILL)
-        os._exit(1)
+        self.store.set(ENDED, "")  # the others end at their next look, and not in a collective of their own
+        leave(1)
+
+    def _end_alone(self, silent_s: float) -> None:
+        print(
+            f"rank {self.rank}: the job's store on {os.environ['MASTER_ADDR']} has not answered for {silent_s:.0f} s "
+            f"(parallel.timeout_seconds={self.timeout_seconds:g}): that machine or the link to it is gone; the job "
+            f"ends; start it again, on all machines, to resume",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        end_stuck_launcher(self.period_s)
+        leave(1)
 
 
 def main_stack() -> str:

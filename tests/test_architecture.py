@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"config"},
     "run_info": {"config"},
     "stopping": {"console"},
-    "watchdog": {"machine"},
+    "watchdog": {"machine", "stopping"},
+    "slurm": {"errors"},
     "command_line": {"config", "errors", "schedule"},
     "resume": {"config", "errors"},
     "runtime": {"config", "console", "errors", "files", "machine", "plan", "remedies", "stopping"},
@@ -70,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_facts", "run_info", "runtime", "saving", "sources", "step_clock", "step_counters", "stopping",
         "throughput", "trace", "validation",
     },
-    "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "suggest"},
+    "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "slurm", "suggest"},
     "run": {
         "command_line", "config", "config_checks", "errors", "evaluate", "metrics_file", "model", "parallel", "plan",
         "remedies", "report", "run_info", "runtime", "stopping", "trainer", "watchdog",

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longctx import plan, remedies, step_time, train
-from longctx.command_line import script
+from longctx.command_line import meeting_of, script
 from longctx.config import Config, Recompute, Strategy
 from longctx.config_checks import check
 from longctx.errors import ConfigError
@@ -185,9 +185,8 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
 def command_of(p: Plan, words: list[str], machines: Machines) -> str:
     """What starts a plan: what was typed, and what it adds."""
     typed, count = keys_of(words), machines.gpus // machines.per_machine
-    nodes = ["--nnodes", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"] if count > 1 else []
     added = [word for word in p.words if word.partition("=")[0] not in typed]
-    launcher = ["torchrun", *nodes, "--nproc-per-node", str(machines.per_machine)]
+    launcher = ["torchrun", *meeting_of(count, "HOST"), "--nproc-per-node", str(machines.per_machine)]
     return shlex.join([*launcher, *script(), *words, *added])
 
 

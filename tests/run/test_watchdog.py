@@ -91,6 +91,32 @@ def test_a_rank_that_no_longer_beats_ends_the_job(store, watchdog):
     assert watchdog.ends == [(sign, 585.0)]
 
 
+def test_a_store_that_does_not_answer_ends_the_rank(store, watchdog, monkeypatch):
+    """The link to its machine is cut: `look` stands still in a call of the store, another thread notices."""
+    ends = []
+    monkeypatch.setattr(watchdog, "_end_alone", ends.append)
+    watchdog.look()
+    watchdog.clock.now += 580
+    watchdog.look_for_answers()
+    assert ends == []
+    watchdog.clock.now += 5
+    watchdog.look_for_answers()
+    assert ends == [585]
+    watchdog.look()
+    watchdog.look_for_answers()
+    assert ends == [585]
+
+
+def test_a_job_that_another_rank_has_ended_is_left(store, watchdog, monkeypatch):
+    left = []
+    monkeypatch.setattr(module, "leave", left.append)
+    watchdog.look()
+    assert left == []
+    store.set(f"longctx/alive/a/{module.ENDED}", "")
+    watchdog.look()
+    assert left == [1]
+
+
 def test_a_rank_that_has_left_is_not_missed(store, watchdog):
     store.set("longctx/alive/a/1", module.LEFT)
     for number in range(300):
