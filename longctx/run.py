@@ -96,8 +96,8 @@ def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], 
             "parallel.offload=-1 goes by a plan of memory that knows the fused kernels alone; give a number of layers, "
             "or leave model.attention and model.fused_ops as they are"
         )
-    limits = runtime.gather(min(remedies.usable(runtime.device_bytes), runtime.free_device_bytes()))
-    return remedies.with_offload_chosen(config, runtime.world_size, choose, min(limits))
+    limit = runtime.least(min(remedies.usable(runtime.device_bytes), runtime.free_device_bytes()))
+    return remedies.with_offload_chosen(config, runtime.world_size, choose, limit)
 
 
 def introduce(trainer: Trainer) -> None:

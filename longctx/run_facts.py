@@ -25,11 +25,11 @@ def collect(
     context_parallel: ContextParallel, implementations: dict[str, str], tokens: Mixture | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts by name; collective. `implementations`: of attention and of the other fused ops."""
-    data = config.data
+    data, machines = config.data, runtime.gather_on_rank_0(this_machine())
     whole_sequence = torch.arange(data.sequence_length).unsqueeze(0)
     return {
         "ranks": runtime.world_size,
-        "machines": len(set(runtime.gather(this_machine()))),
+        "machines": runtime.run_on_rank_0(lambda: len(set(machines))),
         "device": runtime.device_name,
         "device_gib": runtime.device_bytes / 2.0**30,
         "parameters": sum(p.numel() for p in parameters.values()),
@@ -61,7 +61,7 @@ def _between_machines(
     choice, sequences = context_parallel.choice, micro_batch(config.data, mesh.readers)
     traffic = between_machines(config, choice.strategy, choice.ulysses_size, ranks, sequences)
     rate = link_rate(mesh.group("context"), ranks // mesh.size("tensor"), runtime.device) * mesh.size("tensor")
-    slowest = min(runtime.gather(rate))
+    slowest = runtime.least(rate)
     rates = step_time.rates_of_device(runtime.device_name) if step_time.is_timed(config) else None
     forward, backward = step_time.attention_of_a_layer(config, runtime.world_size, rates) if rates else (0.0, 0.0)
     return {

@@ -83,14 +83,31 @@ class Runtime:
             result = action()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = _explain(error)
-        _raise_first(self.gather((problem, socket.gethostname())))
+        if self.any(problem is not None):
+            _raise_first(self.gather((problem, socket.gethostname())))
         return result  # pyright: ignore[reportReturnType]  only None if that is what `action` returned
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on some rank, on every rank."""
+        return self.least(-int(mine)) < 0
+
+    def least(self, mine: float) -> float:
+        """Of what the ranks give, on every rank."""
+        found = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        return float(found)
+
     def gather(self, mine: T) -> list[T]:
-        """What each rank gives, on every rank."""
+        """What each rank gives, on every rank: bytes that grow with the square of the ranks, so not at every start."""
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, mine, group=self.group)
         return found
+
+    def gather_on_rank_0(self, mine: T) -> list[T]:
+        """What each rank gives, on rank 0; nothing on the others."""
+        found: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(mine, found, dst=0, group=self.group)
+        return found or []
 
     def run_on_rank_0(self, action: Callable[[], T]) -> T:
         """Runs `action` on rank 0 and hands its result to all; if it fails, all raise `UserError`."""
@@ -181,8 +198,9 @@ def check_machines(runtime: Runtime) -> None:
     Strategies are chosen by how many ranks a machine has; if each rank went by its own number, they would wait for
     each other for ever.
     """
-    found = sorted(set(runtime.gather((this_machine(), runtime.ranks_of_a_machine))))
-    if len({ranks for _, ranks in found}) > 1:
+    ranks_here = runtime.ranks_of_a_machine
+    if runtime.any(ranks_here != runtime.least(ranks_here)):
+        found = sorted(set(runtime.gather((this_machine(), ranks_here))))
         counts = ", ".join(f"{ranks} on {name.split('/')[0]}" for name, ranks in found)
         raise UserError(
             f"machines run different numbers of processes ({counts}), but a layout gives each machine the same share: "

@@ -116,6 +116,8 @@ def layouts(
     contexts = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for context in contexts if "parallel.context" not in typed else [config.parallel.context]:
         strategies = [Strategy.gather, Strategy.ring, Strategy.ulysses] if context > 1 else [Strategy.auto]
+        if context * config.parallel.tensor > machines.per_machine:
+            strategies.append(Strategy.ulysses_ring)
         for strategy in strategies if "parallel.strategy" not in typed else [config.parallel.strategy]:
             of_ranks = replace(config, parallel=replace(config.parallel, context=context, strategy=strategy))
             try:
@@ -193,7 +195,7 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
 def row(p: Plan, usable: float) -> str:
     why = f"most in the {p.memory.point}" if p.memory.total > usable else "host memory is too small"
     return (
-        f"{p.context:>7}  {p.strategy if p.context > 1 else '-':8} {p.kept:52} {p.memory.total / plan.GIB:8.1f} "
+        f"{p.context:>7}  {p.strategy if p.context > 1 else '-':12} {p.kept:52} {p.memory.total / plan.GIB:8.1f} "
         f"{p.seconds:8.4g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}"
         f"{'' if p.fits else f'  does not fit: {why}'}"
     )
@@ -231,7 +233,7 @@ def main() -> None:
     print(
         f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {machines.gpus} x "
         f"{rates['gpu']}, {usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
-        f"context  strategy {'recompute':52}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
+        f"context  strategy     {'recompute':52}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
     )
     print("\n".join(row(p, usable) for p in found))
     best = (fitting or sorted(found, key=lambda p: p.memory.total))[0]

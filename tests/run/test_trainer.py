@@ -11,9 +11,11 @@ import re
 import subprocess
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from corpora import find_pieces
@@ -31,6 +33,7 @@ from longctx.config import (
 )
 from longctx.data.prepare import prepare
 from longctx.errors import UserError
+from longctx.machine import this_machine
 from longctx.metrics_file import read_metrics
 from ranks import run_on_ranks
 from runs import ROOT, TORCHRUN, losses_of, small_config, train, trainer_of
@@ -370,3 +373,21 @@ def test_recall_loss_falls_with_context(tmp_path):
     assert last["loss/pos/1"] > 0.8 * math.log(16)
     assert last["loss/pos/64"] < 0.1
     assert min(last[f"recall/{distance}"] for distance in (2, 4, 8)) > 0.95
+
+
+def start_counted(_rank: int, config):
+    """How often this rank gathers what all ranks give at its start, and what it gives to rank 0."""
+    gathered, given = [], []
+    all_gather, gather = dist.all_gather_object, dist.gather_object
+    with (
+        mock.patch.object(dist, "all_gather_object", lambda *a, **k: gathered.append(a) or all_gather(*a, **k)),
+        mock.patch.object(dist, "gather_object", lambda mine, *a, **k: given.append(mine) or gather(mine, *a, **k)),
+        trainer_of(config),
+    ):
+        return len(gathered), given
+
+
+def test_what_a_rank_hears_at_a_start_does_not_grow_with_their_number(tmp_path, corpus):
+    """A thousand ranks that all tell all others something would send a million messages."""
+    config = small_config(tmp_path, corpus, parallel=ParallelConfig(shard=2))
+    assert run_on_ranks(2, start_counted, config) == [(0, [this_machine()])] * 2
