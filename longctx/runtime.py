@@ -181,6 +181,8 @@ def start(timeout_seconds: int) -> Runtime:
         else:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
+            if size > int(os.environ.get("LOCAL_WORLD_SIZE", str(size))):
+                _check_addresses(store, rank, size, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Runtime(rank, local_rank, world_size(), device, timeout)
 
@@ -271,6 +273,35 @@ def _name_of_this_start(store: dist.Store, rank: int, size: int, timeout: dateti
             raise UserError(f"ranks {missing or 'that have asked'} did not join within {timeout.total_seconds():g} s")
         time.sleep(0.01)
     return mine
+
+
+def _check_addresses(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    """Raises `UserError` on all ranks if the name of a machine leads, there, to an address that others cannot reach.
+
+    gloo goes by it unless `GLOO_SOCKET_IFNAME` names an interface; it would say "connection refused" after a minute.
+    """
+    if rank == 0:
+        store.set("longctx/machine", this_machine())
+    elif store.get("longctx/machine").decode() != this_machine():
+        store.set("longctx/is_of_several_machines", "")
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = "no address"
+    is_reached = address[0].isdigit() and not address.startswith("127.")
+    if not is_reached and "GLOO_SOCKET_IFNAME" not in os.environ:
+        store.set(
+            "longctx/address",
+            f"the name {name} leads to {address} on that machine, which the others cannot reach; give its real address "
+            "in /etc/hosts, or set GLOO_SOCKET_IFNAME to the network interface that joins the machines (`ip address` "
+            "lists them; such as eth0)",
+        )
+    if store.add("longctx/looked", 1) == size:
+        store.set("longctx/all_looked", "")
+    store.wait(["longctx/all_looked"], timeout)
+    if store.check(["longctx/is_of_several_machines"]) and store.check(["longctx/address"]):
+        raise UserError(store.get("longctx/address").decode())
 
 
 def stop() -> None:

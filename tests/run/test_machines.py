@@ -182,6 +182,22 @@ def test_different_numbers_of_processes_are_refused(network):
     assert all("different numbers of processes (3 on machine1, 1 on machine2)" in job.text for job in jobs)
 
 
+@pytest.mark.slow
+def test_a_name_that_leads_to_the_machine_itself_is_refused_with_the_fix(network):
+    """As Debian writes it; gloo would offer others an address that they cannot reach."""
+    for machine in network.machines:
+        others = [f"{other.address} {other.name}" for other in network.machines if other is not machine]
+        (machine.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {machine.name}", *others]))
+    command = [str(ROOT / "train.py"), *MODEL, "data=recall", "parallel.context=4", "optim.steps=2", "name=run"]
+    command.append(f"folder={network.shared}")
+    jobs = [machine.torchrun(2, command) for machine in network.machines]
+    assert [job.wait() for job in jobs] == [1, 1]
+    for job in jobs:
+        assert re.search(r"the name machine\d leads to 127.0.1.1 on that machine.*set GLOO_SOCKET_IFNAME", job.text)
+    jobs = [machine.torchrun(2, command, GLOO_SOCKET_IFNAME="eth0") for machine in network.machines]
+    assert [job.wait() for job in jobs] == [0, 0]
+
+
 SRUN = """#!{python}
 import os, signal, subprocess, sys
 machines, words, ranks = {machines}, sys.argv[1:], 1
