@@ -239,8 +239,21 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
         return queries * (4 + 8 / model.head_dim) + keys + given + fetched / groups
     if strategy == Strategy.gather:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
-    slots = min(ranks, max(1, int(2 * GIB / gradients)))
-    return 2 * keys + slots * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
+    return 2 * keys + _slots(ranks, gradients) * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
+
+
+def _slots(ranks: int, gradients: float) -> int:
+    """Ranks whose gradients of keys, so many bytes each, a rank of a ring holds at a time."""
+    return min(ranks, max(1, int(2 * GIB / gradients)))
+
+
+def _key_sums(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
+    """Bytes of the gradients of a rank's keys in float32, where a ring adds them up in several rounds."""
+    model, parallel = config.model, config.parallel
+    gradients = 2 * FLOAT32 * sizes.hidden / sizes.compute / model.width * model.head_dim * model.kv_heads
+    gradients /= parallel.tensor
+    is_ring = parallel.context > 1 and strategy in (Strategy.ring, Strategy.ulysses_ring)
+    return gradients if is_ring and _slots(parallel.context, gradients) < parallel.context else 0.0
 
 
 def _moments_in_flight(config: Config, sizes: _Sizes) -> float:
@@ -324,7 +337,8 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         next_block = 0 if alone or done == layers - 1 else gathered_block
         before = FLOAT32 * sizes.block if done else 0  # whose sum over ranks goes on
         for part, work, made in (
-            ("MLP", block.in_mlp, in_mlp), ("attention", block.in_attention, in_attention)
+            ("MLP", block.in_mlp, in_mlp),
+            ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
         ):  # fmt: skip
             points[f"backward pass of layer {number + 1}, in its {part}"] = state | {
                 "gradients": gradients(done) + before + made,

@@ -251,9 +251,9 @@ def test_tiles_and_host_memory_are_a_remedy():
     """What they say fits, and no layer less would."""
     config, choose = composed("recipe=llama3_8b_1m", "parallel.context=2"), strategy_for(2)
     for of_host, said in (  # GiB a rank
-        (math.inf, "parallel.tile=16384 parallel.offload=27"),
-        (160, "parallel.recompute=full parallel.tile=16384 parallel.offload=23"),
-        (120, "parallel.recompute=full parallel.tile=16384 parallel.offload=23 checkpoint.asynchronous=false"),
+        (math.inf, "parallel.tile=16384 parallel.offload=28"),
+        (160, "parallel.recompute=full parallel.tile=16384 parallel.offload=24"),
+        (120, "parallel.recompute=full parallel.tile=16384 parallel.offload=24 checkpoint.asynchronous=false"),
     ):
         found = remedies.tiled(config, 2, choose, 134.1 * GIB, of_host * GIB)
         assert found is not None
@@ -262,10 +262,10 @@ def test_tiles_and_host_memory_are_a_remedy():
         less = replace(found, parallel=replace(found.parallel, offload=found.parallel.offload - 1))
         assert plan.memory(less, 2, choose(less)).total > 134.1 * GIB
     terms = plan.host_memory(found, 2)
-    assert sum(terms.values()) == terms["activations"] == 23 * 4 * GIB  # inputs of 512k tokens
+    assert sum(terms.values()) == terms["activations"] == 24 * 4 * GIB  # inputs of 512k tokens
     assert remedies.tiled(config, 2, choose, 134.1 * GIB, 90 * GIB) is None
     assert remedies.tiled(replace(config, parallel=replace(config.parallel, tensor=2)), 2, choose, math.inf) is None
-    assert any("parallel.offload=27" in r for r in remedies.remedies(config, 2, choose, 134.1 * GIB))
+    assert any("parallel.offload=28" in r for r in remedies.remedies(config, 2, choose, 134.1 * GIB))
 
 
 def test_as_many_layers_as_it_takes(monkeypatch):
@@ -280,7 +280,7 @@ def test_as_many_layers_as_it_takes(monkeypatch):
     assert [chosen(gib) for gib in (200, 126, 20)] == [0, 13, 31]
     assert remedies.with_offload_chosen(composed(*ON_ONE), 1, choose, 0).parallel.offload == 13
     runtime = SimpleNamespace(
-        device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, gather=lambda mine: [mine, 140 * GIB],
+        device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, least=lambda mine: min(mine, 140 * GIB),
         free_device_bytes=lambda: 127 * GIB,
     )  # fmt: skip
     assert choose_offload(config, runtime, choose).parallel.offload == chosen(0.97 * 128 - 1.5) > 13
@@ -326,11 +326,11 @@ def test_what_a_machine_cannot_hold_is_refused():
     assert small is not None
     assert "Set parallel.offload_optimizer=false, or more GPUs" in small  # not recompute=none, which tiles refuse
     two = composed("recipe=llama3_8b_512k_2gpu", "parallel.context=2")
-    assert refused(two, 160, ranks=2) is None  # 145 GiB of both ranks
+    assert refused(two, 180, ranks=2) is None  # 161 GiB of both ranks
     assert refused(two, 150, ranks=2) is not None
 
 
-@pytest.mark.parametrize(("words", "gpus", "gib"), [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 126.6)])
+@pytest.mark.parametrize(("words", "gpus", "gib"), [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 120.6)])
 def test_recipes_fit(words, gpus, gib):
     config = composed(*words, f"parallel.context={gpus}")
     found = plan.memory(config, gpus, strategy_for(gpus)(config))
