@@ -227,8 +227,7 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     ranks = parallel.context
     if ranks == 1:
         return 0.0
-    head = sizes.hidden / model.width / parallel.tensor * model.head_dim
-    queries, keys = head * model.heads, 2 * head * model.kv_heads
+    queries, keys = _heads_bytes(config, sizes, model.heads), 2 * _heads_bytes(config, sizes, model.kv_heads)
     gradients = keys * FLOAT32 / sizes.compute
     if strategy == Strategy.ulysses:
         heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
@@ -242,6 +241,11 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     return 2 * keys + _slots(ranks, gradients) * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
 
 
+def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
+    """Bytes of so many heads of the tokens of a rank, which tensor parallelism shares."""
+    return sizes.hidden / config.model.width * config.model.head_dim * heads / config.parallel.tensor
+
+
 def _slots(ranks: int, gradients: float) -> int:
     """Ranks whose gradients of keys, so many bytes each, a rank of a ring holds at a time."""
     return min(ranks, max(1, int(2 * GIB / gradients)))
@@ -249,11 +253,10 @@ def _slots(ranks: int, gradients: float) -> int:
 
 def _key_sums(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     """Bytes of the gradients of a rank's keys in float32, where a ring adds them up in several rounds."""
-    model, parallel = config.model, config.parallel
-    gradients = 2 * FLOAT32 * sizes.hidden / sizes.compute / model.width * model.head_dim * model.kv_heads
-    gradients /= parallel.tensor
-    is_ring = parallel.context > 1 and strategy in (Strategy.ring, Strategy.ulysses_ring)
-    return gradients if is_ring and _slots(parallel.context, gradients) < parallel.context else 0.0
+    ranks = config.parallel.context
+    gradients = 2 * _heads_bytes(config, sizes, config.model.kv_heads) * FLOAT32 / sizes.compute
+    is_ring = ranks > 1 and strategy in (Strategy.ring, Strategy.ulysses_ring)
+    return gradients if is_ring and _slots(ranks, gradients) < ranks else 0.0
 
 
 def _moments_in_flight(config: Config, sizes: _Sizes) -> float:

@@ -110,13 +110,13 @@ def introduce(trainer: Trainer) -> None:
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
-        f"{context}{between_machines(facts)}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
+        f"{context}{traffic_in_words(facts)}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
         f"{kept_and_where(config)}{expected_memory(trainer)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
 
 
-def between_machines(facts: dict[str, Any]) -> str:
+def traffic_in_words(facts: dict[str, Any]) -> str:
     """A line on what keys and gradients cost between machines that share sequences; empty where none do."""
     if "between_machines_gb_per_s" not in facts:
         return ""
@@ -124,9 +124,13 @@ def between_machines(facts: dict[str, Any]) -> str:
     for which in ("forward", "backward"):
         megabytes = facts[f"between_machines_mb_{which}"]
         meanwhile = facts.get(f"attention_s_{which}")
-        behind = f" beside {1000 * meanwhile:.3g} ms of attention" if meanwhile else ""
-        said.append(f"{megabytes:,.4g} MB {which}, {megabytes / rate:.3g} ms{behind}")
+        behind = f" beside {_shown(1000 * meanwhile)} ms of attention" if meanwhile else ""
+        said.append(f"{_shown(megabytes)} MB {which}, {_shown(megabytes / rate)} ms{behind}")
     return f"between machines, a layer and micro-batch: {'; '.join(said)}; at the {rate:.3g} GB/s measured\n"
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
 
 
 def kept_and_where(config: Config) -> str:
@@ -213,6 +217,7 @@ def abandon(trainer: Trainer) -> None:
         ending = Ending.by_signal(trainer.stop.number or signal.SIGTERM)
     try:
         metrics.close(ending, seconds=3)
+        trainer.stop.end_launcher_too()
     finally:
         leave(int(ending.exit_code == 1))
 
@@ -243,7 +248,7 @@ def say_how_to_go_on(trainer: Trainer, is_complete: bool) -> None:
     lines = how_to_go_on(run.config, run.overrides, trainer.runtime.world_size, trainer.step, undecayed, is_complete)
     for line in lines:
         trainer.metrics.say(line)
-    if stop.came_here and not stop.is_orphan and "TORCHELASTIC_RUN_ID" in os.environ:
+    if (stop.came_here or stop.is_elsewhere) and not stop.is_orphan and "TORCHELASTIC_RUN_ID" in os.environ:
         say_after_launcher(lines[0])
 
 

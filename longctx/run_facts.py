@@ -39,7 +39,7 @@ def collect(
         "strategy": str(context_parallel.choice.strategy) if mesh.size("context") > 1 else "none",
         "transport": context_parallel.transport or "none",
         **implementations,
-        **_between_machines(config, runtime, mesh, context_parallel),
+        **_traffic(config, runtime, mesh, context_parallel),
         **_expected(config, runtime, context_parallel, plan.is_foreseen(**implementations)),
         "data": f"{tokens} ({tokens.fingerprint()})" if tokens else "synthetic recall",
         "versions": {
@@ -50,13 +50,14 @@ def collect(
     }  # fmt: skip
 
 
-def _between_machines(
+def _traffic(
     config: Config, runtime: Runtime, mesh: Mesh, context_parallel: ContextParallel
 ) -> dict[str, float]:  # fmt: skip
     """What attention sends between machines, if they share sequences, how fast they are joined, and what it can hide
     behind. Collective."""
-    ranks = runtime.ranks_of_a_machine
-    if mesh.ranks_of_a_reader <= ranks:
+    ranks, of_reader = runtime.ranks_of_a_machine, mesh.ranks_of_a_reader
+    shares_whole_machines = of_reader % ranks == ranks % mesh.size("tensor") == 0
+    if of_reader <= ranks or mesh.size("context") == 1 or not shares_whole_machines:
         return {}
     choice, sequences = context_parallel.choice, micro_batch(config.data, mesh.readers)
     traffic = between_machines(config, choice.strategy, choice.ulysses_size, ranks, sequences)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import ipaddress
 import math
 import os
 import socket
@@ -92,7 +93,7 @@ class Runtime:
         return self.least(-int(mine)) < 0
 
     def least(self, mine: float) -> float:
-        """Of what the ranks give, on every rank."""
+        """The least of the numbers that the ranks give, on every rank."""
         found = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
         return float(found)
@@ -284,24 +285,35 @@ def _check_addresses(store: dist.Store, rank: int, size: int, timeout: datetime.
         store.set("longctx/machine", this_machine())
     elif store.get("longctx/machine").decode() != this_machine():
         store.set("longctx/is_of_several_machines", "")
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        address = "no address"
-    is_reached = address[0].isdigit() and not address.startswith("127.")
-    if not is_reached and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (problem := _own_address_problem()):
         store.set(
             "longctx/address",
-            f"the name {name} leads to {address} on that machine, which the others cannot reach; give its real address "
-            "in /etc/hosts, or set GLOO_SOCKET_IFNAME to the network interface that joins the machines (`ip address` "
-            "lists them; such as eth0)",
+            f"{problem}; give its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME to the network interface that "
+            "joins the machines (`ip address` lists them; such as eth0)",
         )
     if store.add("longctx/looked", 1) == size:
         store.set("longctx/all_looked", "")
     store.wait(["longctx/all_looked"], timeout)
-    if store.check(["longctx/is_of_several_machines"]) and store.check(["longctx/address"]):
-        raise UserError(store.get("longctx/address").decode())
+    is_refused = store.check(["longctx/is_of_several_machines"]) and store.check(["longctx/address"])
+    message = store.get("longctx/address").decode() if is_refused else ""
+    store.add("longctx/told", 1)
+    end = time.monotonic() + timeout.total_seconds()
+    while rank == 0 and is_refused and store.add("longctx/told", 0) < size and time.monotonic() < end:
+        time.sleep(0.01)  # it may be this process that has the store
+    if is_refused:
+        raise UserError(message)
+
+
+def _own_address_problem() -> str:
+    """What is wrong with the address that the name of this machine leads to, for other machines; empty: nothing."""
+    name = socket.gethostname()
+    try:
+        found = sorted({str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(name, None)})
+    except OSError:
+        return f"the name {name} leads to no address on that machine"
+    if all(ipaddress.ip_address(address).is_loopback for address in found):
+        return f"the name {name} leads to {', '.join(found)} on that machine, which the others cannot reach"
+    return ""
 
 
 def stop() -> None:

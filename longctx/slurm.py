@@ -55,7 +55,6 @@ def _counts(tasks: str) -> list[int]:
 
 def first_of(nodes: str) -> str:
     """The first name of a list as SLURM writes it: `gpu-[03-06,9],login` -> `gpu-03`."""
-    found = re.match(r"([^\[,]*)(?:\[([^\-,\]]+)[^\]]*\]([^,]*))?", nodes)
-    assert found is not None  # it matches anything
-    before, number, after = found.groups(default="")
-    return f"{before}{number}{after}"
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes)
+    assert first is not None  # it matches anything
+    return re.sub(r"\[([^\-,\]]*)[^\]]*\]", r"\1", first[0])

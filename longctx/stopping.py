@@ -32,6 +32,7 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PERIOD_S = 0.25
 SAME_S = 1.0  # a launcher passes on what the terminal has sent already: within this time it is one signal
 PR_SET_PDEATHSIG = 1
+LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun's process, when this one began
 
 
 class StopSignals:
@@ -48,7 +49,11 @@ class StopSignals:
         self.is_abandoning = False
         self.came_here = False  # to this process, rather than to another rank
         self.is_orphan = False  # its launcher is gone
-        self._is_done = False  # what a signal asks for
+        self.is_elsewhere = False  # another machine's launcher is ending by a signal, and not this one's
+        self._is_handed_on = False  # so that what comes now comes from here
+        self._machine, self._machines = (
+            int(os.environ.get(f"GROUP_{k}", n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
         self._asked_at = 0.0
         self._store: Store | None = None
         self._parent, self._has_launcher = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
@@ -111,14 +116,18 @@ class StopSignals:
         self._asked_at = time.monotonic()  # last: what has come meanwhile is the same signal
 
     def end_launcher_too(self) -> None:
-        """Passes a signal that came to another machine on to the torchrun of this one, once all is done.
+        """Where the launcher of another machine is ending by a signal, passes it on to this one's, once all is done.
 
-        That one's torchrun ends without a word, and this one would wait for it for five minutes.
+        That one ends without a word, and this one would wait for it for five minutes.
         """
-        is_of_several = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        is_first = os.environ.get("LOCAL_RANK") == "0"
-        if self.number and not self.came_here and self._has_launcher and is_of_several and is_first:
-            self._is_done = True
+        if self._store is None and not self.is_elsewhere:
+            return
+        time.sleep(2 * PERIOD_S)  # the thread hears of it meanwhile
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        if self.is_elsewhere and self._has_launcher and os.environ.get("LOCAL_RANK") == "0":
+            self._is_handed_on = True
             os.kill(self._parent, signal.SIGTERM)
 
     # in the thread ---------------------------------------------------------------------------------------------------
@@ -131,22 +140,28 @@ class StopSignals:
             except TimeoutError:
                 pass
             self._look_at_others()
+            if self._ended.is_set():  # long ago, if the store was slow to answer
+                return
             if not self.number or self.is_abandoning:
                 continue
             if self.abandon is None and time.monotonic() - self._asked_at > self.stop_seconds:
                 self.say("leaving while the run still starts; it has nothing to save")
+                self._look_at_launchers()
+                self._hand_on()
                 leave(0)
             if self.abandon and self._is_too_long():
                 self._close_gate()
 
     def _hear(self, number: int) -> None:
-        if self._is_done:
+        if self._is_handed_on:
             return
         if number == signal.SIGUSR1 and not self.usr1_stops:
             self.save_asked = True
             self.say("SIGUSR1: saving after this step")
         elif number in (*ASKING, signal.SIGUSR1):
-            self.came_here = True
+            if not self.came_here:
+                self.came_here = True
+                self._tell_of_launcher(number)
             if not self.number:
                 self.ask(number)
             elif time.monotonic() - self._asked_at > SAME_S:
@@ -156,6 +171,7 @@ class StopSignals:
     def _look_at_others(self) -> None:
         if self._has_launcher and os.getppid() != self._parent:  # gone, and with it the store
             self._has_launcher, self.is_orphan = False, True
+            self._tell(f"launcher/{self._machine}", "")
             if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):  # it was this launcher's store
                 self._store = None
             if not self.number:
@@ -165,9 +181,30 @@ class StopSignals:
         try:
             if not self.number and self._store.check(["stop"]):
                 self.ask(int(self._store.get("stop")))
+            if self.number:
+                self._look_at_launchers()
             if self.abandon and not self.is_abandoning and self._store.check(["abandon"]):
                 self._follow(int(self._store.get("abandon")))
         except (DistError, RuntimeError):  # the store's machine is gone
+            self._store = None
+
+    def _tell_of_launcher(self, number: int) -> None:
+        """A signal that has come to all ranks of a machine came to its launcher, but SIGUSR1, which ends that."""
+        if self._store is None or number not in ASKING:
+            return
+        try:
+            if self._store.add(f"heard/{self._machine}", 1) == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+                self._store.set(f"launcher/{self._machine}", "")
+        except (DistError, RuntimeError):
+            self._store = None
+
+    def _look_at_launchers(self) -> None:
+        if self._store is None or self._machines == 1:
+            return
+        try:
+            ending = [n for n in range(self._machines) if self._store.check([f"launcher/{n}"])]
+            self.is_elsewhere = bool(ending) and self._machine not in ending
+        except (DistError, RuntimeError):
             self._store = None
 
     def _is_too_long(self) -> bool:
@@ -220,10 +257,15 @@ def say_after_launcher(message: str) -> None:
 
 
 def end_stuck_launcher(seconds: float) -> None:
-    """Kills the torchrun of this process unless it ends within so many seconds after all: what it waits for, a store
-    that does not answer, keeps it from hearing signals."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _after_launcher(seconds, 'kill -9 "$0" 2>/dev/null', "")
+    """Kills the torchrun of this process unless it ends within so many seconds, or has started ranks again.
+
+    What it waits for, a store that does not answer, keeps it from hearing signals.
+    """
+    has_ranks = (
+        'for rank in $(cat "/proc/$0/task/$0/children"); do grep -qs "^State:.*Z" "/proc/$rank/status" || exit; done'
+    )
+    if LAUNCHER > 1 and os.getppid() == LAUNCHER:
+        _after_launcher(seconds, f'{has_ranks}; kill -9 "$0" 2>/dev/null', "")
 
 
 def _after_launcher(seconds: float, command: str, word: str) -> None:

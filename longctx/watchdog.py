@@ -26,6 +26,7 @@ from longctx.machine import this_machine
 from longctx.stopping import end_stuck_launcher, leave
 
 LEFT = "left"
+PATIENCE_S = 8.0  # with a launcher that cannot reach the store, until it is killed
 ENDED = "ended"  # the job, by a rank that has said why
 
 
@@ -103,6 +104,8 @@ class Watchdog:
         self.beats += 1
         self._beat(self.beats)
         now = self.clock()
+        if now - self.answered_at > 3 * self.period_s:  # this process stood still, or the store: the other may have too
+            self.seen_at = now
         if self.shown_at and self.progress_at > self.shown_at:
             self.shown_at = 0.0
             self.store.delete_key(f"stack/{self.rank}")
@@ -132,7 +135,11 @@ class Watchdog:
             self.answered_at = math.inf
 
     def _guard(self) -> None:
+        woke_at = self.clock()
         while not self.clock.wait(self.period_s, self.ended):
+            if self.clock() - woke_at > 3 * self.period_s:  # this process stood still, with all its threads
+                self.answered_at = max(self.answered_at, self.clock())
+            woke_at = self.clock()
             self.look_for_answers()
 
     def _look_for_progress(self) -> None:
@@ -170,10 +177,12 @@ class Watchdog:
             f"resume",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        if machine == this_machine():  # a stopped process would not end by itself
-            os.kill(int(process), signal.SIGKILL)
-        self.store.set(ENDED, "")  # the others end at their next look, and not in a collective of their own
-        leave(1)
+        try:
+            if machine == this_machine():  # a stopped process would not end by itself
+                os.kill(int(process), signal.SIGKILL)
+            self.store.set(ENDED, "")  # the others end at their next look, and not in a collective of their own
+        finally:
+            leave(1)
 
     def _end_alone(self, silent_s: float) -> None:
         print(
@@ -182,7 +191,7 @@ class Watchdog:
             f"ends; start it again, on all machines, to resume",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        end_stuck_launcher(self.period_s)
+        end_stuck_launcher(PATIENCE_S)
         leave(1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import kubernetes_validate
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from longctx import slurm
 from longctx.errors import ConfigError
@@ -44,7 +45,14 @@ def test_tasks_that_are_dealt_out_otherwise_are_refused(changed):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("gpu-[03-06,9],login", "gpu-03"), ("n[7,9]", "n7"), ("r1n[01-02]-ib,x", "r1n01-ib")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu-[03-06,9],login", "gpu-03"),
+        ("n[7,9]", "n7"),
+        ("r1n[01-02]-ib,x", "r1n01-ib"),
+        ("r[1-2]n[01-04]", "r1n01"),
+    ],
 )
 def test_the_first_of_slurms_list_of_nodes(nodes, first):
     assert slurm.first_of(nodes) == first
@@ -56,10 +64,13 @@ def test_the_manifest_of_kubernetes_is_valid():
     for part in (service, job):
         kubernetes_validate.validate(part, "1.37", strict=True)
     pod = job["spec"]["template"]["spec"]
-    *launcher, _, module = (pod["containers"][0]["command"] + pod["containers"][0]["args"])[:7]
-    assert launcher == ["torchrun", "--nnodes=2", "--nproc-per-node=gpu", "--rdzv-backend=c10d",
-                        "--rdzv-endpoint=longctx-0.longctx:29500"]  # fmt: skip
-    assert module == "longctx.train"
-    composed(*(word for word in pod["containers"][0]["args"][6:] if not word.startswith("name=")))
+    container = pod["containers"][0]
+    place = container["args"].index("longctx.train")
+    launcher, words = container["args"][: place + 1], container["args"][place + 1 :]
+    assert container["command"] == ["torchrun"]
+    parsed = get_args_parser().parse_args([word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in launcher])
+    assert (parsed.training_script, parsed.node_rank, parsed.master_addr) == ("longctx.train", 1, "longctx-0.longctx")
+    assert parsed.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    composed(*(word for word in words if not word.startswith("name=")))
     assert job["spec"]["parallelism"] == job["spec"]["completions"] == 2
     assert service["metadata"]["name"] == pod["subdomain"] == job["metadata"]["name"]

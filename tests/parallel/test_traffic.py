@@ -22,7 +22,7 @@ from ranks import run_on_ranks
 LENGTH, HEAD_DIM, RANKS = 256, 16, 4
 
 
-def config_of(strategy: Strategy, heads: int, kv_heads: int, compute: ComputeDtype = ComputeDtype.float32) -> Config:
+def config_of(strategy: Strategy, heads: int, kv_heads: int, compute: ComputeDtype) -> Config:
     config = Config(parallel=ParallelConfig(context=RANKS, strategy=strategy))
     config.model = replace(config.model, heads=heads, kv_heads=kv_heads, head_dim=HEAD_DIM)
     config.data.sequence_length, config.precision.compute = LENGTH, compute
@@ -59,16 +59,25 @@ def received(rank: int, config: Config, ranks_of_a_machine: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "heads", "kv_heads", "ranks_of_a_machine"),
+    ("strategy", "heads", "kv_heads", "ranks_of_a_machine", "compute"),
     [
-        ("ring", 4, 2, 2), ("gather", 4, 2, 2), ("ulysses", 8, 8, 2), ("ulysses", 8, 2, 2), ("ulysses_ring", 8, 4, 2),
-        ("ulysses_ring", 8, 2, 2), ("ulysses_ring", 8, 1, 2), ("ring", 4, 2, 1), ("ulysses", 4, 4, 1),
-        ("ring", 4, 2, 4),
+        ("ring", 4, 2, 2, "float32"),
+        ("ring", 4, 2, 2, "bfloat16"),
+        ("gather", 4, 2, 2, "bfloat16"),
+        ("ulysses", 8, 8, 2, "float32"),
+        ("ulysses", 8, 8, 2, "bfloat16"),
+        ("ulysses", 8, 2, 2, "bfloat16"),
+        ("ulysses_ring", 8, 4, 2, "bfloat16"),
+        ("ulysses_ring", 8, 2, 2, "float32"),
+        ("ulysses_ring", 8, 1, 2, "bfloat16"),
+        ("ring", 4, 2, 1, "float32"),
+        ("ulysses", 4, 4, 1, "bfloat16"),
+        ("ring", 4, 2, 4, "float32"),
     ],
-)  # fmt: skip
-def test_bytes_between_machines(strategy, heads, kv_heads, ranks_of_a_machine):
+)
+def test_bytes_between_machines(strategy, heads, kv_heads, ranks_of_a_machine, compute):
     """Those of the machine to which most comes. Keys go between groups once, however many queries share them."""
-    config = config_of(Strategy(strategy), heads, kv_heads)
+    config = config_of(Strategy(strategy), heads, kv_heads, ComputeDtype(compute))
     choice = choose_strategy(config, ranks_of_a_machine)
     expected = between_machines(config, choice.strategy, choice.ulysses_size, ranks_of_a_machine, 2)
     found = run_on_ranks(RANKS, received, config, ranks_of_a_machine)

@@ -91,8 +91,11 @@ def training(network: Network, *words: str) -> list[Job]:
 
 
 def seconds_to_end(jobs: list[Job]) -> list[float]:
-    began = time.monotonic()
-    return [job.wait(60) and time.monotonic() - began for job in jobs]
+    began, seconds = time.monotonic(), []
+    for job in jobs:
+        job.wait(60)
+        seconds.append(time.monotonic() - began)
+    return seconds
 
 
 def test_a_cut_link_ends_both_machines(network):
@@ -113,7 +116,11 @@ def test_a_machine_that_is_lost_ends_the_other(network, number):
     network.machines[number - 1].switch_off()
     (left,) = [job for job in jobs if job is not jobs[number - 1]]
     assert seconds_to_end([left])[0] < TIMEOUT_S + 10
-    assert f"machine{number}" in left.text.split("saved ")[-1]
+    said = {
+        1: r"rank \d: the job's store on machine1 has not answered for \d+ s",
+        2: r"rank 2 \(process \d+ on machine2\) has given no sign of life for \d+ s",
+    }
+    assert re.search(said[number], left.text)
 
 
 @pytest.mark.slow
@@ -145,13 +152,14 @@ def last_step(job: Job) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["ranks", "torchrun"])
-def test_what_is_killed_on_one_machine_ends_both(network, what):
+@pytest.mark.parametrize(("number", "what"), [(2, "ranks"), (2, "torchrun"), (1, "torchrun")])
+def test_what_is_killed_on_one_machine_ends_both(network, number, what):
+    """The first machine's torchrun has the store that all meet at."""
     jobs = training(network)
     if what == "ranks":
-        network.machines[1].do(KILL_RANKS)
+        network.machines[number - 1].do(KILL_RANKS)
     else:
-        jobs[1].signal(signal.SIGKILL)
+        jobs[number - 1].signal(signal.SIGKILL)
     assert max(seconds_to_end(jobs)) < TIMEOUT_S + 10
 
 
@@ -161,6 +169,18 @@ def test_sigterm_to_one_torchrun_saves_and_ends_both(network):
     jobs[1].signal(signal.SIGTERM)
     assert max(seconds_to_end(jobs)) < TIMEOUT_S + 10
     assert "stopping after step" in jobs[0].text
+
+
+@pytest.mark.slow
+def test_sigterm_in_a_step_that_lasts_too_long_ends_both(network):
+    """The step is left, what was before it is saved, and the other machine's torchrun does not wait."""
+    jobs = training(network, "parallel.timeout_seconds=60", "parallel.stop_seconds=1")
+    network.machines[1].slow("20mbit")
+    step = last_step(jobs[0])
+    jobs[0].wait_for(f"step {step + 1}/")
+    jobs[1].signal(signal.SIGTERM)
+    assert max(seconds_to_end(jobs)) < 40
+    assert "would outlast parallel.stop_seconds=1, so it is left" in jobs[0].text
 
 
 @pytest.mark.slow

@@ -20,13 +20,15 @@ from pathlib import Path
 from longctx.command_line import meeting_of
 
 ADDRESS = "10.77.0.{}"  # of machine number n, from 1 on
-AS_ROOT, AS_USER = ([], []) if os.geteuid() == 0 else (["--user", "--map-root-user"], ["-U", "--preserve-credentials"])
+UNSHARE_USER, ENTER_USER = (
+    ([], []) if os.geteuid() == 0 else (["--user", "--map-root-user"], ["-U", "--preserve-credentials"])
+)
 
 
 @cache
 def why_not() -> str:
     """Why this machine cannot be several; empty: it can."""
-    words = ["unshare", *AS_ROOT, "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c"]
+    words = ["unshare", *UNSHARE_USER, "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c"]
     commands = "ip link add bridge type bridge && ip link add cable type veth peer name eth0 && tc -V"
     try:
         made = subprocess.run([*words, commands], capture_output=True, text=True)
@@ -80,8 +82,9 @@ class Machine:
             [*network.enter, "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
              "sleep", "infinity"]
         )  # fmt: skip
+        network.started.append(self.process)
         self.init = _only_child(self.process.pid)
-        self.enter = ["nsenter", "-t", str(self.init), *AS_USER, "-n", "-u", "-m", "-p", f"--wd={network.shared}"]
+        self.enter = ["nsenter", "-t", str(self.init), *ENTER_USER, "-n", "-u", "-m", "-p", f"--wd={network.shared}"]
         network.do(f"ip link add cable{number} type veth peer name eth0 netns {self.init}")
         network.do(f"ip link set cable{number} master bridge up")
         self.do(
@@ -148,8 +151,16 @@ class Network:
         self.shared.mkdir()
         names = [f"{ADDRESS.format(n)} machine{n}" for n in range(1, machines + 1)]
         self.hosts = "\n".join(["127.0.0.1 localhost", *names]) + "\n"
-        self.process = subprocess.Popen(["unshare", *AS_ROOT, "--net", "--mount", "sleep", "infinity"])
-        self.enter = ["nsenter", "-t", str(self.process.pid), *AS_USER, "-n", "-m"]
+        self.process = subprocess.Popen(["unshare", *UNSHARE_USER, "--net", "--mount", "sleep", "infinity"])
+        self.started = [self.process]
+        try:
+            self._join(machines)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _join(self, machines: int) -> None:
+        self.enter = ["nsenter", "-t", str(self.process.pid), *ENTER_USER, "-n", "-m"]
         _until(lambda: os.readlink(f"/proc/{self.process.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
         self.do("ip link add bridge type bridge")
         self.do("ip link set bridge up")
@@ -163,7 +174,7 @@ class Network:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for process in (*(machine.process for machine in self.machines), self.process):
+        for process in reversed(self.started):
             process.kill()
             process.wait()
 
