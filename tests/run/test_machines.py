@@ -52,8 +52,10 @@ def losses(folder: Path) -> list[float]:
     return [row["loss/train"] for row in read_metrics(folder / "metrics.jsonl") if "loss/train" in row]
 
 
-def test_two_machines_train_as_one_process_and_refuse_what_they_do_not_share(network):
-    """The three layouts, then a run folder and a corpus that one machine has and the other has not."""
+def test_two_machines(network):
+    """They train as one process does in three layouts, refuse a run folder and a corpus that one has and the other has
+    not, and end when the link is cut, each saying which machine it no longer hears of. All in one start, which takes
+    longest."""
     one, two = network.machines
     make_corpus(one.folder / "corpus")
     shared, own = f"folder={network.shared}", f"folder={network.disk}"
@@ -61,16 +63,24 @@ def test_two_machines_train_as_one_process_and_refuse_what_they_do_not_share(net
     jobs = [[*MODEL, *data, *layout, shared, f"name={name}"] for name, layout in LAYOUTS.items()]
     jobs.append([*MODEL, *data, own, "name=folder"])
     jobs.append([*MODEL, "data=prepared", f"data.folder={network.disk / 'corpus'}", shared, "name=corpus"])
+    jobs.append([*MODEL, *ENDLESS, shared, "name=endless"])
     words = [str(ROOT / "tests" / "support" / "jobs.py"), *" / ".join(" ".join(job) for job in jobs).split()]
     started = [machine.torchrun(2, words) for machine in (one, two)]
-    assert [job.wait() for job in started] == [0, 0], started[0].text
+    started[0].wait_for("endless/checkpoints/step_20")
+    two.cut()
+    assert max(seconds_to_end(started)) < TIMEOUT_S + 10
+    assert [job.process.returncode for job in started] == [1, -signal.SIGKILL]  # torchrun there would wait for ever
     said = started[0].text
+    assert re.search(r"rank 2 \(process \d+ on machine2\) has given no sign of life for \d+ s", said)
+    assert re.search(r"rank [23]: the job's store on machine1 has not answered for \d+ s", started[1].text)
     assert re.search(
         rf"refused folder: rank 2 on machine2: the run's folder {network.disk}/folder on machine2 is", said
     )
     assert re.search(r"refused corpus: rank 2 on machine2: .*/corpus/manifest.json: no such file", said)
     assert "context: ulysses_ring (2 ranks of a machine trade heads, keys go between these)" in said
-    assert re.search(r"between machines, a layer and micro-batch: 0.06554 MB forward, .* at the .* GB/s measured", said)
+    assert re.search(r"between machines, a layer and micro-batch: 0.0655 MB forward, .* at the .* GB/s measured", said)
+    assert "resume, on each of 2 machines: " in said
+    assert "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint machine1:29500 --nproc-per-node 2 " in said
     config = composed(*MODEL, *data, f"folder={network.folder / 'alone'}")
     train(config)
     alone = losses(config.run_folder)
@@ -78,8 +88,6 @@ def test_two_machines_train_as_one_process_and_refuse_what_they_do_not_share(net
     assert alone[3] < alone[0] - 0.01
     for name in LAYOUTS:
         assert losses(network.shared / name) == pytest.approx(alone, rel=1e-6), name
-    assert "resume, on each of 2 machines: " in said
-    assert "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint machine1:29500 --nproc-per-node 2 " in said
 
 
 def training(network: Network, *words: str) -> list[Job]:
@@ -96,16 +104,6 @@ def seconds_to_end(jobs: list[Job]) -> list[float]:
         job.wait(60)
         seconds.append(time.monotonic() - began)
     return seconds
-
-
-def test_a_cut_link_ends_both_machines(network):
-    """And each says which machine it no longer hears of."""
-    jobs = training(network)
-    network.machines[1].cut()
-    assert max(seconds_to_end(jobs)) < TIMEOUT_S + 10
-    assert [job.process.returncode for job in jobs] == [1, -signal.SIGKILL]  # torchrun there would wait for ever
-    assert re.search(r"rank 2 \(process \d+ on machine2\) has given no sign of life for \d+ s", jobs[0].text)
-    assert re.search(r"rank [23]: the job's store on machine1 has not answered for \d+ s", jobs[1].text)
 
 
 @pytest.mark.slow
