@@ -78,7 +78,8 @@ def train(run: RunInfo) -> Outcome:
                 trainer.close()
         finally:
             watchdog.stop()
-        stop.end_launcher_too()
+        if trainer.is_stopped:
+            stop.end_launcher_too()
         return Outcome(not trainer.is_stopped, last_loss(trainer))
 
 

@@ -77,11 +77,9 @@ def attention_of_a_layer(config: Config, world_size: int, of: dict[str, Any]) ->
     """Seconds of a layer's attention over a micro-batch whose sequences are one document each, forward and backward."""
     parts = config.model.layers * micro_batches_of(config, world_size) * world_size
     width = padded_head_dim(config.model.head_dim)
-    flops_of_a_layer = flops(config)[0] * width / config.model.head_dim / parts
-    rates_of_width = of["attention_tflops"][str(width)]
-    return flops_of_a_layer / (rates_of_width["forward"] * 1e12), 2.5 * flops_of_a_layer / (
-        rates_of_width["backward"] * 1e12
-    )
+    work = flops(config)[0] * width / config.model.head_dim / parts
+    forward, backward = (of["attention_tflops"][str(width)][name] * 1e12 for name in ("forward", "backward"))
+    return work / forward, 2.5 * work / backward
 
 
 def in_words(seconds: float) -> str:

@@ -51,9 +51,8 @@ class StopSignals:
         self.is_orphan = False  # its launcher is gone
         self.is_elsewhere = False  # another machine's launcher is ending by a signal, and not this one's
         self._is_handed_on = False  # so that what comes now comes from here
-        self._machine, self._machines = (
-            int(os.environ.get(f"GROUP_{k}", n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self._machine = int(os.environ.get("GROUP_RANK", "0"))
+        self._machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         self._asked_at = 0.0
         self._store: Store | None = None
         self._parent, self._has_launcher = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
@@ -116,14 +115,13 @@ class StopSignals:
         self._asked_at = time.monotonic()  # last: what has come meanwhile is the same signal
 
     def end_launcher_too(self) -> None:
-        """Where the launcher of another machine is ending by a signal, passes it on to this one's, once all is done.
+        """Of a run that a signal has stopped: where another machine's launcher ends by that, ends this one's as well.
 
         That one ends without a word, and this one would wait for it for five minutes.
         """
-        if self._store is None and not self.is_elsewhere:
-            return
-        time.sleep(2 * PERIOD_S)  # the thread hears of it meanwhile
-        self._hand_on()
+        if self._machines > 1:
+            time.sleep(2 * PERIOD_S)  # the thread hears of it meanwhile
+            self._hand_on()
 
     def _hand_on(self) -> None:
         if self.is_elsewhere and self._has_launcher and os.environ.get("LOCAL_RANK") == "0":
@@ -189,7 +187,7 @@ class StopSignals:
             self._store = None
 
     def _tell_of_launcher(self, number: int) -> None:
-        """A signal that has come to all ranks of a machine came to its launcher, but SIGUSR1, which ends that."""
+        """A signal that has come to all ranks of a machine has come to its launcher; SIGUSR1 comes to ranks alone."""
         if self._store is None or number not in ASKING:
             return
         try:

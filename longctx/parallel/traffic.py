@@ -56,24 +56,22 @@ def between_machines(
     queries, keys = head * part * compute, 2 * head * kv_part * compute
     gradients = 2 * head * kv_part * (FLOAT32 if size > kv_heads else compute)
     rows = 16 * tokens * tensor * part  # what the softmax's backward pass needs of each
-    traded, rung = shares(size, is_inside=True), shares(size, is_inside=False)
-    of_ring = 2 * head * size * kv_part
+    ring = 2 * head * size * kv_part  # numbers, of the keys and values of a group's tokens and one rank's heads
+    inside, outside = shares(size, is_inside=True), shares(size, is_inside=False)
 
-    def most(of_reader: dict[str, float], of_owner: dict[str, float]) -> float:
-        """Bytes that come to one machine: with each share, and with each that another reads of it."""
+    def most(read: float, returned: float, ring_read: float, ring_returned: float) -> float:
+        """Bytes that come to one machine: with each share that it reads of another, and with each that another reads
+        of it and returns something for; inside groups, and in the ring over these."""
         coming: dict[int, float] = defaultdict(float)
-        for name, found in (("traded", traded), ("rung", rung)):
+        for found, to_reader, to_owner in ((inside, read, returned), (outside, ring_read, ring_returned)):
             for (reader, owner), share in found.items():
-                coming[reader] += share * of_reader[name]
-                coming[owner] += share * of_owner[name]
+                coming[reader] += share * to_reader
+                coming[owner] += share * to_owner
         return max(coming.values(), default=0.0)
 
     return Traffic(
-        most({"traded": queries + keys, "rung": of_ring * compute}, {"traded": queries, "rung": 0.0}),
-        most(
-            {"traded": 2 * queries + rows + keys, "rung": of_ring * compute},
-            {"traded": queries + gradients, "rung": of_ring * FLOAT32},
-        ),
+        most(queries + keys, queries, ring * compute, 0.0),
+        most(2 * queries + rows + keys, queries + gradients, ring * compute, ring * FLOAT32),
     )
 
 
