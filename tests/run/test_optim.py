@@ -54,7 +54,8 @@ def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
     return torch.stack(norms), {name: p.full_tensor() for name, p in model.named_parameters()}, state
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(Optimizer.adamw, marks=pytest.mark.slow), Optimizer.muon])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.muon])
 def test_steps_do_not_depend_on_the_layout(optimizer):
     norms, parameters, _ = run_on_ranks(1, take_steps, ParallelConfig(), optimizer)[0]
     tolerance = 1e-4  # Adam's first steps are signs, and Muon lifts small singular values: the order of a sum shows

@@ -286,6 +286,7 @@ def sequences_and_losses(rank, config, steps):
         return found
 
 
+@pytest.mark.slow
 def test_another_layout_after_each_resume(tmp_path, corpus):
     """shard 4, then shard 2 x context 2, then context 4, then one process: the same sequences, and the same losses."""
     config = small_config(tmp_path / "whole", corpus, optim__steps=12)
