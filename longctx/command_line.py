@@ -14,6 +14,7 @@ from pathlib import Path
 
 from longctx.config import Config, attention_span, keys
 from longctx.errors import ConfigError
+from longctx.machine import ranks_of_a_machine
 from longctx.schedule import schedule
 
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
@@ -113,7 +114,7 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
     tools = _as_from_here(Path(sys.executable).parent)
     launcher = [str(tools / "python")]
     if world_size > 1:
-        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        per_machine = ranks_of_a_machine(world_size)
         meeting = meeting_of(world_size // per_machine, os.environ.get("MASTER_ADDR", "HOST"))
         launcher = [str(tools / "torchrun"), *meeting, "--nproc-per-node", str(per_machine)]
     given = {"name": config.name} | {key.replace("__", "."): value for key, value in changes.items()}
@@ -138,7 +139,7 @@ def how_to_go_on(
     """
     optim = config.optim
     steps = optim.steps * (2 if is_complete else 1)
-    machines = world_size // int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    machines = world_size // ranks_of_a_machine(world_size)
     where = f", on each of {machines} machines" if machines > 1 else ""
     lines = [f"resume{where}: {resume_command(config, overrides, world_size, optim__steps=str(steps))}"]
     longer = replace(config, optim=replace(optim, steps=steps))

@@ -20,6 +20,11 @@ def this_machine() -> str:
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}/{namespace}"
 
 
+def ranks_of_a_machine(world_size: int) -> int:
+    """Ranks that this machine's launcher has started, of `world_size`: all, unless it says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+
+
 def available_host_bytes() -> int | None:
     """Memory that processes of this machine can still take, a container's limit included; None: it cannot be told."""
     try:

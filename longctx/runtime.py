@@ -46,7 +46,7 @@ class Runtime:
 
     @property
     def ranks_of_a_machine(self) -> int:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size)))
+        return machine.ranks_of_a_machine(self.world_size)
 
     @property
     def device_name(self) -> str:
@@ -182,7 +182,7 @@ def start(timeout_seconds: int) -> Runtime:
         else:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(_name_of_this_start(store, rank, size, timeout), store)
-            if size > int(os.environ.get("LOCAL_WORLD_SIZE", str(size))):
+            if size > machine.ranks_of_a_machine(size):
                 _check_addresses(store, rank, size, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return Runtime(rank, local_rank, world_size(), device, timeout)

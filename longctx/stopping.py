@@ -144,7 +144,6 @@ class StopSignals:
                 continue
             if self.abandon is None and time.monotonic() - self._asked_at > self.stop_seconds:
                 self.say("leaving while the run still starts; it has nothing to save")
-                self._look_at_launchers()
                 self._hand_on()
                 leave(0)
             if self.abandon and self._is_too_long():
@@ -180,7 +179,8 @@ class StopSignals:
             if not self.number and self._store.check(["stop"]):
                 self.ask(int(self._store.get("stop")))
             if self.number:
-                self._look_at_launchers()
+                ending = [n for n in range(self._machines) if self._store.check([f"launcher/{n}"])]
+                self.is_elsewhere = bool(ending) and self._machine not in ending
             if self.abandon and not self.is_abandoning and self._store.check(["abandon"]):
                 self._follow(int(self._store.get("abandon")))
         except (DistError, RuntimeError):  # the store's machine is gone
@@ -193,15 +193,6 @@ class StopSignals:
         try:
             if self._store.add(f"heard/{self._machine}", 1) == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
                 self._store.set(f"launcher/{self._machine}", "")
-        except (DistError, RuntimeError):
-            self._store = None
-
-    def _look_at_launchers(self) -> None:
-        if self._store is None or self._machines == 1:
-            return
-        try:
-            ending = [n for n in range(self._machines) if self._store.check([f"launcher/{n}"])]
-            self.is_elsewhere = bool(ending) and self._machine not in ending
         except (DistError, RuntimeError):
             self._store = None
 

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stopping": {"console"},
     "watchdog": {"machine", "stopping"},
     "slurm": {"errors"},
-    "command_line": {"config", "errors", "schedule"},
+    "command_line": {"config", "errors", "machine", "schedule"},
     "resume": {"config", "errors"},
     "runtime": {"config", "console", "errors", "files", "machine", "plan", "remedies", "stopping"},
     "run_folder": {"console", "errors", "runtime"},

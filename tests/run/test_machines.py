@@ -90,10 +90,15 @@ def test_two_machines(network):
         assert losses(network.shared / name) == pytest.approx(alone, rel=1e-6), name
 
 
-def training(network: Network, *words: str) -> list[Job]:
-    """A run without an end, in its steps."""
-    command = [str(ROOT / "train.py"), *MODEL, *ENDLESS, f"folder={network.shared}", "name=run", *words]
-    jobs = [machine.torchrun(2, command) for machine in network.machines]
+def command(network: Network, *words: str) -> list[str]:
+    """Of a run in the folder that the machines share."""
+    return [str(ROOT / "train.py"), *MODEL, f"folder={network.shared}", "name=run", *words]
+
+
+def training(network: Network, *words: str, options: tuple[str, ...] = ()) -> list[Job]:
+    """A run without an end, in its steps; `options` of torchrun."""
+    endless = command(network, *ENDLESS, *words)
+    jobs = [machine.torchrun(2, endless, *options) for machine in network.machines]
     jobs[0].wait_for("saved ")
     return jobs
 
@@ -183,9 +188,7 @@ def test_sigterm_in_a_step_that_lasts_too_long_ends_both(network):
 
 @pytest.mark.slow
 def test_restarts_resume_on_both_machines(network):
-    command = [str(ROOT / "train.py"), *MODEL, *ENDLESS, f"folder={network.shared}", "name=run"]
-    jobs = [machine.torchrun(2, command, "--max-restarts", "2") for machine in network.machines]
-    jobs[0].wait_for("saved ")
+    jobs = training(network, options=("--max-restarts", "2"))
     network.machines[1].do(KILL_RANKS)
     jobs[0].wait_for("resumed from ")
     step = last_step(jobs[0])
@@ -194,8 +197,8 @@ def test_restarts_resume_on_both_machines(network):
 
 @pytest.mark.slow
 def test_different_numbers_of_processes_are_refused(network):
-    command = [str(ROOT / "train.py"), *MODEL, *ENDLESS, f"folder={network.shared}", "name=run"]
-    jobs = [machine.torchrun(ranks, command) for machine, ranks in zip(network.machines, (3, 1), strict=True)]
+    endless = command(network, *ENDLESS)
+    jobs = [machine.torchrun(ranks, endless) for machine, ranks in zip(network.machines, (3, 1), strict=True)]
     assert [job.wait() for job in jobs] == [1, 1]
     assert all("different numbers of processes (3 on machine1, 1 on machine2)" in job.text for job in jobs)
 
@@ -206,13 +209,12 @@ def test_a_name_that_leads_to_the_machine_itself_is_refused_with_the_fix(network
     for machine in network.machines:
         others = [f"{other.address} {other.name}" for other in network.machines if other is not machine]
         (machine.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {machine.name}", *others]))
-    command = [str(ROOT / "train.py"), *MODEL, "data=recall", "parallel.context=4", "optim.steps=2", "name=run"]
-    command.append(f"folder={network.shared}")
-    jobs = [machine.torchrun(2, command) for machine in network.machines]
+    short = command(network, "data=recall", "parallel.context=4", "optim.steps=2")
+    jobs = [machine.torchrun(2, short) for machine in network.machines]
     assert [job.wait() for job in jobs] == [1, 1]
     for job in jobs:
         assert re.search(r"the name machine\d leads to 127.0.1.1 on that machine.*set GLOO_SOCKET_IFNAME", job.text)
-    jobs = [machine.torchrun(2, command, GLOO_SOCKET_IFNAME="eth0") for machine in network.machines]
+    jobs = [machine.torchrun(2, short, GLOO_SOCKET_IFNAME="eth0") for machine in network.machines]
     assert [job.wait() for job in jobs] == [0, 0]
 
 
@@ -272,14 +274,14 @@ def batch(slurm: dict[str, str], network: Network, command: list[str], number: i
 
 @pytest.mark.slow
 def test_a_job_of_slurm_saves_before_its_time_is_over_and_goes_on(network, slurm):
-    command = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *MODEL, *ENDLESS, "name=run"]
-    job = batch(slurm, network, command, 1)
+    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *MODEL, *ENDLESS, "name=run"]
+    job = batch(slurm, network, script, 1)
     job.wait_for("saved ")
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 1  # torchrun's, which a signal ended
     assert "stopping after step" in job.text
     assert (network.shared / "requeued").read_text() == "requeue 17\n"
-    again = batch(slurm, network, command, 2)
+    again = batch(slurm, network, script, 2)
     again.wait_for("resumed from ")
     again.process.kill()
 

@@ -7,7 +7,6 @@ namespaces: `why_not` says what is missing.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -41,7 +40,7 @@ class Job:
     """A command on a machine; what it prints goes to a file."""
 
     def __init__(self, process: subprocess.Popen, output: Path) -> None:
-        self.process, self.output, self.started_at = process, output, time.monotonic()
+        self.process, self.output = process, output
 
     @property
     def text(self) -> str:
@@ -128,12 +127,6 @@ class Machine:
         shape = f"root tbf rate {rate} burst 32kbit latency 1s"
         self.network.do(f"tc qdisc add dev cable{self.number} {shape}")
         self.do(f"tc qdisc add dev eth0 {shape}")
-
-    def sent(self) -> int:
-        """Bytes that have left it."""
-        words = [*self.network.enter, "ip", "-statistics", "-json", "link", "show", f"cable{self.number}"]
-        (seen,) = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
-        return seen["stats64"]["rx"]["bytes"]
 
     def switch_off(self) -> None:
         """As if its power had failed: the others hear nothing of it."""
