@@ -44,7 +44,7 @@ def run(
     bfloat16 on a GPU, float32 on a CPU; `divided(case, n)` is a case n times smaller.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="those whose name has this in it")
+    parser.add_argument("--cases", default="", help="those whose name has one of these in it, separated by commas")
     parser.add_argument("--contenders", default=",".join(contenders), help="separated by commas")
     parser.add_argument("--divide", type=int, default=1, help="sizes by this, to try the tool")
     parser.add_argument(
@@ -61,9 +61,15 @@ def run(
             f"bench_{report.name}: measures GPUs, and there is none here; to try the tool make the cases small: "
             f"TRITON_INTERPRET=1 python tools/bench_{report.name}.py --divide 4096"
         )
-    chosen = [divided(case, arguments.divide) for case in cases if arguments.cases in case.name]
+    chosen = [
+        divided(case, arguments.divide)
+        for case in cases
+        if any(part in case.name for part in arguments.cases.split(","))
+    ]
     if not chosen:
-        sys.exit(f"no case has {arguments.cases!r} in its name; there are {', '.join(case.name for case in cases)}")
+        sys.exit(
+            f"no case has one of {arguments.cases!r} in its name; there are {', '.join(case.name for case in cases)}"
+        )
     about = setting(device) | ceilings(device)
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rows = []
