@@ -332,6 +332,12 @@ class ParallelConfig:
         "attention sees all: 16384 bounds what blocks hold and costs little; without torch.compile; 0: all at once",
         least=0,
     )
+    head_groups: int = knob(
+        1,
+        "attention and what is exchanged for it are made for one of so many equal groups of heads after the other, "
+        "forward and backward: each holds that share of queries, keys and values; without torch.compile",
+        least=1,
+    )
     offload: int = knob(
         0,
         "activation offload: what the first so many layers keep is in host memory, and comes back one layer ahead; "
@@ -354,7 +360,7 @@ class ParallelConfig:
     @property
     def is_tiled(self) -> bool:
         """Whether blocks run as one autograd function each, see `longctx.parallel.tiled_block`."""
-        return bool(self.tile or self.offload)
+        return bool(self.tile or self.offload or self.head_groups > 1)
 
 
 @dataclass
@@ -503,6 +509,19 @@ def attention_span(config: Config, step: int) -> int | None:
         first * config.optim.steps if first < 1 else first: tokens for first, tokens in config.data.curriculum.items()
     }
     return next((begun[first] or None for first in sorted(begun, reverse=True) if first <= step), None)
+
+
+def attended_heads(config: Config) -> tuple[int, int]:
+    """Query heads and key/value heads of a tensor-parallel rank that one call of attention has."""
+    shares = config.parallel.tensor * config.parallel.head_groups
+    return config.model.heads // shares, config.model.kv_heads // shares
+
+
+def ranks_that_trade_heads(parallel: ParallelConfig) -> int:
+    """So many ranks, by the configured strategy, trade tokens for heads in any case."""
+    if parallel.strategy == Strategy.ulysses:
+        return parallel.context
+    return max(1, parallel.ulysses) if parallel.strategy == Strategy.ulysses_ring else 1
 
 
 def groups_of_heads(heads: int, kv_heads: int, size: int, most: int) -> int:

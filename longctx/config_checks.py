@@ -16,7 +16,9 @@ from longctx.config import (
     Recompute,
     RotaryScaling,
     Strategy,
+    attended_heads,
     keys,
+    ranks_that_trade_heads,
     resolve_shard,
     shares_heads,
 )
@@ -81,7 +83,8 @@ def _check_ranges(config: Config) -> list[str]:
 def _check_offload(config: Config) -> list[str]:
     parallel, layers = config.parallel, config.model.layers
     problems = []
-    named = [f"parallel.{name}={n}" for name in ("tile", "offload") if (n := getattr(parallel, name))]
+    keys = {"tile": parallel.tile, "offload": parallel.offload, "head_groups": parallel.head_groups - 1}
+    named = [f"parallel.{name}={getattr(parallel, name)}" for name, is_set in keys.items() if is_set]
     if named and parallel.recompute == Recompute.none:
         problems.append(
             f"{' and '.join(named)}: such blocks compute all but attention again, and parallel.recompute=none nothing; "
@@ -227,15 +230,17 @@ def _check_sharing(config: Config) -> list[str]:
         for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
         if count % parallel.tensor
     ]
+    of_rank = model.kv_heads // parallel.tensor
+    if not problems and of_rank % parallel.head_groups:
+        problems.append(
+            f"parallel.head_groups={parallel.head_groups} does not divide the {of_rank} key/value heads of "
+            f"model.kv_heads; use {_divisors(of_rank)}"
+        )
     if problems or parallel.context == 1:
         return problems
-    heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
-    if parallel.strategy == Strategy.ulysses:
-        axis, size = "context", parallel.context
-    elif parallel.strategy == Strategy.ulysses_ring and parallel.ulysses:
-        axis, size = "ulysses", parallel.ulysses
-    else:
-        return problems
+    heads, kv_heads = attended_heads(config)
+    axis = "context" if parallel.strategy == Strategy.ulysses else "ulysses"
+    size = ranks_that_trade_heads(parallel)
     if parallel.context % size:
         problems.append(
             f"parallel.ulysses={size} does not divide parallel.context={parallel.context}; "
@@ -243,13 +248,13 @@ def _check_sharing(config: Config) -> list[str]:
         )
     if heads % size:
         problems.append(
-            f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads a "
-            f"tensor rank has; use {_divisors(heads)}, or strategy=ring or gather"
+            f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads of "
+            f"one call of attention; use {_divisors(heads)}, or strategy=ring or gather"
         )
     elif not shares_heads(heads, kv_heads, size):
         problems.append(
             f"parallel.{axis}={size} with strategy={parallel.strategy} neither divides nor is a multiple of the "
-            f"{kv_heads} key/value heads a tensor rank has; use strategy=ring or gather"
+            f"{kv_heads} key/value heads of one call of attention; use strategy=ring or gather"
         )
     return problems
 

@@ -15,6 +15,7 @@ from longctx.config import (
     Positions,
     Recompute,
     Strategy,
+    attended_heads,
     groups_of_heads,
     layer_windows,
     micro_batch,
@@ -104,6 +105,7 @@ class _Block(NamedTuple):
     kept: float  # for its backward pass
     in_mlp: float  # of the working set of its backward pass, while it is in the MLP
     in_attention: float
+    in_projections: float = 0.0  # of queries, keys and values, where these are not less than attention needs
 
     def times(self, tokens: float) -> _Block:
         return _Block(*(size * tokens for size in self))
@@ -178,10 +180,19 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
 
     of_tile = min(parallel.tile, tokens) / tokens if parallel.tile else 1
     if parallel.is_tiled:
-        of_tokens = width + projected + queries  # the gradient of the residual stream, q, k and v, attention's gradient
+        groups = parallel.head_groups
+        of_tokens = width + queries + 2 * keys * (groups - 1) / groups  # gradients, of the groups before too
+        of_group = projected + inside_attention + (2 * queries if groups > 1 else 0)  # its own part of out and dout
         in_tile = 2 * width + normed + inside_mlp * mlp
-        saved = _Block(share + attended, width + queries + in_tile * of_tile, of_tokens + inside_attention)
-        again = _Block(share, saved.in_mlp + projected + attended, saved.in_attention + attended)
+        in_projections = 3 * width + normed + in_qk_norm + 2 * projected - keys
+        saved = _Block(
+            share + attended,
+            width + queries + in_tile * of_tile,
+            of_tokens + of_group / groups,
+            width + projected + in_projections * of_tile,
+        )
+        again = _Block(share, saved.in_mlp + attended, saved.in_attention + attended, saved.in_projections)
+        of_rows /= groups
         blocks |= {Recompute.attention_saved: saved, Recompute.full: again}
 
     root = _root_parameters(model)
@@ -223,27 +234,26 @@ def inside_losses(config: Config, world_size: int) -> float:
 
 def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     """What the context axis takes of a rank: shares of keys, values and their gradients, and what it fetches."""
-    model, parallel = config.model, config.parallel
-    ranks = parallel.context
+    ranks = config.parallel.context
     if ranks == 1:
         return 0.0
-    queries, keys = _heads_bytes(config, sizes, model.heads), 2 * _heads_bytes(config, sizes, model.kv_heads)
+    heads, kv_heads = attended_heads(config)
+    queries, keys = _heads_bytes(config, sizes, heads), 2 * _heads_bytes(config, sizes, kv_heads)
     gradients = keys * FLOAT32 / sizes.compute
     if strategy == Strategy.ulysses:
-        heads, kv_heads = model.heads // parallel.tensor, model.kv_heads // parallel.tensor
         groups = groups_of_heads(heads, kv_heads, ranks, most=4)
-        sharers = max(1, ranks * parallel.tensor // model.kv_heads)
+        sharers = max(1, ranks // kv_heads)
         given = gradients * sharers if sharers > 1 else keys
         fetched = 4 * queries + (keys + gradients) * sharers
-        return queries * (4 + 8 / model.head_dim) + keys + given + fetched / groups
+        return queries * (4 + 8 / config.model.head_dim) + keys + given + fetched / groups
     if strategy == Strategy.gather:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
     return 2 * keys + _slots(ranks, gradients) * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
 
 
 def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
-    """Bytes of so many heads of the tokens of a rank, which tensor parallelism shares."""
-    return sizes.hidden / config.model.width * config.model.head_dim * heads / config.parallel.tensor
+    """Bytes of so many heads of the tokens of a rank."""
+    return sizes.hidden / config.model.width * config.model.head_dim * heads
 
 
 def _slots(ranks: int, gradients: float) -> int:
@@ -254,7 +264,7 @@ def _slots(ranks: int, gradients: float) -> int:
 def _key_sums(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     """Bytes of the gradients of a rank's keys in float32, where a ring adds them up in several rounds."""
     ranks = config.parallel.context
-    gradients = 2 * _heads_bytes(config, sizes, config.model.kv_heads) * FLOAT32 / sizes.compute
+    gradients = 2 * _heads_bytes(config, sizes, attended_heads(config)[1]) * FLOAT32 / sizes.compute
     is_ring = ranks > 1 and strategy in (Strategy.ring, Strategy.ulysses_ring)
     return gradients if is_ring and _slots(ranks, gradients) < ranks else 0.0
 
@@ -329,6 +339,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     in_attention = sizes.compute * (
         sizes.after_attention if config.parallel.is_tiled else _of_mlp(model) * sizes.first_matrix
     )
+    in_projections = in_attention + sizes.compute * 2 * model.width * model.kv_heads * model.head_dim
     if sizes.tiles > 1:
         in_mlp = FLOAT32 * sizes.after_attention
     saved = config.parallel.attention_saved_layers
@@ -342,6 +353,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         for part, work, made in (
             ("MLP", block.in_mlp, in_mlp),
             ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
+            ("projections", block.in_projections, in_projections),
         ):  # fmt: skip
             points[f"backward pass of layer {number + 1}, in its {part}"] = state | {
                 "gradients": gradients(done) + before + made,

@@ -8,13 +8,31 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from longctx.config import ALL_IT_TAKES, Config, Optimizer, Positions, Recompute, Strategy, recompute_by_layer
+from longctx.config import (
+    ALL_IT_TAKES,
+    Config,
+    Optimizer,
+    Positions,
+    Recompute,
+    Strategy,
+    ranks_that_trade_heads,
+    recompute_by_layer,
+    shares_heads,
+)
 from longctx.plan import GIB, host_memory, memory
 
 USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
 RESERVED, GAPS = 1.5 * GIB, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 TILE = 16384  # tokens that remedies name
-OF_MEMORY = ("recompute", "attention_saved_layers", "tile", "offload", "offload_optimizer")  # keys of parallel
+OF_MEMORY = (
+    "recompute",
+    "attention_saved_layers",
+    "tile",
+    "head_groups",
+    "offload",
+    "offload_optimizer",
+)  # keys of parallel
+LEAST_HEADS = 4  # query heads of a group that remedies name: fewer do not keep the attention kernels busy
 MOST_STEPS = 1 << 17  # thousands of tokens of a sequence that are looked at
 
 
@@ -131,8 +149,8 @@ def tiled(
     """The configuration with tiled blocks and as little offloaded as makes it fit `limit` bytes a GPU and `of_host`
     bytes of host memory a rank; None: nothing does.
 
-    Saved attention is preferred to what is computed again. The optimizer is offloaded last, which costs time, and
-    before it checkpoints are written without a copy in host memory.
+    Saved attention is preferred to what is computed again, and few groups of heads to many. The optimizer is offloaded
+    last, which costs time, and before it checkpoints are written without a copy in host memory.
     """
     if config.parallel.tensor > 1:
         return None
@@ -141,8 +159,11 @@ def tiled(
     optimizers = sorted({config.parallel.offload_optimizer, can_offload or config.parallel.offload_optimizer})
     in_background = sorted({config.checkpoint.asynchronous, False}, reverse=True)
     policies = [policy for policy in _policies_from(config) if policy != Recompute.none]
-    for offload_optimizer, asynchronous, policy in product(optimizers, in_background, policies):
-        others = {"tile": config.parallel.tile or TILE, "offload_optimizer": offload_optimizer}
+    tile = config.parallel.tile or TILE
+    for offload_optimizer, asynchronous, policy, groups in product(
+        optimizers, in_background, policies, _head_groups(config)
+    ):
+        others = {"tile": tile, "head_groups": groups, "offload_optimizer": offload_optimizer}
         checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
         changed = replace(with_recompute(config, policy, **others), checkpoint=checkpoint)
         least = _fewest_offloaded(changed, world_size, choose, limit)
@@ -152,6 +173,19 @@ def tiled(
         if not is_on_host or sum(host_memory(least, world_size).values()) <= USABLE_OF_HOST * of_host:
             return least
     return None
+
+
+def _head_groups(config: Config) -> list[int]:
+    """The numbers of groups of heads that the configuration can have, from its own on."""
+    model, parallel = config.model, config.parallel
+    size = ranks_that_trade_heads(parallel)
+    return [
+        n
+        for n in range(parallel.head_groups, model.kv_heads + 1)
+        if model.kv_heads % n == 0
+        and shares_heads(model.heads // n, model.kv_heads // n, size)
+        and model.heads // n // size >= min(LEAST_HEADS, model.heads // parallel.head_groups // size)
+    ]
 
 
 def words(before: Config, after: Config) -> list[str]:

@@ -140,6 +140,8 @@ def kept_and_where(config: Config) -> str:
     said = []
     if parallel.tile:
         said.append(f"blocks run in tiles of {parallel.tile} tokens")
+    if parallel.head_groups > 1:
+        said.append(f"attention runs over one of {parallel.head_groups} groups of heads after the other")
     if parallel.offload:
         said.append(f"what {parallel.offload} of {layers} layers keep is in host memory")
     if parallel.offload_optimizer:

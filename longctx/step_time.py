@@ -59,7 +59,8 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     tiles = micro_batches = micro_batches_of(config, world_size)
     traffic = 28 * (matrices + rest) / ranks
     if config.parallel.is_tiled:  # queries, keys and values once more, and the sums of the weights' gradients
-        again += model.layers * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)
+        projections = model.layers * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)
+        again += (1 + attention_again) * projections
         tiles *= tiles_of(config, world_size)
         traffic += 12 * matrices * (tiles - micro_batches)
     moments = 2 * FLOAT32 * (matrices + rest) / ranks if config.parallel.offload_optimizer else 0

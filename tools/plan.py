@@ -139,7 +139,7 @@ def memory_choices(config: Config, typed: set[str], machines: Machines, usable: 
     if typed & {f"parallel.{name}" for name in remedies.OF_MEMORY}:
         yield remedies.with_offload_chosen(config, machines.gpus, choose, usable)
         return
-    plain = remedies.with_recompute(config, Recompute.none, tile=0, offload=0, offload_optimizer=False)
+    plain = remedies.with_recompute(config, Recompute.none, tile=0, head_groups=1, offload=0, offload_optimizer=False)
     yield from (remedies.with_recompute(plain, policy) for policy in Recompute)
     saved = remedies.most_attention_saved(plain, machines.gpus, choose, usable)
     if 0 < saved < config.model.layers:
@@ -152,10 +152,15 @@ def memory_choices(config: Config, typed: set[str], machines: Machines, usable: 
 def kept_in_words(config: Config) -> str:
     """What blocks keep, and where: for the table."""
     parallel = config.parallel
-    saved = f", {parallel.attention_saved_layers} saved" if parallel.attention_saved_layers else ""
-    tile = f", tile {parallel.tile}" if parallel.tile else ""
-    offload = f", {parallel.offload} on host" if parallel.offload else ""
-    return f"{parallel.recompute}{saved}{tile}{offload}{', optimizer on host' if parallel.offload_optimizer else ''}"
+    said = [
+        str(parallel.recompute),
+        f"{parallel.attention_saved_layers} saved" if parallel.attention_saved_layers else "",
+        f"tile {parallel.tile}" if parallel.tile else "",
+        f"{parallel.head_groups} groups of heads" if parallel.head_groups > 1 else "",
+        f"{parallel.offload} on host" if parallel.offload else "",
+        "optimizer on host" if parallel.offload_optimizer else "",
+    ]
+    return ", ".join(part for part in said if part)
 
 
 def plans(config: Config, words: list[str], machines: Machines, rates: dict[str, Any], usable: float) -> list[Plan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig
@@ -51,10 +52,22 @@ class Attention(nn.Module):
         out = self.attend(*self.project(x, rotation), mask)
         return self.output(torch.flatten(out, 2))
 
-    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What `attend` is given: q (batch, sequence, heads, head_dim), k and v with kv_heads."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.query, self.key, self.value))
+    def project(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], group: int = 0, groups: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attend` is given: q (batch, sequence, heads, head_dim), k and v with kv_heads; of one of so many equal
+        groups of heads."""
+        layers = self.query, self.key, self.value
+        q, k, v = (_of_group(layer, x, group, groups).unflatten(-1, (-1, self.head_dim)) for layer in layers)
         q, k = self.query_norm(q), self.key_norm(k)
         if self.rotates:
             q, k = apply_rotary_to_both(q, k, *rotation, implementation=self.fused_ops)
         return q, k, v
+
+
+def _of_group(layer: nn.Linear, x: Tensor, group: int, groups: int) -> Tensor:
+    """The layer's result, of one of so many equal groups of its columns."""
+    if groups == 1:
+        return layer(x)
+    bias = None if layer.bias is None else layer.bias.chunk(groups)[group]
+    return F.linear(x, layer.weight.chunk(groups)[group], bias)

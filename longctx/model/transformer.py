@@ -61,9 +61,12 @@ class Block(nn.Module):
         normed, x = self.mlp_norm(self.attention(self.attention_norm(x), rotation, mask), residual=x)
         return x + self.mlp(normed)
 
-    def before_attention(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of any tokens: their queries, keys and values, as attention is given them."""
-        return self.attention.project(self.attention_norm(x), rotation)
+    def before_attention(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], group: int = 0, groups: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of any tokens: their queries, keys and values, as attention is given them; of one of so many equal groups of
+        heads."""
+        return self.attention.project(self.attention_norm(x), rotation, group, groups)
 
     def after_attention(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of any tokens, from attention's `out` (batch, tokens, heads, head_dim) and the block's x: what the MLP's last

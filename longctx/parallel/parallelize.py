@@ -38,7 +38,7 @@ def parallelize(
         if mesh.size("context") > 1:
             block.attention.attend = context_parallel.replace(block.attention.attend)
         if parallel.is_tiled:
-            block.run = TiledBlock(block, layer, parallel.tile, recompute, offload)
+            block.run = TiledBlock(block, layer, parallel.tile, recompute, offload, parallel.head_groups)
             continue
         apply_activation_checkpointing(block, recompute)
         if parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts

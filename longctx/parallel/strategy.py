@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from longctx.config import Config, Strategy, shares_heads
+from longctx.config import Config, Strategy, attended_heads, shares_heads
 
 GIB = 1 << 30
 MOST_GATHERED = 4 * GIB  # of keys, values and their gradients on a rank
@@ -53,7 +53,7 @@ def strategy_for(ranks_of_a_machine: int) -> Callable[[Config], Strategy]:
 
 
 def _most_trading_heads(config: Config, most: int) -> int:
-    heads, kv_heads = (n // config.parallel.tensor for n in (config.model.heads, config.model.kv_heads))
+    heads, kv_heads = attended_heads(config)
     context = config.parallel.context
     sizes = [n for n in range(1, min(most, context) + 1) if context % n == 0 and shares_heads(heads, kv_heads, n)]
     return max(sizes, default=1)
@@ -62,5 +62,5 @@ def _most_trading_heads(config: Config, most: int) -> int:
 def _gathered_bytes(config: Config) -> int:
     most = min(config.data.sequences_per_micro_batch, config.data.sequences_per_step)
     tokens = most * config.data.sequence_length
-    width = 2 * config.model.kv_heads // config.parallel.tensor * config.model.head_dim
+    width = 2 * attended_heads(config)[1] * config.model.head_dim
     return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients

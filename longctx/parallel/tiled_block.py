@@ -1,15 +1,18 @@
-"""A block of the model by tiles of tokens: only attention sees the whole sequence.
+"""A block of the model by tiles of tokens and groups of heads: only attention sees the whole sequence.
 
 Norms, projections and MLP take every token by itself, so their working set need not be that of all tokens: here it is a
-tile's. One autograd function a block keeps the block's input, with `attention_saved` attention's results too, on the
-device or in host memory; its backward pass computes the rest again, tile by tile, and adds up the gradients of weights
-in float32. (Luo et al. 2024, Mini-Sequence Transformer; Bekman et al. 2025, Arctic Long Sequence Training)
+tile's. Attention takes every head by itself, so queries, keys and values need not be those of all heads: here they are
+a group's, and so is what is exchanged with other ranks. One autograd function a block keeps the block's input, with
+`attention_saved` attention's results too, on the device or in host memory; its backward pass computes the rest again,
+tile by tile, and adds up the gradients of weights in float32.
+
+(Luo et al. 2024, Mini-Sequence Transformer; Bekman et al. 2025, Arctic Long Sequence Training; for groups of heads
+Ghadia et al. 2026, Untied Ulysses)
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +32,20 @@ Rotation = tuple[Tensor, Tensor]
 class TiledBlock:
     """What a block's `run` becomes: the same results in tiles of so many tokens; 0: all of a micro-batch at once.
 
+    Attention is over one of `head_groups` equal groups of heads after the other.
+
     All parameters must have gradients, and the gradient that the block is given is written over: nobody else reads it
     where blocks follow each other.
     """
 
     def __init__(
-        self, block: Block, layer: int, tile: int, recompute: Recompute, offload: ActivationOffload | None = None
+        self, block: Block, layer: int, tile: int, recompute: Recompute, offload: ActivationOffload | None = None,
+        head_groups: int = 1,
     ) -> None:  # fmt: skip
         """`offload`: that of the run, where the first layers put what they keep; None: all is kept on the device."""
         assert recompute != Recompute.none, "a tiled block keeps nothing but its input and attention's results"
         self.block, self.layer, self.tile, self.offload = block, layer, tile, offload
+        self.head_groups = head_groups
         self.saves_attention = recompute == Recompute.attention_saved
 
     def __call__(self, x: Tensor, rotation: Rotation, mask: KeyIntervals) -> Tensor:
@@ -52,29 +59,24 @@ class TiledBlock:
     def forward(
         self, x: Tensor, rotation: Rotation, mask: KeyIntervals
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The block's result, and attention's output and log-sum-exp, if they are saved."""
-        with _KeepAttention() as kept:
-            out = self.block.attention.attend(*self._before_attention(x, rotation), mask).contiguous()
-        results = (out, *kept.results[1:]) if self.saves_attention else ()  # what `attend` made of the op's
-        y, rows, rows_of_out = torch.empty_like(x), _rows(x), _rows(out)
+        """The block's result, and attention's output and each group's log-sum-exp, if they are saved."""
+        attention = self._attention(x, rotation, mask)
+        y, rows, rows_of_out = torch.empty_like(x), _rows(x), _rows(attention[0])
         for part in self._parts(x):
             hidden, residual = self.block.after_attention(rows_of_out[:, part], rows[:, part])
             _rows(y)[:, part] = residual + self.block.mlp.down(hidden)
-        return y, results
+        return y, attention if self.saves_attention else ()
 
     def backward(
         self, dy: Tensor, x: Tensor, rotation: Rotation, mask: KeyIntervals, attention: tuple[Tensor, ...]
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """The gradients of x, in the memory of dy, and of the block's parameters."""
         sums = _GradientSums()
-        graph = None if attention else self._attend(x, rotation, mask)
-        out = attention[0] if graph is None else graph.out.detach().contiguous()
+        attention = attention or self._attention(x, rotation, mask)
         dx = dy.contiguous()
-        dout = self._backward_after_attention(dx, out, x, sums)
-        del out
-        graph = graph or self._attend(x, rotation, mask, attention)
-        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(graph.out, graph.inputs, dout)]
-        del graph, dout
+        dout = self._backward_after_attention(dx, attention[0], x, sums)
+        gradients = self._backward_of_attention(dout, x, rotation, mask, attention)
+        del attention, dout
         self._backward_before_attention(dx, gradients, x, rotation, sums)
         return dx, [sums.of(parameter) for parameter in self.block.parameters()]
 
@@ -100,6 +102,35 @@ class TiledBlock:
             del gradients
         sums.finish([*parameters, *of_down])
         return dout
+
+    def _backward_of_attention(
+        self, dout: Tensor, x: Tensor, rotation: Rotation, mask: KeyIntervals, attention: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """The gradients of queries, in the memory of dout, and of keys and values.
+
+        `attention` is not run again: a backward pass needs what it returned, and queries, keys and values again.
+        """
+        out, *lses = attention
+        of_keys: list[Tensor] = []
+        of_values: list[Tensor] = []
+        parts = zip(*(t.chunk(self.head_groups, 2) for t in (dout, out)), lses, strict=True)
+        for group, (dout_of_group, out_of_group, lse) in enumerate(parts):
+            inputs = self._before_attention(x, rotation, group)
+            dk, dv = self._backward_of_group(dout_of_group, inputs, mask, (out_of_group.contiguous(), lse))
+            del inputs
+            of_keys.append(dk)
+            of_values.append(dv)
+        return [dout, _joined(of_keys), _joined(of_values)]
+
+    def _backward_of_group(
+        self, dout: Tensor, inputs: list[Tensor], mask: KeyIntervals, results: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The gradients of keys and values of a group of heads; those of queries are written over dout."""
+        with torch.enable_grad(), _ReplayAttention(results):
+            out = self.block.attention.attend(*(t.requires_grad_() for t in inputs), mask)
+        dq, dk, dv = torch.autograd.grad(out, inputs, dout.contiguous())
+        dout.copy_(dq)
+        return dk, dv
 
     def _backward_before_attention(
         self, dx: Tensor, gradients: list[Tensor], x: Tensor, rotation: Rotation, sums: _GradientSums
@@ -132,30 +163,25 @@ class TiledBlock:
         tile = self.tile or tokens
         return [slice(first, first + tile) for first in range(0, tokens, tile)]
 
-    def _before_attention(self, x: Tensor, rotation: Rotation) -> list[Tensor]:
-        """Queries, keys and values of all tokens."""
+    def _attention(self, x: Tensor, rotation: Rotation, mask: KeyIntervals) -> tuple[Tensor, ...]:
+        """Its output over all heads, and the log-sum-exp of each group of heads."""
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        for group in range(self.head_groups):
+            with _KeepAttention() as kept:
+                outs.append(self.block.attention.attend(*self._before_attention(x, rotation, group), mask))
+            lses.append(kept.results[1])
+        return _joined(outs), *lses
+
+    def _before_attention(self, x: Tensor, rotation: Rotation, group: int) -> list[Tensor]:
+        """Queries, keys and values of all tokens, of a group of heads."""
         whole: list[Tensor] = []
         for part in self._parts(x):
-            of_part = self.block.before_attention(_rows(x)[:, part], _of(rotation, part))
+            of_part = self.block.before_attention(_rows(x)[:, part], _of(rotation, part), group, self.head_groups)
             whole = whole or [t.new_empty((*x.shape[:2], *t.shape[2:])) for t in of_part]
             for all_tokens, tile in zip(whole, of_part, strict=True):
                 _rows(all_tokens)[:, part] = tile
         return whole
-
-    def _attend(
-        self, x: Tensor, rotation: Rotation, mask: KeyIntervals, results: tuple[Tensor, ...] = ()
-    ) -> _Graph:  # fmt: skip
-        """Attention again, with its graph; where its `results` are known it is not run."""
-        inputs = [t.requires_grad_() for t in self._before_attention(x, rotation)]
-        with torch.enable_grad(), _ReplayAttention(results) if results else nullcontext():
-            return _Graph(inputs, self.block.attention.attend(*inputs, mask))
-
-
-class _Graph(NamedTuple):
-    """An attention that can be run backward."""
-
-    inputs: list[Tensor]  # queries, keys and values
-    out: Tensor
 
 
 class _Function(torch.autograd.Function):
@@ -187,6 +213,11 @@ class _Function(torch.autograd.Function):
 def _rows(x: Tensor) -> Tensor:
     """(batch, sequence, ...) as one sequence of all tokens."""
     return x.view(1, -1, *x.shape[2:])
+
+
+def _joined(groups: list[Tensor]) -> Tensor:
+    """(batch, sequence, heads, head_dim) of all groups of heads."""
+    return groups[0].contiguous() if len(groups) == 1 else torch.cat(groups, 2)
 
 
 def _of(rotation: Rotation, part: slice) -> Rotation:

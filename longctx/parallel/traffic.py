@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from longctx.config import ComputeDtype, Config, Strategy
+from longctx.config import ComputeDtype, Config, Strategy, attended_heads
 
 FLOAT32 = 4  # bytes
 FIRST_MESSAGE, LAST_MESSAGE = 1 << 16, 1 << 26  # bytes
@@ -36,7 +36,7 @@ def between_machines(
     tokens = sequences * config.data.sequence_length / ranks  # of one rank
     tensor = config.parallel.tensor
     head = tokens * model.head_dim * tensor  # numbers of one head of each tensor-parallel rank
-    heads, kv_heads = model.heads // tensor, model.kv_heads // tensor
+    heads, kv_heads = attended_heads(config)
     machines = [rank * tensor // ranks_of_a_machine for rank in range(ranks)]
 
     def shares(size: int, is_inside: bool) -> dict[tuple[int, int], float]:
@@ -69,9 +69,10 @@ def between_machines(
                 coming[owner] += share * to_owner
         return max(coming.values(), default=0.0)
 
+    groups = config.parallel.head_groups
     return Traffic(
-        most(queries + keys, queries, ring * compute, 0.0),
-        most(2 * queries + rows + keys, queries + gradients, ring * compute, ring * FLOAT32),
+        groups * most(queries + keys, queries, ring * compute, 0.0),
+        groups * most(2 * queries + rows + keys, queries + gradients, ring * compute, ring * FLOAT32),
     )
 
 

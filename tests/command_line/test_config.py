@@ -86,6 +86,7 @@ def test_problems_of_different_parts_at_once():
         ({"context": 4, "tensor": 4}, 8, "= 16 does not divide the 8 ranks"),
         ({"context": 4, "tensor": 2}, 8, None),
         ({"context": 8, "strategy": "ulysses"}, 8, "does not divide the 2 query heads"),
+        ({"context": 2, "strategy": "ulysses", "head_groups": 2, "recompute": "full"}, 2, "divide the 1 query heads"),
     ],
 )
 def test_layouts(changes, ranks, words):
@@ -247,6 +248,8 @@ def test_layers_that_keep_attention():
     ("words", "said"),
     [
         (["parallel.tile=4096"], r"parallel.tile=4096: such blocks compute all but attention again.*recompute=none"),
+        (["parallel.head_groups=2"], r"parallel.head_groups=2: such blocks compute all but attention again"),
+        (["parallel.head_groups=3", "parallel.recompute=full"], r"head_groups=3 does not divide the 2 .*; use 1 or 2"),
         (["parallel.offload=2", "parallel.recompute=full", "parallel.tensor=2"], r"tensor=2: not served yet"),
         (["parallel.offload=4", "parallel.recompute=full"], r"the last of the 4 layers keeps .* give at most 3"),
         (["parallel.offload=-2", "parallel.recompute=full"], r"parallel.offload=-2 is less than -1"),

@@ -39,7 +39,7 @@ def test_the_formula_is_what_is_traced(words):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == {("1", "short"): 10, ("4", "short"): 9, ("4",): 59}.get(words, 47)
+    assert len(rows) == {("1", "short"): 10, ("4", "short"): 10, ("4",): 63}.get(words, 51)
     for row in rows:
         expected = sum(row["terms"].values()) - row["terms"]["optimizer"] - row["terms"]["exchange of keys"]
         share = 6e-2 if "tensor" in row["case"] else 5e-3
@@ -69,9 +69,13 @@ def test_measured_peaks(words, gpus, gib):
     assert found.total / GIB == pytest.approx(gib, rel=0.01)
 
 
+OLD_GPT_128K = [
+    "recipe=gpt_128k", "model=gpt_124m", "optim=adamw", "parallel.recompute=attention_saved",
+    "data.sequences_per_step=2",
+]  # fmt: skip
 TIMED = [  # on H200s with the attention kernels of then: words, GPUs, tokens/s a GPU
     (["recipe=gpt_32k"], 1, 190e3),
-    (["recipe=gpt_128k", "parallel.context=4"], 4, 48.5e3),
+    ([*OLD_GPT_128K, "parallel.context=4"], 4, 48.5e3),
     (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 3163),
     (["recipe=llama3_8b_128k", "parallel.context=4", "data.sequence_length=262144"], 4, 1849),
     (["recipe=llama3_8b_128k", "parallel.context=2"], 2, 3215),
@@ -253,7 +257,12 @@ def test_tiles_and_host_memory_are_a_remedy():
     for of_host, said in (  # GiB a rank
         (math.inf, "parallel.tile=16384 parallel.offload=28"),
         (160, "parallel.recompute=full parallel.tile=16384 parallel.offload=24"),
-        (120, "parallel.recompute=full parallel.tile=16384 parallel.offload=24 checkpoint.asynchronous=false"),
+        (120, "parallel.recompute=full parallel.tile=16384 parallel.head_groups=8 parallel.offload=16"),
+        (
+            90,
+            "parallel.recompute=full parallel.tile=16384 parallel.head_groups=2 parallel.offload=20 "
+            "checkpoint.asynchronous=false",
+        ),
     ):
         found = remedies.tiled(config, 2, choose, 134.1 * GIB, of_host * GIB)
         assert found is not None
@@ -262,8 +271,8 @@ def test_tiles_and_host_memory_are_a_remedy():
         less = replace(found, parallel=replace(found.parallel, offload=found.parallel.offload - 1))
         assert plan.memory(less, 2, choose(less)).total > 134.1 * GIB
     terms = plan.host_memory(found, 2)
-    assert sum(terms.values()) == terms["activations"] == 24 * 4 * GIB  # inputs of 512k tokens
-    assert remedies.tiled(config, 2, choose, 134.1 * GIB, 90 * GIB) is None
+    assert sum(terms.values()) == terms["activations"] == 20 * 4 * GIB  # inputs of 512k tokens
+    assert remedies.tiled(config, 2, choose, 134.1 * GIB, 60 * GIB) is None
     assert remedies.tiled(replace(config, parallel=replace(config.parallel, tensor=2)), 2, choose, math.inf) is None
     assert any("parallel.offload=28" in r for r in remedies.remedies(config, 2, choose, 134.1 * GIB))
 

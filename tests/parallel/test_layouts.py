@@ -233,6 +233,10 @@ TILED = {
     ),
     "shard 2, accumulation 2, offload alone": (GQA, ParallelConfig(offload=1), 2, 2),
     "replicate 2": (GQA, ParallelConfig(replicate=2, tile=128), 4, 1),
+    "qwen3, ring, groups of heads": (
+        QWEN, ParallelConfig(context=2, strategy=Strategy.ring, tile=24, head_groups=2), 2, 1
+    ),
+    "ulysses, groups of heads saved": (GQA, ParallelConfig(context=2, strategy=Strategy.ulysses, head_groups=2), 2, 1),
 }  # fmt: skip
 
 

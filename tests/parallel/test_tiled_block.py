@@ -20,7 +20,7 @@ from longctx.model.transformer import Transformer, build
 from longctx.parallel.offload import ActivationOffload
 from longctx.parallel.tiled_block import TiledBlock
 from precision import DEVICE
-from small_models import BATCH, DOCUMENTS, GPT2, GQA, LENGTH, QWEN, make_inputs
+from small_models import BATCH, DOCUMENTS, GPT2, GQA, LENGTH, QWEN, WINDOW, make_inputs
 
 FOUR = dataclasses.replace(GQA, layers=4)
 
@@ -33,12 +33,14 @@ def made(model: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
     return build(model, seed=0, device=DEVICE).to(dtype)
 
 
-def tiled(model: ModelConfig, tile: int, recompute: Recompute, layers: int = 0, dtype=torch.float64) -> Transformer:
+def tiled(
+    model: ModelConfig, tile: int, recompute: Recompute, layers: int = 0, dtype=torch.float64, head_groups: int = 1
+) -> Transformer:
     """Four layers, the first `layers` of which are offloaded."""
     changed = made(model, dtype)
     offload = ActivationOffload(layers, torch.device(DEVICE)) if layers else None
     for number, block in enumerate(changed.blocks):
-        block.run = TiledBlock(block, number, tile, recompute, offload)
+        block.run = TiledBlock(block, number, tile, recompute, offload, head_groups)
     return changed
 
 
@@ -64,6 +66,19 @@ def test_gradients_are_those_of_the_whole_block(model, recompute, tile):
     """In float64; 50 tokens do not divide the 256, and cross sequences."""
     plain, changed = made(model), tiled(model, tile, recompute)
     for mine, true in zip(step(changed), step(plain), strict=True):
+        assert float((mine - true).norm()) <= 1e-12 * float(true.norm()) + 1e-15
+
+
+@pytest.mark.parametrize("model", [QWEN, GPT2, WINDOW], ids=["qwen3", "gpt2", "windows"])
+@pytest.mark.parametrize("recompute", [Recompute.attention_saved, Recompute.full])
+def test_groups_of_heads_give_the_gradients_of_the_whole_block(model, recompute):
+    """In float64, with norms of heads, biases and windows; two sequences, tiles that cross them."""
+    plain, changed = made(model), tiled(model, 50, recompute, head_groups=2)
+    with mock.patch.object(interface, "attention_forward", wraps=interface.attention_forward) as forward:
+        found = step(changed)
+    again = 2 if recompute == Recompute.full else 1
+    assert [call.args[0].shape[2] for call in forward.call_args_list] == [model.heads // 2] * 2 * model.layers * again
+    for mine, true in zip(found, step(plain), strict=True):
         assert float((mine - true).norm()) <= 1e-12 * float(true.norm()) + 1e-15
 
 

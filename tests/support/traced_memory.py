@@ -159,6 +159,14 @@ TILED: dict[str, dict[str, Any]] = {
     "tiles": {"parallel": {"tile": 512}, "layers": 4},
     "tiles, QK-norm, attention of a layer saved": {"parallel": {"tile": 1024}, "qk_norm": True, "saved_layers": 1},
     "offload alone": {"parallel": {"offload": 2}},
+    "groups of heads": {"parallel": {"tile": 512, "head_groups": 2}, "layers": 4},
+    "groups of heads alone, much attention": {
+        "parallel": {"head_groups": 4},
+        "layers": 6,
+        "heads": 16,
+        "kv_heads": 16,
+        "mlp_width": 128,
+    },
     "tiles, GELU, offload": {"parallel": {"tile": 512, "offload": 3}, "layers": 6, "activation": Activation.gelu},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -173,7 +181,7 @@ def main(world_size: int, is_short: bool) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     variants = VARIANTS if is_short else VARIANTS | MORE | TILED
     if world_size == 4:
-        variants = LAYOUTS | dict(list(TILED.items())[-1:]) if is_short else variants | LAYOUTS
+        variants = LAYOUTS | dict(list(TILED.items())[-2:]) if is_short else variants | LAYOUTS
     for name, words in variants.items():
         for recompute in (Recompute.none, Recompute.full) if is_short else Recompute:
             if name in TILED and recompute == Recompute.none:
