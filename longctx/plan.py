@@ -299,8 +299,15 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         "exchange of keys": _exchange_bytes(config, sizes, strategy),
     }
     whole_gradients = FLOAT32 * count / sizes.ranks
-    gathered_root, gathered_block = sizes.compute * sizes.root, sizes.compute * sizes.block
-    table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
+    gathered_block, table_gradient, embedding_gradient = (
+        sizes.compute * sizes.block, FLOAT32 * sizes.table, sizes.compute * sizes.table,
+    )  # fmt: skip
+    # units of parameters that are gathered together: with one table for both embedding and head these are the root,
+    # which stays gathered; else each has its own
+    of_head = 0 if model.tied_embeddings else sizes.table
+    gathered_root = sizes.compute * (sizes.root - 2 * of_head)
+    gathered_head = gathered_embedding = sizes.compute * of_head
+    last = sizes.root - of_head  # whose sum over ranks is the last
 
     policies, offloaded = recompute_by_layer(config), config.parallel.offload
 
@@ -309,26 +316,33 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         first = max(0, min(blocks, offloaded) - here)
         return sum(sizes.blocks[policy].kept for policy in policies[first:blocks])
 
-    held = 0 if model.tied_embeddings else table_gradient  # until the sum over ranks is there
+    held = 0 if of_head else table_gradient  # in the backward pass of blocks
 
     def gradients(blocks: int) -> float:
-        return whole_gradients if accumulates else FLOAT32 * sizes.block * blocks / sizes.ranks
+        """Of the last so many blocks, and of a head of its own."""
+        return whole_gradients if accumulates else FLOAT32 * (sizes.block * blocks + of_head) / sizes.ranks
 
     points = {
         "losses": state | {
-            "gradients": gradients(0),
-            "gathered parameters": gathered_root + (0 if alone else gathered_block),
+            "gradients": gradients(0) if accumulates else 0.0,
+            "gathered parameters": gathered_root + gathered_head + (0 if alone else gathered_head or gathered_block),
             "saved for the backward pass": kept(layers),
             "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
         },
+        "sum of the head's gradients over ranks": state | {
+            "gradients": (whole_gradients if accumulates else 0.0) + FLOAT32 * of_head * (2 + 1 / sizes.ranks),
+            "gathered parameters": gathered_root + (0 if alone else gathered_block),
+            "saved for the backward pass": kept(layers),
+            "losses": held + sizes.hidden,
+        },
         "gradient of the embedding": state | {
             "gradients": gradients(layers) + FLOAT32 * sizes.block,
-            "gathered parameters": gathered_root,
-            "losses": table_gradient + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
+            "gathered parameters": gathered_root + gathered_embedding,
+            "losses": held + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
         },
         "sum of the embedding's gradients over ranks": state | {
-            "gradients": gradients(layers) + FLOAT32 * sizes.root * (3 if alone else 1),
-            "losses": 0.0 if alone else max(embedding_gradient, FLOAT32 * sizes.root / sizes.ranks) + held,
+            "gradients": gradients(layers) + FLOAT32 * last * (3 if alone else 1),
+            "losses": 0.0 if alone else (sum if of_head else max)((embedding_gradient, FLOAT32 * last / sizes.ranks)),
         },
         "update": state | {
             "gradients": whole_gradients,
@@ -348,8 +362,8 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         number = layers - 1 - done
         block = sizes.blocks[policies[number]]
         is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
-        next_block = 0 if alone or done == layers - 1 else gathered_block
-        before = FLOAT32 * sizes.block if done else 0  # whose sum over ranks goes on
+        next_block = 0 if alone else gathered_embedding if done == layers - 1 else gathered_block
+        before = FLOAT32 * (sizes.block if done else of_head)  # whose sum over ranks goes on
         for part, work, made in (
             ("MLP", block.in_mlp, in_mlp),
             ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
@@ -360,13 +374,13 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
                 "gathered parameters": gathered_root + gathered_block + next_block,
                 "saved for the backward pass": kept(number + 1, is_near + is_here),
                 "working set of a block": work,
-                "losses": table_gradient,
+                "losses": held,
             }
         points[f"sum of the gradients of layer {number + 1} over ranks"] = state | {
             "gradients": gradients(done) + FLOAT32 * sizes.block * (3 if alone else 1),
             "gathered parameters": gathered_root + next_block,
             "saved for the backward pass": kept(number, is_near),
-            "losses": table_gradient + sizes.hidden,
+            "losses": held + sizes.hidden,
         }
     point = max(points, key=lambda name: sum(points[name].values()))
     return Memory(point, points[point])

@@ -143,7 +143,7 @@ def _llama_tensors(config: ModelConfig) -> list[Stored]:
         ]
     found.append(Stored("model.norm.weight", ("final_norm.weight",)))
     if not config.tied_embeddings:
-        found.append(Stored("lm_head.weight", ("output_weight",)))
+        found.append(Stored("lm_head.weight", ("head.weight",)))
     return found
 
 

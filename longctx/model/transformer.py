@@ -81,9 +81,17 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.softcap, self.fused_ops = config.logit_softcap, str(config.fused_ops)
+        self.weight = None
+        if not config.tied_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor | None, token_weight: Tensor | None) -> Tensor:
-        """See `Transformer.forward`; hidden (batch, sequence, width), weight (vocabulary, width)."""
+    def forward(
+        self, hidden: Tensor, tied_weight: Tensor | None, targets: Tensor | None, token_weight: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """See `Transformer.forward`; hidden (batch, sequence, width); `tied_weight` (vocabulary, width): the
+        embedding's, where the head has none of its own."""
+        weight = tied_weight if self.weight is None else self.weight
+        assert weight is not None
         if targets is None:
             return reference.project_to_vocabulary(hidden, weight, softcap=self.softcap)
         return linear_cross_entropy(
@@ -105,9 +113,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, rotates) for rotates in layers_with_rotary(config))
         self.final_norm = make_norm(config)
         self.head = Head(config)
-        self.output_weight = None
-        if not config.tied_embeddings:
-            self.output_weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: KeyIntervals, targets: Tensor | None = None,
@@ -128,8 +133,8 @@ class Transformer(nn.Module):
         masks = {window: mask.windowed(window, tokens.device) if window else mask for window in set(windows)}
         for block, window in zip(self.blocks, windows, strict=True):
             x = block(x, rotation, masks[window])
-        weight = self.embedding.weight if self.output_weight is None else self.output_weight
-        return self.head(self.final_norm(x), weight, targets, token_weight)
+        tied_weight = self.embedding.weight if self.config.tied_embeddings else None
+        return self.head(self.final_norm(x), tied_weight, targets, token_weight)
 
 
 # initial values ------------------------------------------------------------------------------------------------------

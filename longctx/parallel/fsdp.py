@@ -17,10 +17,12 @@ from longctx.parallel.torch_versions import parameter_groups
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
-    """FSDP2: one unit a block, all-gathered for its forward pass and again for its backward pass, and one root unit.
+    """FSDP2: one unit a block, all-gathered for its forward pass and again for its backward pass.
 
-    The root unit (embedding, final norm, head) stays unsharded until the backward pass is over. Gradients are
-    reduce-scattered by sum, not by mean: the loss is divided by the number of tokens of the global batch, see `loss`.
+    A head with a weight of its own is a unit together with the final norm, gathered from its forward pass to its
+    backward pass, which follows at once, and the embedding another. Where both have the same weight, they are the root
+    unit, which stays gathered until the backward pass is over. Gradients are reduce-scattered by sum, not by mean: the
+    loss is divided by the number of tokens of the global batch, see `loss`.
     """
     if mesh.size("replicate") > 1:
         fsdp_mesh = mesh.parameters["replicate", "shard_context"]
@@ -33,6 +35,9 @@ def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> No
         )
     for block in model.blocks:
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    if not model.config.tied_embeddings:
+        fully_shard(model.embedding, mesh=fsdp_mesh, mp_policy=policy)
+        fully_shard([model.final_norm, model.head], mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -54,13 +59,12 @@ def time_waits(model: Transformer, waiting: Callable[[], AbstractContextManager[
 
         return timed_wait
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in parameter_groups(module):
-                if group.mesh_info.mesh.size() == 1:  # nobody to wait for
-                    continue
-                for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
-                    setattr(group, name, timed(getattr(group, name)))
+    groups = [g for module in model.modules() if isinstance(module, FSDPModule) for g in parameter_groups(module)]
+    for group in {id(group): group for group in groups}.values():  # modules of one unit have the same
+        if group.mesh_info.mesh.size() == 1:  # nobody to wait for
+            continue
+        for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+            setattr(group, name, timed(getattr(group, name)))
 
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:

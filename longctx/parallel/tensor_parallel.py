@@ -33,8 +33,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
     model.embedding.register_forward_hook(lambda _embedding, _inputs, x: x.clone())
     if model.position_embedding is not None:
         parallelize_module(model, mesh, {"position_embedding": embedding})
-    if model.output_weight is not None:
-        model.output_weight = nn.Parameter(distribute_tensor(model.output_weight, mesh, [Shard(0)]))
+    if model.head.weight is not None:
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, mesh, [Shard(0)]))
     for block in model.blocks:
         assert isinstance(block, Block)
         parallelize_module(block, mesh, _block_plan(block, tokens))
@@ -88,7 +88,7 @@ def _split_head_by_classes(head: nn.Module, mesh: DeviceMesh) -> None:
         return hidden, weight, targets, token_weight
 
     def whole(_head: nn.Module, _inputs, results: DTensor) -> Tensor:
-        return results.full_tensor()
+        return results.full_tensor().clone()  # FSDP2 warns of views, which may be written to
 
     head.register_forward_pre_hook(with_whole_targets)
     head.register_forward_hook(whole)

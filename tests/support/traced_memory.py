@@ -152,6 +152,7 @@ MORE: dict[str, dict[str, Any]] = {
     "float32": {"compute": ComputeDtype.float32, "length": 1024},
     "large vocabulary": {"vocab_size": 8192, "length": 1024},
     "large vocabulary, untied, short": {"vocab_size": 8192, "length": 128, "tied_embeddings": False},
+    "untied, wide MLP": {"vocab_size": 4096, "mlp_width": 4096, "tied_embeddings": False, "length": 1024},
 }
 
 
