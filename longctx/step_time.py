@@ -45,7 +45,7 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
 
     Rates are of 16 bits: see `is_timed`.
     """
-    model, recompute, assumed = config.model, config.parallel.recompute, of["assumed"]
+    model, recompute = config.model, config.parallel.recompute
     attention, products = (work / world_size for work in flops(config))
     width = str(padded_head_dim(model.head_dim))
     attention *= padded_head_dim(model.head_dim) / model.head_dim
@@ -55,7 +55,7 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     again = 0 if recompute == Recompute.none else matrices - model.layers * model.width * model.mlp_width
     attention_again = recompute_by_layer(config).count(Recompute.full) / model.layers
     ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
-    others = assumed["other_kernels_us_a_token_of_width_4096"]
+    others = of["other_kernels_us_a_token_of_width_4096"]
     tiles = micro_batches = micro_batches_of(config, world_size)
     traffic = 28 * (matrices + rest) / ranks
     if config.parallel.is_tiled:  # queries, keys and values once more, and the sums of the weights' gradients
@@ -64,12 +64,12 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
         tiles *= tiles_of(config, world_size)
         traffic += 12 * matrices * (tiles - micro_batches)
     moments = 2 * FLOAT32 * (matrices + rest) / ranks if config.parallel.offload_optimizer else 0
-    product_rate = of["product_tflops"] * 1e12 * assumed["share_of_product_tflops"]
+    product_rate = of["product_tflops"] * 1e12 * of["share_of_product_tflops"]
     return {
         "attention": attention * ((1 + attention_again) / forward + 2.5 / backward),
         "products": (3 * products + 2 * again * tokens) / product_rate,
         "other kernels": others * 1e-6 * tokens * model.layers * model.width / 4096,
-        "launches": assumed["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,
+        "launches": of["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,
         "weights": traffic / (of["memory_tb_per_s"] * 1e12) + moments / (of["host_gb_per_s"] * 1e9),
     }
 

