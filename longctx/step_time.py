@@ -57,7 +57,7 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
     ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
     others = of["other_kernels_us_a_token_of_width_4096"]
     tiles = micro_batches = micro_batches_of(config, world_size)
-    traffic = 28 * (matrices + rest) / ranks
+    traffic = of["update_bytes_a_parameter"] * (matrices + rest) / ranks
     if config.parallel.is_tiled:  # queries, keys and values once more, and the sums of the weights' gradients
         projections = model.layers * model.width * model.head_dim * (model.heads + 2 * model.kv_heads)
         again += (1 + attention_again) * projections
@@ -65,13 +65,14 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
         traffic += 12 * matrices * (tiles - micro_batches)
     moments = 2 * FLOAT32 * (matrices + rest) / ranks if config.parallel.offload_optimizer else 0
     product_rate = of["product_tflops"] * 1e12 * of["share_of_product_tflops"]
-    return {
+    parts = {
         "attention": attention * ((1 + attention_again) / forward + 2.5 / backward),
         "products": (3 * products + 2 * again * tokens) / product_rate,
         "other kernels": others * 1e-6 * tokens * model.layers * model.width / 4096,
-        "launches": of["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches,
         "weights": traffic / (of["memory_tb_per_s"] * 1e12) + moments / (of["host_gb_per_s"] * 1e9),
     }
+    launches = of["launches_ms_a_layer"] * 1e-3 * model.layers * micro_batches
+    return parts | {"waiting for launches": max(0.0, launches - sum(parts.values()))}
 
 
 def attention_of_a_layer(config: Config, world_size: int, of: dict[str, Any]) -> tuple[float, float]:

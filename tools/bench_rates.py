@@ -1,12 +1,13 @@
-"""The rates of a GPU that the planner counts with, measured in about two minutes, and the file that keeps them.
+"""The rates of a GPU that the planner counts with, measured in about a minute, and the file that keeps them.
 
     python tools/bench_rates.py            # prints them
     python tools/bench_rates.py --write    # and writes longctx/rates/NAME.json
 
-Attention by head dim, products and copies are timed alone. What a training step takes beside them, on average, is
-fitted to steps of several models and lengths: the share of the products' rate that products in a step reach, what
-other kernels need a token, and what a layer costs however few tokens it has. Each step is printed with the seconds that
-the rates give it: within a tenth, or the fit says little.
+Attention by head dim, products and copies are timed alone. What a training step takes beside them is fitted to steps of
+two models: the share of the products' rate that products in a step reach, what other kernels need a token, and what
+traffic a parameter makes beside the products, in FSDP2's copies, the norm and the update. A step of hardly any tokens
+says how long a layer takes to launch, below which no step comes. Nothing else should run on the machine. Each step is
+printed with the seconds that the rates give it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,9 @@ STEPS = {
     "4 layers of the 8B, 32k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=32768"],
     "4 layers of the 8B, 8k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=8192"],
     "gpt_91m, 64k": ["recipe=gpt_32k", "data.sequence_length=65536"],
-    "gpt_91m, 16k": ["recipe=gpt_32k", "data.sequence_length=16384"],
-    "gpt_91m, 1k": ["recipe=gpt_32k", "data.sequence_length=1024"],
 }
-FITTED = ("share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "launches_ms_a_layer")
+LAUNCHES = ["recipe=gpt_32k", "data.sequence_length=1024"]
+FITTED = ("share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "update_bytes_a_parameter")
 HOST_BYTES = 1 << 31
 
 
@@ -46,21 +46,23 @@ class Step(NamedTuple):
 
     name: str
     seconds: float
-    known: float  # attention and weights
-    unit: tuple[float, float, float]  # products at their full rate, other kernels at 1 us, launches at 1 ms
+    attention: float
+    unit: tuple[
+        float, float, float
+    ]  # products at their full rate, other kernels at 1 us, weights at 1 byte a parameter
 
     def expected(self, fitted: dict[str, float]) -> float:
-        share, others, launches = (fitted[name] for name in FITTED)
-        return self.known + self.unit[0] / share + self.unit[1] * others + self.unit[2] * launches
+        share, others, update = (fitted[name] for name in FITTED)
+        return self.attention + self.unit[0] / share + self.unit[1] * others + self.unit[2] * update
 
 
 def fit(steps: list[Step]) -> dict[str, float]:
     """The rates with which steps take what they took, in the sense of least squares of relative errors."""
     weights = torch.tensor([1 / step.seconds for step in steps], dtype=torch.float64)
     units = torch.tensor([step.unit for step in steps], dtype=torch.float64) * weights.unsqueeze(1)
-    rest = torch.tensor([step.seconds - step.known for step in steps], dtype=torch.float64) * weights
-    inverse_share, others, launches = torch.linalg.lstsq(units, rest.unsqueeze(1)).solution.flatten().tolist()
-    return dict(zip(FITTED, (1 / inverse_share, others, launches), strict=True))
+    rest = torch.tensor([step.seconds - step.attention for step in steps], dtype=torch.float64) * weights
+    inverse_share, others, update = torch.linalg.lstsq(units, rest.unsqueeze(1)).solution.flatten().tolist()
+    return dict(zip(FITTED, (1 / inverse_share, others, update), strict=True))
 
 
 def number(row: benchmarking.Row, name: str) -> float:
@@ -101,13 +103,18 @@ def host_gb_per_s(device: torch.device) -> float:
     return HOST_BYTES / benchmarking.median_ms(both, device) / 1e6
 
 
-def timed(name: str, config: Config, run: Runtime, rates: dict[str, Any]) -> Step:
-    """A training step of this configuration on one GPU."""
-    parts = step_time.seconds(config, 1, rates | dict.fromkeys(FITTED, 1.0))
-    took = number(bench_memory.measured(config, run, is_deterministic=False), "ms") / 1000
+def seconds_of_a_step(config: Config, run: Runtime) -> float:
+    """Of training on one GPU."""
+    found = number(bench_memory.measured(config, run, is_deterministic=False), "ms") / 1000
     bench_memory.release(run.device)
-    unit = parts["products"], parts["other kernels"], parts["launches"]
-    return Step(name, took, parts["attention"] + parts["weights"], unit)
+    return found
+
+
+def timed(name: str, config: Config, run: Runtime, rates: dict[str, Any]) -> Step:
+    """A training step of this configuration."""
+    parts = step_time.seconds(config, 1, rates | dict.fromkeys(FITTED, 1.0) | {"launches_ms_a_layer": 0.0})
+    unit = parts["products"], parts["other kernels"], parts["weights"]
+    return Step(name, seconds_of_a_step(config, run), parts["attention"], unit)
 
 
 def main() -> None:
@@ -128,16 +135,15 @@ def main() -> None:
     }
     steps = [timed(name, composed([*words, *EAGER]), run, rates) for name, words in STEPS.items()]
     rates |= {name: round(value, 3) for name, value in fit(steps).items()}
+    short = composed([*LAUNCHES, *EAGER])
+    rates["launches_ms_a_layer"] = round(1000 * seconds_of_a_step(short, run) / short.model.layers, 2)
     rates["provenance"] = (
         f"one {run.device_name}, torch {about['torch']}, triton {about['triton']}, bfloat16, {about['date']}, commit "
         f"{about['commit']}, by tools/bench_rates.py"
     )
     rates["assumed"] = []
-    rows = [
-        {"step": step.name, "s": step.seconds, "s expected": step.expected(rates), "attention, weights": step.known}
-        for step in steps
-    ]
-    print(benchmarking.table(rows, ["step", "s", "s expected", "attention, weights"]))
+    rows = [{"step": s.name, "s": s.seconds, "s expected": s.expected(rates), "attention": s.attention} for s in steps]
+    print(benchmarking.table(rows, ["step", "s", "s expected", "attention"]))
     text = json.dumps(rates, indent=2)
     print(text)
     if arguments.write:

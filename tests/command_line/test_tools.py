@@ -213,13 +213,12 @@ def test_rates_are_fitted_to_steps(monkeypatch):
     """Steps made by known rates give these rates, also where one is off by a few per cent."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     tool = load_tool("bench_rates")
-    true = dict(zip(tool.FITTED, (0.9, 0.2, 3.0), strict=True))
+    true = dict(zip(tool.FITTED, (0.9, 0.2, 60.0), strict=True))
     steps = [
-        tool.Step("long", 0, 0.3, (0.5, 0.12, 0.004)),
-        tool.Step("shorter", 0, 0.02, (0.12, 0.03, 0.004)),
-        tool.Step("narrow", 0, 0.3, (0.2, 0.15, 0.012)),
-        tool.Step("narrow and shorter", 0, 0.02, (0.05, 0.04, 0.012)),
-        tool.Step("short", 0, 0.01, (0.003, 0.002, 0.012)),
+        tool.Step("long", 0, 0.2, (0.4, 0.13, 0.0005)),
+        tool.Step("shorter", 0, 0.02, (0.1, 0.033, 0.0005)),
+        tool.Step("narrow", 0, 0.4, (0.05, 0.15, 0.00002)),
+        tool.Step("narrow and shorter", 0, 0.02, (0.012, 0.037, 0.00002)),
     ]
     steps = [step._replace(seconds=step.expected(true)) for step in steps]
     assert tool.fit(steps) == pytest.approx(true)
