@@ -11,6 +11,7 @@ import json
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -70,18 +71,35 @@ def learning() -> plt.Figure:
         quality.annotate(before["name"], where, (-60, 7), textcoords="offset points", fontsize=8)
     quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 2.2), xlim=(60, 420))
     for row, shade in zip(seen, (0.25, 0.5, 0.75, 1.0), strict=True):
-        for axes, key in ((by_position, "loss_by_position"), (by_distance, "recall_by_distance")):
-            places = sorted(map(int, row[key]))
-            values = [row[key][str(place)] for place in places]
-            label = f"step {row['step']}, {row['gpu_s']} s"
-            axes.plot(places, values, marker="o", markersize=3, color=COLOURS[0], alpha=shade, label=label)
+        label = f"step {row['step']}, {row['gpu_s']} s"
+        draw_use_of_context(by_position, by_distance, row, label, color=COLOURS[0], alpha=shade)
+    by_position.legend(frameon=False, fontsize=8)
+    quality.title.set_size(10)
+    figure.tight_layout()
+    return figure
+
+
+def draw_use_of_context(by_position: Axes, by_distance: Axes, row: dict[str, Any], label: str, **style: Any) -> None:
+    """A validation's loss by position and recall by distance, as a line in each."""
+    for axes, key in ((by_position, "loss_by_position"), (by_distance, "recall_by_distance")):
+        places = sorted(map(int, row[key]))
+        axes.plot(places, [row[key][str(place)] for place in places], marker="o", markersize=3, label=label, **style)
+        axes.set_xscale("log", base=2)
+        axes.title.set_size(10)
     by_position.set(xlabel="tokens of the document before", title="Loss by position, nats a token")
     by_distance.set(xlabel="tokens back", title="Recall of copies, share")
+
+
+def extension() -> plt.Figure:
+    """A model of 2k tokens on sequences of 16k: as it is, with other positions, and after training with these."""
+    data = json.loads((HERE / "extension.json").read_text())
+    figure, (by_position, by_distance) = plt.subplots(1, 2, figsize=(8.4, 3))
+    for row, colour in zip(data["runs"], (DARK, *COLOURS[1:3], COLOURS[0]), strict=True):
+        draw_use_of_context(by_position, by_distance, row, f"{row['name']}: {row['bits_per_byte']:.3f}", color=colour)
     for axes in (by_position, by_distance):
-        axes.set_xscale("log", base=2)
-    by_position.legend(frameon=False, fontsize=8)
-    for axes in (quality, by_position, by_distance):
-        axes.title.set_size(10)
+        axes.axvline(2048, color=GREY, linewidth=1, zorder=0)
+    by_position.set(xlim=(128, None), ylim=(1, 2.6))
+    by_distance.legend(frameon=False, fontsize=8, title="bits a byte", title_fontsize=8, loc="lower left")
     figure.tight_layout()
     return figure
 
@@ -275,7 +293,7 @@ def checkpoint_commit() -> plt.Figure:
 
 
 PICTURES = {
-    "speed": speed, "learning": learning, "who_holds_which_tokens": who_holds_which_tokens,
+    "speed": speed, "learning": learning, "extension": extension, "who_holds_which_tokens": who_holds_which_tokens,
     "ring_timeline": ring_timeline, "masks": masks, "layers": layers, "checkpoint_commit": checkpoint_commit,
 }  # fmt: skip
 
