@@ -222,6 +222,7 @@ class Checkpoints:
     def load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Fills `tensors` in place from a checkpoint and its verified manifest, whatever layout wrote it."""
         saved = manifest["tensors"]
+        tensors = {_name_in(saved, name): tensor for name, tensor in tensors.items()}
         problems = [f"{name} is in only one of them" for name in sorted(set(tensors) ^ set(saved))]
         problems += [
             f"{name} is {saved[name]}, the run's is {_kind(tensor)}"
@@ -322,6 +323,12 @@ class Checkpoints:
             link.replace(self.folder / name)
         except OSError as error:  # file systems without links; every checkpoint is found without them
             self.runtime.say(f"{self.folder / name} does not point to {target.name}: {error.strerror}")
+
+
+def _name_in(saved: dict[str, str], name: str) -> str:
+    """What a tensor is called in a checkpoint: until 2026-11-29 a head's own weight had another name."""
+    before = name.replace("head.weight", "output_weight")
+    return before if before in saved and name not in saved else name
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -260,6 +260,15 @@ def test_another_model_is_refused(tmp_path):
         checkpoints.load(path, manifest, other)
 
 
+def test_a_heads_weight_by_its_name_of_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, runtime.start(60))
+    before = {"model.output_weight": torch.arange(6.0), "optimizer.exp_avg.output_weight": torch.arange(6.0) + 9}
+    path = checkpoints.save(1, before, {})
+    loaded = {name.replace("output_weight", "head.weight"): torch.zeros(6) for name in before}
+    checkpoints.load(path, checkpoints.verify(path), loaded)
+    assert [x.tolist() for x in loaded.values()] == [x.tolist() for x in before.values()]
+
+
 def test_steps_after_the_one_resumed_from_are_set_aside(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1, runtime.start(60))
     checkpoints.save(200, {"a": torch.ones(4)}, {})
