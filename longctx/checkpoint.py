@@ -42,6 +42,7 @@ from longctx.runtime import Runtime
 
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
+HEAD, HEAD_BEFORE = "head.weight", "output_weight"  # what a head's own weight is called, and until 2026-11-29
 BEST_BY = "loss/val"  # fact of a checkpoint
 DTYPES = {  # of safetensors
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
@@ -222,7 +223,7 @@ class Checkpoints:
     def load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Fills `tensors` in place from a checkpoint and its verified manifest, whatever layout wrote it."""
         saved = manifest["tensors"]
-        tensors = {_name_in(saved, name): tensor for name, tensor in tensors.items()}
+        tensors = {name_in(saved, name): tensor for name, tensor in tensors.items()}
         problems = [f"{name} is in only one of them" for name in sorted(set(tensors) ^ set(saved))]
         problems += [
             f"{name} is {saved[name]}, the run's is {_kind(tensor)}"
@@ -325,9 +326,9 @@ class Checkpoints:
             self.runtime.say(f"{self.folder / name} does not point to {target.name}: {error.strerror}")
 
 
-def _name_in(saved: dict[str, str], name: str) -> str:
-    """What a tensor is called in a checkpoint: until 2026-11-29 a head's own weight had another name."""
-    before = name.replace("head.weight", "output_weight")
+def name_in(saved: dict[str, str], name: str) -> str:
+    """What a tensor is called in a checkpoint, which may be from before a head's weight got its name."""
+    before = name.replace(HEAD, HEAD_BEFORE)
     return before if before in saved and name not in saved else name
 
 

@@ -334,8 +334,8 @@ class ParallelConfig:
     )
     head_groups: int = knob(
         1,
-        "attention and what is exchanged for it are made for one of so many equal groups of heads after the other, "
-        "forward and backward: each holds that share of queries, keys and values; without torch.compile",
+        "headwise chunking: attention, and what is exchanged for it, for one of so many equal groups of heads after "
+        "the other, a divisor of the key/value heads; with recompute=attention_saved or full, without torch.compile",
         least=1,
     )
     offload: int = knob(
@@ -347,7 +347,7 @@ class ParallelConfig:
     offload_optimizer: bool = knob(
         False, "AdamW's moments stay in host memory and pass through the GPU in each update: 8 bytes a parameter less"
     )
-    compile: bool = knob(False, "torch.compile each block, unless it is tiled or offloaded")
+    compile: bool = knob(False, "torch.compile each block, unless it is tiled, offloaded or has groups of heads")
     timeout_seconds: int = knob(600, "a collective that takes longer ends the run", least=1)
     stop_seconds: int = knob(
         20,
@@ -517,14 +517,14 @@ def attended_heads(config: Config) -> tuple[int, int]:
     return config.model.heads // shares, config.model.kv_heads // shares
 
 
-def ranks_that_trade_heads(parallel: ParallelConfig) -> int:
-    """So many ranks, by the configured strategy, trade tokens for heads in any case."""
+def configured_ulysses_degree(parallel: ParallelConfig) -> int:
+    """Ranks that trade tokens for heads; 1 where none do, or the number is chosen later (ulysses_ring, ulysses=0)."""
     if parallel.strategy == Strategy.ulysses:
         return parallel.context
     return max(1, parallel.ulysses) if parallel.strategy == Strategy.ulysses_ring else 1
 
 
-def groups_of_heads(heads: int, kv_heads: int, size: int, most: int) -> int:
+def ulysses_groups(heads: int, kv_heads: int, size: int, most: int) -> int:
     """Into how many equal groups, at most so many, the query heads of one of `size` ranks are cut, each with whole
     key/value heads or a part of one."""
     of_rank, kv_of_rank = heads // size, max(1, kv_heads // size)

@@ -17,8 +17,8 @@ from longctx.config import (
     RotaryScaling,
     Strategy,
     attended_heads,
+    configured_ulysses_degree,
     keys,
-    ranks_that_trade_heads,
     resolve_shard,
     shares_heads,
 )
@@ -83,8 +83,8 @@ def _check_ranges(config: Config) -> list[str]:
 def _check_offload(config: Config) -> list[str]:
     parallel, layers = config.parallel, config.model.layers
     problems = []
-    keys = {"tile": parallel.tile, "offload": parallel.offload, "head_groups": parallel.head_groups - 1}
-    named = [f"parallel.{name}={getattr(parallel, name)}" for name, is_set in keys.items() if is_set]
+    is_set = {"tile": parallel.tile, "offload": parallel.offload, "head_groups": parallel.head_groups > 1}
+    named = [f"parallel.{name}={getattr(parallel, name)}" for name in is_set if is_set[name]]
     if named and parallel.recompute == Recompute.none:
         problems.append(
             f"{' and '.join(named)}: such blocks compute all but attention again, and parallel.recompute=none nothing; "
@@ -240,7 +240,7 @@ def _check_sharing(config: Config) -> list[str]:
         return problems
     heads, kv_heads = attended_heads(config)
     axis = "context" if parallel.strategy == Strategy.ulysses else "ulysses"
-    size = ranks_that_trade_heads(parallel)
+    size = configured_ulysses_degree(parallel)
     if parallel.context % size:
         problems.append(
             f"parallel.ulysses={size} does not divide parallel.context={parallel.context}; "
@@ -249,7 +249,7 @@ def _check_sharing(config: Config) -> list[str]:
     if heads % size:
         problems.append(
             f"parallel.{axis}={size} with strategy={parallel.strategy} does not divide the {heads} query heads of "
-            f"one call of attention; use {_divisors(heads)}, or strategy=ring or gather"
+            f"one call of attention; use {_divisors(heads)}, fewer parallel.head_groups, or strategy=ring or gather"
         )
     elif not shares_heads(heads, kv_heads, size):
         problems.append(

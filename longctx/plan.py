@@ -16,11 +16,11 @@ from longctx.config import (
     Recompute,
     Strategy,
     attended_heads,
-    groups_of_heads,
     layer_windows,
     micro_batch,
     recompute_by_layer,
     resolve_shard,
+    ulysses_groups,
 )
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
 
@@ -181,8 +181,11 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
     of_tile = min(parallel.tile, tokens) / tokens if parallel.tile else 1
     if parallel.is_tiled:
         groups = parallel.head_groups
-        of_tokens = width + queries + 2 * keys * (groups - 1) / groups  # gradients, of the groups before too
-        of_group = projected + inside_attention + (2 * queries if groups > 1 else 0)  # its own part of out and dout
+        of_tokens = width + queries  # gradients of the residual stream and of attention's output
+        of_group = projected + inside_attention
+        if groups > 1:
+            of_tokens += 2 * keys  # gradients, of all groups
+            of_group += 2 * queries  # its own part of out and dout
         in_tile = 2 * width + normed + inside_mlp * mlp
         in_projections = 3 * width + normed + in_qk_norm + 2 * projected - keys
         saved = _Block(
@@ -241,7 +244,7 @@ def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
     queries, keys = _heads_bytes(config, sizes, heads), 2 * _heads_bytes(config, sizes, kv_heads)
     gradients = keys * FLOAT32 / sizes.compute
     if strategy == Strategy.ulysses:
-        groups = groups_of_heads(heads, kv_heads, ranks, most=4)
+        groups = ulysses_groups(heads, kv_heads, ranks, most=4)
         sharers = max(1, ranks // kv_heads)
         given = gradients * sharers if sharers > 1 else keys
         fetched = 4 * queries + (keys + gradients) * sharers
@@ -299,14 +302,12 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         "exchange of keys": _exchange_bytes(config, sizes, strategy),
     }
     whole_gradients = FLOAT32 * count / sizes.ranks
-    gathered_block, table_gradient, embedding_gradient = (
-        sizes.compute * sizes.block, FLOAT32 * sizes.table, sizes.compute * sizes.table,
-    )  # fmt: skip
+    table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
     # units of parameters that are gathered together: with one table for both embedding and head these are the root,
-    # which stays gathered; else each has its own
+    # which stays gathered; else each is its own
     of_head = 0 if model.tied_embeddings else sizes.table
+    gathered_block, gathered_head = sizes.compute * sizes.block, sizes.compute * of_head
     gathered_root = sizes.compute * (sizes.root - 2 * of_head)
-    gathered_head = gathered_embedding = sizes.compute * of_head
     last = sizes.root - of_head  # whose sum over ranks is the last
 
     policies, offloaded = recompute_by_layer(config), config.parallel.offload
@@ -324,7 +325,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
 
     points = {
         "losses": state | {
-            "gradients": gradients(0) if accumulates else 0.0,
+            "gradients": whole_gradients if accumulates else 0.0,
             "gathered parameters": gathered_root + gathered_head + (0 if alone else gathered_head or gathered_block),
             "saved for the backward pass": kept(layers),
             "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
@@ -337,7 +338,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         },
         "gradient of the embedding": state | {
             "gradients": gradients(layers) + FLOAT32 * sizes.block,
-            "gathered parameters": gathered_root + gathered_embedding,
+            "gathered parameters": gathered_root,
             "losses": held + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
         },
         "sum of the embedding's gradients over ranks": state | {
@@ -362,7 +363,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         number = layers - 1 - done
         block = sizes.blocks[policies[number]]
         is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
-        next_block = 0 if alone else gathered_embedding if done == layers - 1 else gathered_block
+        next_block = 0 if alone or done == layers - 1 else gathered_block
         before = FLOAT32 * (sizes.block if done else of_head)  # whose sum over ranks goes on
         for part, work, made in (
             ("MLP", block.in_mlp, in_mlp),

@@ -15,7 +15,7 @@ from longctx.config import (
     Positions,
     Recompute,
     Strategy,
-    ranks_that_trade_heads,
+    configured_ulysses_degree,
     recompute_by_layer,
     shares_heads,
 )
@@ -178,7 +178,7 @@ def tiled(
 def _head_groups(config: Config) -> list[int]:
     """The numbers of groups of heads that the configuration can have, from its own on."""
     model, parallel = config.model, config.parallel
-    size = ranks_that_trade_heads(parallel)
+    size = configured_ulysses_degree(parallel)
     return [
         n
         for n in range(parallel.head_groups, model.kv_heads + 1)

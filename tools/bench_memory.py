@@ -122,7 +122,7 @@ def expected(config: Config, run: Runtime) -> benchmarking.Row:
 def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> benchmarking.Row:
     """A variant of the run that `words` say."""
     model = composed(words).model
-    numbers = {"most": model.layers - 1, "groups": min(model.kv_heads, MOST_GROUPS)}
+    numbers = {"most": model.layers - 1, "groups": math.gcd(model.kv_heads, MOST_GROUPS)}
     config = composed([*words, *(word.format(**numbers) for word in VARIANTS[name])])
     check(config, run.world_size)
     capacity = remedies.usable(run.device_bytes) if run.device.type == "cuda" else math.inf

@@ -4,10 +4,11 @@
     python tools/bench_rates.py --write    # and writes longctx/rates/NAME.json
 
 Attention by head dim, products and copies are timed alone. What a training step takes beside them is fitted to steps of
-two models: the share of the products' rate that products in a step reach, what other kernels need a token, and what
-traffic a parameter makes beside the products, in FSDP2's copies, the norm and the update. A step of hardly any tokens
-says how long a layer takes to launch, below which no step comes. Nothing else should run on the machine. Each step is
-printed with the seconds that the rates give it.
+several models and lengths: the share of the products' rate that products in a step reach, what other kernels need a
+token, and what traffic a parameter makes beside the products, in FSDP2's copies, the norm and the update. A step of
+hardly any tokens says how long a layer takes to launch, below which no step comes. Nothing else should run on the
+machine. Each step is printed with the seconds that the rates give it; rates that cannot be, or a step that is off by
+more than a tenth, end the tool without a file.
 """
 
 from __future__ import annotations
@@ -34,15 +35,21 @@ EAGER = ["optim=adamw", "parallel.compile=false", "data.sequences_per_step=1", "
 STEPS = {
     "4 layers of the 8B, 32k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=32768"],
     "4 layers of the 8B, 8k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=8192"],
+    "one layer of the 8B, 16k": ["recipe=llama3_8b_128k", "model.layers=1", "data.sequence_length=16384"],
     "gpt_91m, 64k": ["recipe=gpt_32k", "data.sequence_length=65536"],
+    "gpt_91m, 128k": ["recipe=gpt_32k", "data.sequence_length=131072"],
 }
+MOST_OFF = 0.1  # of a step's seconds
 LAUNCHES = ["recipe=gpt_32k", "data.sequence_length=1024"]
 FITTED = ("share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "update_bytes_a_parameter")
 HOST_BYTES = 1 << 31
 
 
 class Step(NamedTuple):
-    """A training step: what it took, and what it would take by rates of which the fitted ones are 1."""
+    """A training step: what it took, and what it would take by rates of which the fitted ones are 1.
+
+    `unit`: products at their full rate, other kernels at 1 us, weights at 1 byte a parameter.
+    """
 
     name: str
     seconds: float
@@ -63,6 +70,16 @@ def fit(steps: list[Step]) -> dict[str, float]:
     rest = torch.tensor([step.seconds - step.attention for step in steps], dtype=torch.float64) * weights
     inverse_share, others, update = torch.linalg.lstsq(units, rest.unsqueeze(1)).solution.flatten().tolist()
     return dict(zip(FITTED, (1 / inverse_share, others, update), strict=True))
+
+
+def unlikely(steps: list[Step], fitted: dict[str, float]) -> str | None:
+    """What speaks against rates that were fitted to steps, if anything does."""
+    for name in FITTED:
+        if fitted[name] <= 0 or (name == FITTED[0] and fitted[name] > 1):
+            return f"the fit gives {name} {fitted[name]:.3g}"
+    off = {step.name: step.expected(fitted) / step.seconds - 1 for step in steps}
+    worst = max(off, key=lambda name: abs(off[name]))
+    return f"{worst} is off by {off[worst]:+.0%}" if abs(off[worst]) > MOST_OFF else None
 
 
 def number(row: benchmarking.Row, name: str) -> float:
@@ -144,6 +161,8 @@ def main() -> None:
     rates["assumed"] = []
     rows = [{"step": s.name, "s": s.seconds, "s expected": s.expected(rates), "attention": s.attention} for s in steps]
     print(benchmarking.table(rows, ["step", "s", "s expected", "attention"]))
+    if why := unlikely(steps, rates):
+        sys.exit(f"bench_rates: {why}; run it again while nothing else uses the machine")
     text = json.dumps(rates, indent=2)
     print(text)
     if arguments.write:

@@ -197,10 +197,10 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
     return shlex.join([*launcher, *script(), *words, *added])
 
 
-def row(p: Plan, usable: float) -> str:
+def row(p: Plan, usable: float, width: int) -> str:
     why = f"most in the {p.memory.point}" if p.memory.total > usable else "host memory is too small"
     return (
-        f"{p.context:>7}  {p.strategy if p.context > 1 else '-':12} {p.kept:52} {p.memory.total / plan.GIB:8.1f} "
+        f"{p.context:>7}  {p.strategy if p.context > 1 else '-':12} {p.kept:{width}} {p.memory.total / plan.GIB:8.1f} "
         f"{p.seconds:8.4g} {p.tokens_per_s:13,.0f} {p.mfu:5.1%} {p.longest:10,}"
         f"{'' if p.fits else f'  does not fit: {why}'}"
     )
@@ -234,13 +234,13 @@ def main() -> None:
         facts = {"gpus": machines.gpus, "gpu": rates["gpu"], "usable_gib": usable / plan.GIB, "command": command}
         print(json.dumps(facts | {"provenance": rates["provenance"], "plans": of_plans}, indent=1))
         return
-    data = config.data
+    data, width = config.data, max(len(p.kept) for p in found)
     print(
         f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {machines.gpus} x "
         f"{rates['gpu']}, {usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
-        f"context  strategy     {'recompute':52}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
+        f"context  strategy     {'recompute':{width}}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
     )
-    print("\n".join(row(p, usable) for p in found))
+    print("\n".join(row(p, usable, width) for p in found))
     best = (fitting or sorted(found, key=lambda p: p.memory.total))[0]
     which = "first" if fitting else "smallest"
     print(f"\n{which}, GiB: {best.memory.in_words()}; most in the {best.memory.point}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import uuid
 import warnings
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from longctx.checkpoint import CheckpointError, read_manifest, shape_of, verify_files
+from longctx.checkpoint import HEAD, HEAD_BEFORE, CheckpointError, name_in, read_manifest, shape_of, verify_files
 from longctx.config import Config, ModelConfig
 from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
@@ -103,32 +104,29 @@ def export_weights(
     manifest = verify_files(checkpoint)
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; remove it or give another folder")
-    sizes = {
-        name.removeprefix(PREFIX): shape_of(kind)
-        for name, kind in manifest["tensors"].items()
-        if name.startswith(PREFIX)
-    }
-    lots = _lots(stored or [Stored(name, (name,)) for name in sizes], sizes)
+    saved = manifest["tensors"]
+    names = [name.removeprefix(PREFIX).replace(HEAD_BEFORE, HEAD) for name in saved if name.startswith(PREFIX)]
+    lots = _lots(stored or [Stored(name, (name,)) for name in names], saved)
     work = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     work.mkdir(parents=True)
     try:
-        names = _write(checkpoint, work, lots, sizes, dtype)
+        files = _write(checkpoint, work, lots, saved, dtype)
         for name, content in (beside or {}).items():
             (work / name).write_text(content, encoding="utf-8")
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return [folder / name for name in names]
+    return [folder / name for name in files]
 
 
 def _write(
-    checkpoint: Path, folder: Path, lots: list[list[Stored]], sizes: dict[str, list[int]], dtype: torch.dtype
+    checkpoint: Path, folder: Path, lots: list[list[Stored]], saved: dict[str, str], dtype: torch.dtype
 ) -> list[str]:
     """A file each lot, and an index if there are several; returns the files' names."""
     names, weight_map = [], {}
     for number, lot in enumerate(lots, 1):
         name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
-        save_file(_read(checkpoint, lot, sizes, dtype), folder / name, metadata={"format": "pt"})
+        save_file(_read(checkpoint, lot, saved, dtype), folder / name, metadata={"format": "pt"})
         readable_as_its_folder(folder / name)
         weight_map |= {tensor.name: name for tensor in lot}
         names.append(name)
@@ -139,12 +137,12 @@ def _write(
     return names
 
 
-def _lots(stored: list[Stored], sizes: dict[str, list[int]]) -> list[list[Stored]]:
+def _lots(stored: list[Stored], saved: dict[str, str]) -> list[list[Stored]]:
     """Tensors for each file, in order, of at most `FILE_BYTES` in float32 unless one alone is larger."""
     lots: list[list[Stored]] = []
     left = 0
     for tensor in stored:
-        size = sum(torch.Size(sizes[part]).numel() for part in tensor.parts) * 4
+        size = 4 * sum(math.prod(shape_of(saved[_saved_name(part, saved)])) for part in tensor.parts)
         if not lots or size > left:
             lots.append([])
             left = FILE_BYTES
@@ -153,13 +151,18 @@ def _lots(stored: list[Stored], sizes: dict[str, list[int]]) -> list[list[Stored
     return lots
 
 
-def _read(checkpoint: Path, lot: list[Stored], sizes: dict[str, list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
-    parts = {f"{PREFIX}{part}": torch.empty(sizes[part]) for tensor in lot for part in tensor.parts}
+def _saved_name(part: str, saved: dict[str, str]) -> str:
+    return name_in(saved, f"{PREFIX}{part}")
+
+
+def _read(checkpoint: Path, lot: list[Stored], saved: dict[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    names = [_saved_name(part, saved) for tensor in lot for part in tensor.parts]
+    parts = {name: torch.empty(shape_of(saved[name])) for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as meant: one process reads it all
         dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     found = {}
     for tensor in lot:
-        value = torch.cat([parts[f"{PREFIX}{part}"] for part in tensor.parts])
+        value = torch.cat([parts[_saved_name(part, saved)] for part in tensor.parts])
         found[tensor.name] = (value.t() if tensor.is_transposed else value).to(dtype).contiguous()
     return found

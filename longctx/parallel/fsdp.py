@@ -19,10 +19,11 @@ from longctx.parallel.torch_versions import parameter_groups
 def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
     """FSDP2: one unit a block, all-gathered for its forward pass and again for its backward pass.
 
-    A head with a weight of its own is a unit together with the final norm, gathered from its forward pass to its
-    backward pass, which follows at once, and the embedding another. Where both have the same weight, they are the root
-    unit, which stays gathered until the backward pass is over. Gradients are reduce-scattered by sum, not by mean: the
-    loss is divided by the number of tokens of the global batch, see `loss`.
+    A head with a weight of its own is a unit with the final norm: gathered until its backward pass, which follows at
+    once. Then the embedding is a unit too, gathered for its forward pass alone, since its backward pass does not read
+    it. All else is the root unit, which stays gathered until the backward pass is over: learned positions, and a weight
+    that embedding and head share. Gradients are reduce-scattered by sum, not by mean: the loss is divided by the number
+    of tokens of the global batch, see `loss`.
     """
     if mesh.size("replicate") > 1:
         fsdp_mesh = mesh.parameters["replicate", "shard_context"]
@@ -36,7 +37,7 @@ def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> No
     for block in model.blocks:
         fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
     if not model.config.tied_embeddings:
-        fully_shard(model.embedding, mesh=fsdp_mesh, mp_policy=policy)
+        fully_shard(model.embedding, mesh=fsdp_mesh, mp_policy=policy).set_unshard_in_backward(False)
         fully_shard([model.final_norm, model.head], mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)
     for module in model.modules():

@@ -79,13 +79,13 @@ def _shard_residual(norm: nn.Module, mesh: DeviceMesh, tokens: Shard) -> None:
 
 
 def _split_head_by_classes(head: nn.Module, mesh: DeviceMesh) -> None:
-    """Hidden states and weight come as shards; the targets are the same on every rank, and so is what comes out."""
+    """Hidden states and weight are shards; the targets are the same on every rank, and so is what comes out."""
 
-    def with_whole_targets(_head: nn.Module, inputs: tuple[DTensor, DTensor, Tensor | None, Tensor | None]):
-        hidden, weight, targets, token_weight = inputs
+    def with_whole_targets(_head: nn.Module, inputs: tuple[DTensor, DTensor | None, Tensor | None, Tensor | None]):
+        hidden, tied_weight, targets, token_weight = inputs
         if targets is not None:
             targets = DTensor.from_local(targets, mesh, [Replicate()])
-        return hidden, weight, targets, token_weight
+        return hidden, tied_weight, targets, token_weight
 
     def whole(_head: nn.Module, _inputs, results: DTensor) -> Tensor:
         return results.full_tensor().clone()  # FSDP2 warns of views, which may be written to

@@ -106,31 +106,34 @@ class TiledBlock:
     def _backward_of_attention(
         self, dout: Tensor, x: Tensor, rotation: Rotation, mask: KeyIntervals, attention: tuple[Tensor, ...]
     ) -> list[Tensor]:
-        """The gradients of queries, in the memory of dout, and of keys and values.
+        """The gradients of queries, with groups of heads in the memory of dout, and of keys and values.
 
         `attention` is not run again: a backward pass needs what it returned, and queries, keys and values again.
         """
         out, *lses = attention
-        of_keys: list[Tensor] = []
-        of_values: list[Tensor] = []
-        parts = zip(*(t.chunk(self.head_groups, 2) for t in (dout, out)), lses, strict=True)
-        for group, (dout_of_group, out_of_group, lse) in enumerate(parts):
-            inputs = self._before_attention(x, rotation, group)
-            dk, dv = self._backward_of_group(dout_of_group, inputs, mask, (out_of_group.contiguous(), lse))
-            del inputs
-            of_keys.append(dk)
-            of_values.append(dv)
-        return [dout, _joined(of_keys), _joined(of_values)]
+        groups = self.head_groups
+        if groups == 1:
+            return self._backward_of_group(0, dout, x, rotation, mask, (out, *lses))
+        whole = [dout]
+        for group, (dout_of_group, out_of_group, lse) in enumerate(
+            zip(dout.chunk(groups, 2), out.chunk(groups, 2), lses, strict=True)
+        ):
+            results = out_of_group.contiguous(), lse
+            gradients = self._backward_of_group(group, dout_of_group.contiguous(), x, rotation, mask, results)
+            if group == 0:
+                whole += [t.new_empty((*t.shape[:2], groups * t.shape[2], t.shape[3])) for t in gradients[1:]]
+            _put(gradients, whole, group, groups)
+            del gradients
+        return whole
 
     def _backward_of_group(
-        self, dout: Tensor, inputs: list[Tensor], mask: KeyIntervals, results: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradients of keys and values of a group of heads; those of queries are written over dout."""
+        self, group: int, dout: Tensor, x: Tensor, rotation: Rotation, mask: KeyIntervals, results: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """The gradients of a group's queries, keys and values."""
+        inputs = [t.requires_grad_() for t in self._before_attention(x, rotation, group)]
         with torch.enable_grad(), _ReplayAttention(results):
-            out = self.block.attention.attend(*(t.requires_grad_() for t in inputs), mask)
-        dq, dk, dv = torch.autograd.grad(out, inputs, dout.contiguous())
-        dout.copy_(dq)
-        return dk, dv
+            out = self.block.attention.attend(*inputs, mask)
+        return [gradient.contiguous() for gradient in torch.autograd.grad(out, inputs, dout)]
 
     def _backward_before_attention(
         self, dx: Tensor, gradients: list[Tensor], x: Tensor, rotation: Rotation, sums: _GradientSums
@@ -213,6 +216,12 @@ class _Function(torch.autograd.Function):
 def _rows(x: Tensor) -> Tensor:
     """(batch, sequence, ...) as one sequence of all tokens."""
     return x.view(1, -1, *x.shape[2:])
+
+
+def _put(parts: list[Tensor], whole: list[Tensor], group: int, groups: int) -> None:
+    """Copies a group's heads to where they are among all heads."""
+    for part, all_heads in zip(parts, whole, strict=True):
+        all_heads.chunk(groups, 2)[group].copy_(part)
 
 
 def _joined(groups: list[Tensor]) -> Tensor:

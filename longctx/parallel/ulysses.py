@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from longctx.config import groups_of_heads
+from longctx.config import ulysses_groups
 from longctx.kernels.attention import passes
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -44,7 +44,7 @@ class Heads:
     @cached_property
     def groups(self) -> int:
         """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
-        return groups_of_heads(self.heads, self.kv_heads, self.size, self.most_groups)
+        return ulysses_groups(self.heads, self.kv_heads, self.size, self.most_groups)
 
     @cached_property
     def kv_pieces(self) -> int:

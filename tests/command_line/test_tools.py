@@ -221,7 +221,12 @@ def test_rates_are_fitted_to_steps(monkeypatch):
         tool.Step("narrow and shorter", 0, 0.02, (0.012, 0.037, 0.00002)),
     ]
     steps = [step._replace(seconds=step.expected(true)) for step in steps]
+    assert len(tool.STEPS) > len(tool.FITTED)
     assert tool.fit(steps) == pytest.approx(true)
+    assert tool.unlikely(steps, true) is None
+    assert tool.unlikely(steps, true | {tool.FITTED[0]: 1.2}) == "the fit gives share_of_product_tflops 1.2"
+    slower = [*steps[:3], steps[3]._replace(seconds=1.25 * steps[3].seconds)]
+    assert tool.unlikely(slower, true) == "narrow and shorter is off by -20%"
     found = tool.fit([steps[0]._replace(seconds=1.02 * steps[0].seconds), *steps[1:]])
     assert all(step.expected(found) == pytest.approx(step.seconds, rel=0.03) for step in steps)
 

@@ -33,6 +33,7 @@ from longctx.checkpoint import (
 from longctx.config import Config, OptimConfig, Optimizer, ParallelConfig
 from longctx.errors import UserError
 from longctx.files import sha256, write_manifest
+from longctx.hugging_face.export import export_weights
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
@@ -267,6 +268,9 @@ def test_a_heads_weight_by_its_name_of_before(tmp_path):
     loaded = {name.replace("output_weight", "head.weight"): torch.zeros(6) for name in before}
     checkpoints.load(path, checkpoints.verify(path), loaded)
     assert [x.tolist() for x in loaded.values()] == [x.tolist() for x in before.values()]
+    [file] = export_weights(path, tmp_path / "out", torch.float32)
+    [(name, exported)] = load_file(file).items()
+    assert (name, exported.tolist()) == ("head.weight", before["model.output_weight"].tolist())
 
 
 def test_steps_after_the_one_resumed_from_are_set_aside(tmp_path):

@@ -161,6 +161,12 @@ TILED: dict[str, dict[str, Any]] = {
     "tiles, QK-norm, attention of a layer saved": {"parallel": {"tile": 1024}, "qk_norm": True, "saved_layers": 1},
     "offload alone": {"parallel": {"offload": 2}},
     "groups of heads": {"parallel": {"tile": 512, "head_groups": 2}, "layers": 4},
+    "tiles, eight groups of heads, much attention": {
+        "parallel": {"tile": 512, "head_groups": 8},
+        "heads": 16,
+        "kv_heads": 16,
+        "mlp_width": 128,
+    },
     "groups of heads alone, much attention": {
         "parallel": {"head_groups": 4},
         "layers": 6,
@@ -182,7 +188,8 @@ def main(world_size: int, is_short: bool) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     variants = VARIANTS if is_short else VARIANTS | MORE | TILED
     if world_size == 4:
-        variants = LAYOUTS | dict(list(TILED.items())[-2:]) if is_short else variants | LAYOUTS
+        few = {name: TILED[name] for name in ("groups of heads", "tiles, GELU, offload")}
+        variants = LAYOUTS | few if is_short else variants | LAYOUTS
     for name, words in variants.items():
         for recompute in (Recompute.none, Recompute.full) if is_short else Recompute:
             if name in TILED and recompute == Recompute.none:
