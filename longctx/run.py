@@ -135,7 +135,7 @@ def _shown(number: float) -> str:
 
 
 def kept_and_where(config: Config) -> str:
-    """A line on what blocks keep, if they are tiled or offloaded, and the optimizer; empty for a run without these."""
+    """A line on what blocks keep, and on how much at a time and where; empty for a run that does nothing to hold less."""
     parallel, layers = config.parallel, config.model.layers
     said = []
     if parallel.tile:
