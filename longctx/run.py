@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longctx import plan, remedies
+from longctx import plan, remedies, step_time
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
 from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Strategy
@@ -135,7 +135,7 @@ def _shown(number: float) -> str:
 
 
 def kept_and_where(config: Config) -> str:
-    """A line on what blocks keep, and on how much at a time and where; empty for a run that does nothing to hold less."""
+    """A line on what blocks keep, how much at a time and where; empty for a run that does nothing to hold less."""
     parallel, layers = config.parallel, config.model.layers
     said = []
     if parallel.tile:
@@ -156,11 +156,17 @@ def expected_memory(trainer: Trainer) -> str:
     facts = trainer.facts
     if "predicted_gib" not in facts:
         return ""
-    seconds = f"; about {facts['predicted_s']:.2g} s a step" if "predicted_s" in facts else ""
+    seconds = ""
+    if "predicted_s" in facts:
+        seconds = f"; about {_seconds(facts['predicted_s'])} a step with each sequence one document"
     return (
         f"memory: {facts['predicted_gib']:.1f} of {facts['device_gib']:.1f} GiB expected, in the "
         f"{facts['predicted_at']}: {facts['predicted_terms']}{seconds}\n"
     )
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2g} s" if number < 10 else step_time.in_words(number)
 
 
 def _was_finished(trainer: Trainer) -> bool:

@@ -92,7 +92,8 @@ class Trainer:
         )
         if_it_fails.callback(lambda: self.metrics.close(Ending(1, "failed at its start")))
         tflops = self.facts["flops_per_token"] * self.facts["tokens_per_step"] / 1e12
-        self.expected_s = self.throughput.expected_s(tflops, say_so=progress.step < config.optim.steps)
+        is_unsaid = progress.step < config.optim.steps and "predicted_s" not in self.facts
+        self.expected_s = self.throughput.expected_s(tflops, say_so=is_unsaid)
         self.stop.say = self.saving.say = self.validation.say = self.metrics.say
         self.validation.alert = self.metrics.alert
         self.stop.left_s = self.left_s

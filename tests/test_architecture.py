@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "slurm", "suggest"},
     "run": {
         "command_line", "config", "config_checks", "errors", "evaluate", "metrics_file", "model", "parallel", "plan",
-        "remedies", "report", "run_info", "runtime", "stopping", "trainer", "watchdog",
+        "remedies", "report", "run_info", "runtime", "step_time", "stopping", "trainer", "watchdog",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ALONE = (

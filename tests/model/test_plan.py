@@ -374,7 +374,9 @@ def test_what_is_expected_is_said_and_logged(gpu):
     assert facts["predicted_gib"] == pytest.approx(22.36, abs=0.01)
     said = expected_memory(SimpleNamespace(facts=facts))
     assert said.startswith("memory: 22.4 of 139.8 GiB expected, in the losses: 20.3 saved for the backward pass, 1.3 ")
-    assert said.endswith("; about 0.3 s a step\n")
+    assert said.endswith("; about 0.3 s a step with each sequence one document\n")
+    slow = expected_memory(SimpleNamespace(facts=facts | {"predicted_s": 1099.0}))
+    assert slow.endswith("; about 18 min a step with each sequence one document\n")
     gpu.device_name = "NVIDIA B200"  # never measured
     assert "predicted_s" not in run_facts._expected(config, gpu, whole, True)
     assert run_facts._expected(config, gpu, whole, False) == {}
