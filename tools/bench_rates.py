@@ -161,10 +161,10 @@ def main() -> None:
     rates["assumed"] = []
     rows = [{"step": s.name, "s": s.seconds, "s expected": s.expected(rates), "attention": s.attention} for s in steps]
     print(benchmarking.table(rows, ["step", "s", "s expected", "attention"]))
-    if why := unlikely(steps, rates):
-        sys.exit(f"bench_rates: {why}; run it again while nothing else uses the machine")
     text = json.dumps(rates, indent=2)
     print(text)
+    if why := unlikely(steps, rates):
+        sys.exit(f"bench_rates: {why}; run it again while nothing else uses the machine")
     if arguments.write:
         name = run.device_name.removeprefix("NVIDIA ").lower().replace(" ", "_")
         (step_time.RATES / f"{name}.json").write_text(text + "\n")
