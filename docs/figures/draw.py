@@ -63,13 +63,16 @@ def learning() -> plt.Figure:
     data = json.loads((HERE / "learning.json").read_text())
     seen = data["validations"]
     figure, (quality, by_position, by_distance) = plt.subplots(1, 3, figsize=(11, 3))
-    quality.plot(*([row[key] for row in seen] for key in ("gpu_s", "bits_per_byte")), marker="o", color=COLOURS[0])
-    quality.annotate("the recipe", (seen[1]["gpu_s"], seen[1]["bits_per_byte"]), (0, 12), textcoords="offset points")
-    for before, colour in zip(data["before"], COLOURS[1:], strict=False):
-        quality.plot(before["gpu_s"], before["bits_per_byte"], marker="s", markersize=4, color=colour)
-        where = before["gpu_s"][-1] + 8, before["bits_per_byte"][-1]
-        quality.annotate(before["name"], where, (-60, 7), textcoords="offset points", fontsize=8)
-    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 2.2), xlim=(60, 420))
+    recipe = {
+        "name": "the recipe",
+        "gpu_s": [r["gpu_s"] for r in seen],
+        "bits_per_byte": [r["bits_per_byte"] for r in seen],
+    }
+    styles = ("o-", COLOURS[0]), ("o--", COLOURS[0]), *(("s-", colour) for colour in COLOURS[1:])
+    for row, (line, colour) in zip((recipe, data["longer"], *data["before"]), styles, strict=True):
+        quality.plot(row["gpu_s"], row["bits_per_byte"], line, markersize=4, color=colour, label=row["name"])
+    quality.legend(frameon=False, fontsize=8, loc="upper right")
+    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 3.0), xlim=(60, 690))
     for row, shade in zip(seen, (0.25, 0.5, 0.75, 1.0), strict=True):
         label = f"step {row['step']}, {row['gpu_s']} s"
         draw_use_of_context(by_position, by_distance, row, label, color=COLOURS[0], alpha=shade)
@@ -85,9 +88,10 @@ def draw_use_of_context(by_position: Axes, by_distance: Axes, row: dict[str, Any
         places = sorted(map(int, row[key]))
         axes.plot(places, [row[key][str(place)] for place in places], marker="o", markersize=3, label=label, **style)
         axes.set_xscale("log", base=2)
-        axes.title.set_size(10)
     by_position.set(xlabel="tokens of the document before", title="Loss by position, nats a token")
     by_distance.set(xlabel="tokens back", title="Recall of copies, share")
+    for axes in (by_position, by_distance):
+        axes.title.set_size(10)
 
 
 def extension() -> plt.Figure:
