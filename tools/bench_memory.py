@@ -6,6 +6,10 @@ Words as of train.py; each variant below is put on top of them. Every one takes 
 sequence one document, from the same start. GiB are the most that torch held in the last three steps, and what ranks
 share beside it; ms the median of these of the slowest rank. `bits` is a number made of all parameters at the end: with
 `--deterministic`, which has attention add in one order, variants that compute the same have the same.
+
+With `--timeline FOLDER` one more step of each variant is profiled: FOLDER/VARIANT.json is for chrome://tracing or
+Perfetto, `idle ms` how long rank 0's GPU ran no kernel between its first and its last, and `idle, copying ms` how long
+of that it copied from or to host memory.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -55,8 +60,10 @@ VARIANTS = {
 }
 
 
-def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarking.Row:
-    """A row of the table."""
+def measured(
+    config: Config, run: Runtime, is_deterministic: bool, timeline: Path | None = None
+) -> benchmarking.Row:  # fmt: skip
+    """A row of the table; `timeline`: the file of a profiled step, if there is to be one."""
     device, mesh = run.device, make_mesh(config.parallel, run.world_size, run.device.type)
     model, context_parallel = parallelize(config, mesh, run.ranks_of_a_machine, device)
     for block in model.blocks:
@@ -72,24 +79,77 @@ def measured(config: Config, run: Runtime, is_deterministic: bool) -> benchmarki
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(start.shape[1]).expand_as(start), start)
     local = LocalBatch.of(batch, zigzag(start.shape[1], mesh.size("context")), mesh, device)
     weight = token_weight(start.numel() * mesh.readers, device)
-    seconds = []
-    for number in range(STEPS):
-        if device.type == "cuda" and number == STEPS - TIMED:
-            torch.cuda.reset_peak_memory_stats()
+
+    def step() -> float:
         began = _now(device)
         forward_backward(model, local, weight)
         global_norm(list(model.parameters()))
         optimizer.step(config.optim.steps // 2)
         optimizer.zero_grad()
-        seconds.append(_now(device) - began)
+        return _now(device) - began
+
+    seconds = []
+    for number in range(STEPS):
+        if device.type == "cuda" and number == STEPS - TIMED:
+            torch.cuda.reset_peak_memory_stats()
+        seconds.append(step())
     parts = [local_of(p).detach() for p in model.parameters()]
     bits = sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in parts)
     allocated = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     slowest = torch.tensor([median(seconds[-TIMED:]), allocated], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     shared = context_parallel.shared_bytes()
+    row = {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{bits:x}"}
+    if timeline is not None:
+        row |= profiled(step, timeline, run)
     context_parallel.close()
-    return {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{bits:x}"}
+    return row
+
+
+Intervals = list[tuple[float, float]]  # beginnings and ends
+
+
+def profiled(step: Callable[[], float], file: Path, run: Runtime) -> benchmarking.Row:
+    """Writes the timeline of a step on rank 0, and says how long its GPU was idle."""
+    of_device = getattr(torch.profiler.ProfilerActivity, run.device.type.upper())
+    with torch.profiler.profile(activities=[of_device]) as profile:
+        step()
+    if not run.is_main:
+        return {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(file))
+    kernels: Intervals = []
+    copies: Intervals = []
+    for event in profile.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            with_host = event.name.startswith(("Memcpy DtoH", "Memcpy HtoD"))
+            (copies if with_host else kernels).append((event.time_range.start, event.time_range.end))
+    idle = gaps(kernels)
+    return {"idle ms": total(idle) / 1000, "idle, copying ms": (total(idle) - total(without(idle, copies))) / 1000}
+
+
+def gaps(busy: Intervals) -> Intervals:
+    """What lies between intervals, which may overlap."""
+    found: Intervals = []
+    last = math.inf
+    for begin, end in sorted(busy):
+        if begin > last:
+            found.append((last, begin))
+        last = end if last == math.inf else max(last, end)
+    return found
+
+
+def without(intervals: Intervals, others: Intervals) -> Intervals:
+    """What is in `intervals`, which do not overlap, and in none of `others`."""
+    found: Intervals = []
+    for begin, end in intervals:
+        inside = [(max(begin, b), min(end, e)) for b, e in others if b < end and e > begin]
+        found += gaps([(begin, begin), *inside, (end, end)])
+    return found
+
+
+def total(intervals: Intervals) -> float:
+    return sum(end - begin for begin, end in intervals)
 
 
 def release(device: torch.device) -> None:
@@ -119,7 +179,9 @@ def expected(config: Config, run: Runtime) -> benchmarking.Row:
     }
 
 
-def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> benchmarking.Row:
+def row(
+    name: str, words: list[str], run: Runtime, is_deterministic: bool, timelines: Path | None
+) -> benchmarking.Row:  # fmt: skip
     """A variant of the run that `words` say."""
     model = composed(words).model
     numbers = {"most": model.layers - 1, "groups": math.gcd(model.kv_heads, MOST_GROUPS)}
@@ -128,7 +190,7 @@ def row(name: str, words: list[str], run: Runtime, is_deterministic: bool) -> be
     capacity = remedies.usable(run.device_bytes) if run.device.type == "cuda" else math.inf
     config = remedies.with_offload_chosen(config, run.world_size, strategy_for(run.ranks_of_a_machine), capacity)
     try:
-        found = measured(config, run, is_deterministic)
+        found = measured(config, run, is_deterministic, timelines and timelines / f"{name}.json")
     except torch.OutOfMemoryError:
         found = {"error": "out of memory"}
     release(run.device)
@@ -141,19 +203,21 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
     parser.add_argument("--deterministic", action="store_true", help="attention adds in one order")
     parser.add_argument("--output", type=Path, help="file for the rows as JSON")
+    parser.add_argument("--timeline", type=Path, metavar="FOLDER", help="profile one more step of each variant")
     arguments = parser.parse_args()
     names = arguments.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
         sys.exit(f"bench_memory: variants {', '.join(unknown)}: must be of {', '.join(VARIANTS)}")
     run = runtime.start(600)
     try:
-        rows = [row(name, arguments.words, run, arguments.deterministic) for name in names]
+        rows = [row(name, arguments.words, run, arguments.deterministic, arguments.timeline) for name in names]
     except UserError as error:
         sys.exit(f"bench_memory: {error}")
     if run.is_main:
         about = benchmarking.setting(run.device) | {"gpus": run.world_size, "words": " ".join(arguments.words)}
         print("  ".join(f"{name} {value}" for name, value in about.items()))
-        print(benchmarking.table(rows, ["variant", "GiB expected", "GiB", "ms expected", "ms", "bits"]))
+        columns = ["variant", "GiB expected", "GiB", "ms expected", "ms", "bits"]
+        print(benchmarking.table(rows, columns + ["idle ms", "idle, copying ms"] * bool(arguments.timeline)))
         if arguments.output:
             arguments.output.write_text(json.dumps({"setting": about, "rows": rows}, indent=1) + "\n")
     runtime.stop()

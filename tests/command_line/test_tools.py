@@ -238,3 +238,15 @@ def test_rates_need_a_gpu(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_rates.py"])
     with pytest.raises(SystemExit, match="measures a GPU, and there is none here"):
         tool.main()
+
+
+def test_idle_time_of_a_timeline(monkeypatch):
+    """Kernels that overlap, gaps between them, and copies that fill a part of these."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = load_tool("bench_memory")
+    idle = tool.gaps([(30.0, 40.0), (0.0, 10.0), (5.0, 12.0), (6.0, 7.0), (20.0, 25.0)])
+    assert idle == [(12.0, 20.0), (25.0, 30.0)]
+    assert tool.total(idle) == 13
+    assert tool.without(idle, [(0.0, 14.0), (13.0, 15.0), (18.0, 26.0)]) == [(15.0, 18.0), (26.0, 30.0)]
+    assert tool.without(idle, []) == idle
+    assert tool.gaps([]) == []
