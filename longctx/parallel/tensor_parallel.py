@@ -83,7 +83,9 @@ def _split_head_by_classes(head: nn.Module, mesh: DeviceMesh) -> None:
 
     def with_whole_targets(_head: nn.Module, inputs: tuple[DTensor, DTensor | None, Tensor | None, Tensor | None]):
         hidden, tied_weight, targets, token_weight = inputs
-        if targets is not None:
+        if targets is None:  # logits; torch 2.11 does not flatten (batch, sequence) where the sequence is split
+            hidden = hidden.redistribute(placements=[Replicate()])
+        else:
             targets = DTensor.from_local(targets, mesh, [Replicate()])
         return hidden, tied_weight, targets, token_weight
 
