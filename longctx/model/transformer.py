@@ -153,7 +153,8 @@ def initial_value(name: str, like: Tensor, config: ModelConfig, seed: int, devic
     std = config.init_std
     if name.endswith(("attention.output.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.layers)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    drawn_as = name.replace("head.weight", "output_weight")  # its name before: a seed gives the model it always gave
+    digest = hashlib.sha256(f"{seed}/{drawn_as}".encode()).digest()
     generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=device).mul_(std).to(like.dtype)
 
