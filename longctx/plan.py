@@ -105,7 +105,7 @@ class _Block(NamedTuple):
     kept: float  # for its backward pass
     in_mlp: float  # of the working set of its backward pass, while it is in the MLP
     in_attention: float
-    in_projections: float = 0.0  # of queries, keys and values, where these are not less than attention needs
+    in_projections: float = 0.0  # of queries, keys and values; of tiled blocks, of others less than attention needs
 
     def times(self, tokens: float) -> _Block:
         return _Block(*(size * tokens for size in self))
@@ -365,11 +365,13 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
         next_block = 0 if alone or done == layers - 1 else gathered_block
         before = FLOAT32 * (sizes.block if done else of_head)  # whose sum over ranks goes on
-        for part, work, made in (
+        parts = [
             ("MLP", block.in_mlp, in_mlp),
             ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
-            ("projections", block.in_projections, in_projections),
-        ):  # fmt: skip
+        ]
+        if config.parallel.is_tiled:
+            parts.append(("projections", block.in_projections, in_projections))
+        for part, work, made in parts:
             points[f"backward pass of layer {number + 1}, in its {part}"] = state | {
                 "gradients": gradients(done) + before + made,
                 "gathered parameters": gathered_root + gathered_block + next_block,
