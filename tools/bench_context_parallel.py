@@ -270,7 +270,7 @@ def main() -> None:
     if unknown := set(names) - set(CONTENDERS):
         sys.exit(f"contenders {', '.join(unknown)}: must be of {', '.join(CONTENDERS)}")
     cases = [replace(case, length=case.length // arguments.divide) for case in CASES]
-    cases = [case for case in cases if any(part in case.name for part in arguments.cases.split(","))]
+    cases = benchmarking.named(cases, arguments.cases)
     about = benchmarking.setting(device) | {"gpus": size}
 
     def say(message: object) -> None:

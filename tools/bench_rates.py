@@ -54,9 +54,7 @@ class Step(NamedTuple):
     name: str
     seconds: float
     attention: float
-    unit: tuple[
-        float, float, float
-    ]  # products at their full rate, other kernels at 1 us, weights at 1 byte a parameter
+    unit: tuple[float, float, float]
 
     def expected(self, fitted: dict[str, float]) -> float:
         share, others, update = (fitted[name] for name in FITTED)

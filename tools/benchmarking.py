@@ -61,15 +61,10 @@ def run(
             f"bench_{report.name}: measures GPUs, and there is none here; to try the tool make the cases small: "
             f"TRITON_INTERPRET=1 python tools/bench_{report.name}.py --divide 4096"
         )
-    chosen = [
-        divided(case, arguments.divide)
-        for case in cases
-        if any(part in case.name for part in arguments.cases.split(","))
-    ]
+    chosen = [divided(case, arguments.divide) for case in named(cases, arguments.cases)]
     if not chosen:
-        sys.exit(
-            f"no case has one of {arguments.cases!r} in its name; there are {', '.join(case.name for case in cases)}"
-        )
+        there = ", ".join(case.name for case in cases)
+        sys.exit(f"no case has one of {arguments.cases!r} in its name; there are {there}")
     about = setting(device) | ceilings(device)
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rows = []
@@ -83,6 +78,11 @@ def run(
     print(table(rows, ["case", "contender", *report.columns]))
     write(arguments.output, report.name, about, rows, report.values, report.unit)
     print(f"written to {arguments.output}")
+
+
+def named(cases: Sequence[Any], parts: str) -> list[Any]:
+    """The cases whose name has one of `parts` in it, which are separated by commas."""
+    return [case for case in cases if any(part in case.name for part in parts.split(","))]
 
 
 def document_lengths(total: int, median: int) -> list[int]:

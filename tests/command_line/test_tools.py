@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -26,12 +27,13 @@ def run_tool(*words: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def load_tool(name: str) -> ModuleType:
-    """A tool as a module, to call it in this process."""
+    """A tool as a module, to call it in this process; it finds the other tools as when it is started."""
     spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -209,9 +211,8 @@ def test_the_command_of_a_plan():
     assert {word.partition("=")[0] for word in typed[16:]} == {"parallel.strategy", "parallel.recompute"}
 
 
-def test_rates_are_fitted_to_steps(monkeypatch):
+def test_rates_are_fitted_to_steps():
     """Steps made by known rates give these rates, also where one is off by a few per cent."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     tool = load_tool("bench_rates")
     true = dict(zip(tool.FITTED, (0.9, 0.2, 60.0), strict=True))
     steps = [
@@ -232,7 +233,6 @@ def test_rates_are_fitted_to_steps(monkeypatch):
 
 
 def test_rates_need_a_gpu(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
     tool = load_tool("bench_rates")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench_rates.py"])
@@ -240,9 +240,8 @@ def test_rates_need_a_gpu(monkeypatch):
         tool.main()
 
 
-def test_idle_time_of_a_timeline(monkeypatch):
+def test_idle_time_of_a_timeline():
     """Kernels that overlap, gaps between them, and copies that fill a part of these."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
     tool = load_tool("bench_memory")
     idle = tool.gaps([(30.0, 40.0), (0.0, 10.0), (5.0, 12.0), (6.0, 7.0), (20.0, 25.0)])
     assert idle == [(12.0, 20.0), (25.0, 30.0)]
