@@ -14,7 +14,7 @@ Dims from rotary_dim on stay as they are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from longctx.kernels import addressing, hardware
 from longctx.kernels.addressing import power_of_two
 from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import wide
+from longctx.kernels.triton_op import launchable, triton_op
 
 
 class RotaryBlocks(NamedTuple):
@@ -130,8 +131,8 @@ def rotary_triton(
 
 
 def _launch(
-    q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor |
-    None, interleaved: bool, inverse: bool,
+    kernel: Any, q: Tensor, k: Tensor | None, q_out: Tensor, k_out: Tensor | None, cos: Tensor, sin: Tensor,
+    positions: Tensor | None, interleaved: bool, inverse: bool,
 ) -> None:  # fmt: skip
     batch, n_tokens, heads, head_dim = q.shape
     if not q.numel():
@@ -144,7 +145,7 @@ def _launch(
         triton.cdiv(max(heads, 0 if k is None else k.shape[2]), blocks.heads),
     )
     with hardware.on_device(q):
-        rotary_triton[grid](
+        kernel[grid](
             q, k, q_out, k_out, cos, sin, positions, *q.stride()[:3], *addressing.strides(k, 4)[:3],
             *q_out.stride()[:3],
             *addressing.strides(k_out, 4)[:3], 0 if positions is not None else addressing.shared_stride(cos), pairs,
@@ -156,29 +157,25 @@ def _launch(
 
 # custom ops -----------------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse"
 
-
-def _out_of_place(q, k, *call):
+def _out_of_place(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
     q, k = addressing.readable(q), None if k is None else addressing.readable(k)
     q_out, k_out = (None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _launch(q, k, q_out, k_out, *call)
+    assert q_out is not None
+    _launch(launchable(rotary_triton), q, k, q_out, k_out, cos, sin, positions, interleaved, inverse)
     return q_out, q.new_empty(0) if k_out is None else k_out
 
 
-def _in_place(q, k, *call):
-    _launch(q, k, q, k, *call)
+def _in_place(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> None:
+    _launch(rotary_triton, q, k, q, k, cos, sin, positions, interleaved, inverse)
 
 
-_rotary = custom_op(
-    "longctx::rotary", _out_of_place, mutates_args=(), schema=f"(Tensor q, Tensor? k, {_ARGUMENTS}) -> (Tensor, Tensor)"
-)
-_rotary_in_place = custom_op(
-    "longctx::rotary_",
-    _in_place,
-    mutates_args=("q", "k"),
-    schema=f"(Tensor(a!) q, Tensor(b!)? k, {_ARGUMENTS}) -> ()",
-)
+_rotary = triton_op("rotary", _out_of_place)
+_rotary_in_place = custom_op("longctx::rotary_", _in_place, mutates_args=("q", "k"))
 
 
 @_rotary.register_fake

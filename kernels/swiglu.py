@@ -1,6 +1,8 @@
 """SwiGLU: silu(gate) * up, with silu(x) = x / (1 + exp(-x)). (Shazeer 2020, GLU Variants Improve Transformer)
 
-The backward pass makes silu again from the gate instead of keeping it.
+The backward pass makes silu again from the gate instead of keeping it. With the matrix product that follows as one op,
+`swiglu_linear`, what goes into that product is made again too, in the memory of its gradient, by the kernel that makes
+the gradients of gate and up: those two alone are kept.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -13,11 +15,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
-from longctx.kernels import addressing, hardware
+from longctx.kernels import addressing, hardware, precision
 from longctx.kernels.addressing import RowBlocks, padded
+from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import LOG2_E, wide
+from longctx.kernels.triton_op import launchable, triton_op
 
 
 def _blocks(columns: int) -> RowBlocks:
@@ -56,9 +59,10 @@ def swiglu_forward_triton(
 
 @triton.jit
 def swiglu_backward_triton(
-    dout, gate, up, dgate, dup, n_rows, n_columns, dout_row, gate_row, up_row, gradient_row,
+    dout, gate, up, dgate, dup, out, n_rows, n_columns, dout_row, gate_row, up_row, gradient_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """`out`, None or contiguous, becomes the forward pass's result; it may be the memory of dout."""
     row, column, inside = _tile(n_rows, n_columns, ROWS, COLUMNS)
     d = tl.load(dout + row * dout_row + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -69,6 +73,8 @@ def swiglu_backward_triton(
     offsets = row * gradient_row + column
     tl.store(dgate + offsets, of_gate.to(dgate.dtype.element_ty), mask=inside)
     tl.store(dup + offsets, (d * silu).to(dup.dtype.element_ty), mask=inside)
+    if out is not None:
+        tl.store(out + row * n_columns + column, (silu * u).to(out.dtype.element_ty), mask=inside)
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -78,23 +84,25 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
         blocks = _blocks(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
         with hardware.on_device(gate):
-            swiglu_forward_triton[grid](
+            launchable(swiglu_forward_triton)[grid](
                 gate, up, out, *gate.shape, gate.stride(0), up.stride(0),
                 ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
             )  # fmt: skip
     return out
 
 
-def _backward_into(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    """dgate and dup (rows, columns) have one stride."""
+def _backward_into(
+    dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, out: Tensor | None = None
+) -> None:
+    """dgate and dup (rows, columns) have one stride; `out`: see the kernel."""
     dout, gate, up = addressing.rows(dout), addressing.rows(gate), addressing.rows(up)
     if dout.numel():
         blocks = _blocks(gate.shape[1])
         grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
         with hardware.on_device(gate):
-            swiglu_backward_triton[grid](
-                dout, gate, up, dgate, dup, *gate.shape, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
-                ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
+            launchable(swiglu_backward_triton)[grid](
+                dout, gate, up, dgate, dup, out, *gate.shape, dout.stride(0), gate.stride(0), up.stride(0),
+                dgate.stride(0), ROWS=blocks.rows, COLUMNS=blocks.columns, num_warps=blocks.warps,
             )  # fmt: skip
 
 
@@ -105,33 +113,43 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
 
 
-def _backward(dout, gate, up):
+def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradients(dout, gate, up)
+
+
+def _gradients(dout: Tensor, gate: Tensor, up: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    _backward_into(dout, gate, up, *(x.view(-1, gate.shape[-1]) for x in (dgate, dup)))
+    _backward_into(dout, gate, up, *(x.view(-1, gate.shape[-1]) for x in (dgate, dup)), out)
     return dgate, dup
 
 
-def _packed_forward(x):
+def _packed_forward(x: Tensor) -> Tensor:
     return _forward(*_halves(x))
 
 
-def _packed_backward(dout, x):
+def _packed_backward(dout: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _backward_into(dout, *_halves(x), *_halves(dx.view(-1, x.shape[-1])))
     return dx
 
 
-_swiglu = custom_op("longctx::swiglu", _forward, mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
-_swiglu_backward = custom_op(
-    "longctx::swiglu_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-)
-_swiglu_packed = custom_op("longctx::swiglu_packed", _packed_forward, mutates_args=(), schema="(Tensor x) -> Tensor")
-_swiglu_packed_backward = custom_op(
-    "longctx::swiglu_packed_backward", _packed_backward, mutates_args=(), schema="(Tensor dout, Tensor x) -> Tensor"
-)
+def _linear_forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(_forward(gate, up), weight, bias)
+
+
+def _linear_backward(dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = dy.reshape(-1, dy.shape[-1])
+    hidden = torch.mm(rows, weight)  # its gradient, and then itself
+    dgate, dup = _gradients(hidden, gate, up, hidden)
+    return dgate, dup, torch.mm(rows.T, hidden)
+
+
+_swiglu = triton_op("swiglu", _forward)
+_swiglu_backward = triton_op("swiglu_backward", _backward)
+_swiglu_packed = triton_op("swiglu_packed", _packed_forward)
+_swiglu_packed_backward = triton_op("swiglu_packed_backward", _packed_backward)
+_swiglu_linear = triton_op("swiglu_linear", _linear_forward)
+_swiglu_linear_backward = triton_op("swiglu_linear_backward", _linear_backward)
 
 
 @_swiglu.register_fake
@@ -154,6 +172,16 @@ def _(dout, x):
     return x.new_empty(x.shape)
 
 
+@_swiglu_linear.register_fake
+def _(gate, up, weight, bias):
+    return gate.new_empty((*gate.shape[:-1], len(weight)))
+
+
+@_swiglu_linear_backward.register_fake
+def _(dy, gate, up, weight):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape), weight.new_empty(weight.shape)
+
+
 def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -162,6 +190,20 @@ _swiglu.register_autograd(lambda ctx, dout: _swiglu_backward(dout, *ctx.saved_te
 _swiglu_packed.register_autograd(
     lambda ctx, dout: _swiglu_packed_backward(dout, *ctx.saved_tensors), setup_context=_save_inputs
 )
+
+
+def _save_for_linear(ctx, inputs, output) -> None:
+    gate, up, weight, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(gate, up, weight)
+
+
+def _linear_autograd(ctx, dy: Tensor):
+    dbias = dy.flatten(0, -2).sum(0, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype) if ctx.has_bias else None
+    return *_swiglu_linear_backward(dy, *ctx.saved_tensors), dbias
+
+
+_swiglu_linear.register_autograd(_linear_autograd, setup_context=_save_for_linear)
 
 
 # public ---------------------------------------------------------------------------------------------------------------
@@ -180,3 +222,17 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "aut
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return swiglu_reference(*(_halves(gate) if up is None else (gate, up)))
     return _swiglu_packed(gate) if up is None else _swiglu(gate, up)
+
+
+def swiglu_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str = "auto"
+) -> Tensor:
+    """swiglu(gate, up) W^T + bias, (..., out_features), with the gradients of the two one after the other.
+
+    gate and up (..., width) as `swiglu` takes them, weight (out_features, width) and bias (out_features,) of their
+    dtype, not DTensors. Kept for the backward pass: gate, up and the weight.
+    """
+    gate, up, weight, bias = precision.autocast(gate, up, weight, bias)  # pyright: ignore[reportAssignmentType]
+    if hardware.triton_or_reference(implementation, gate) == "reference":
+        return F.linear(swiglu_reference(gate, up), weight, bias)
+    return _swiglu_linear(gate, up, weight, bias)

@@ -16,6 +16,12 @@ def wide(x):
 
 
 @triton.jit
+def single(x):
+    """A float as float32: torch.compile passes Python's floats as float64, in which a tile would be computed then."""
+    return tl.cast(x, tl.float32)
+
+
+@triton.jit
 def finite(peak):
     """A maximum of nothing, -inf, as 0: exp(-inf - 0) is 0 where exp(-inf - -inf) is NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)

@@ -69,19 +69,26 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         for bucket in self.buckets:
-            updates = self._orthogonalized(bucket, [self._nesterov(m.parameter, momentum) for m in bucket])
-            for matrix, update in zip(bucket, updates, strict=True):
+            updates = self._orthogonalized(bucket, self._nesterov(bucket, momentum))
+            held = [local_of(matrix.parameter) for matrix in bucket]
+            torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
+            by_rate: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for matrix, here, update in zip(bucket, held, updates, strict=True):
                 rows, columns = matrix.parameter.shape
-                here = local_of(matrix.parameter)
-                here.mul_(1 - lr * group["weight_decay"])
-                here.add_(update.view_as(here), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                by_rate[lr * math.sqrt(max(1, rows / columns))].append((here, update.view_as(here)))
+            for rate, pairs in by_rate.items():
+                torch._foreach_add_(*zip(*pairs, strict=True), alpha=-rate)
 
-    def _nesterov(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Takes the gradient into the momentum; returns what this rank holds of the update, (elements,)."""
-        assert parameter.grad is not None
-        gradient, mean = local_of(parameter.grad), local_of(self.state[parameter]["momentum_buffer"])
-        mean.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(mean, momentum).to(self.dtype).flatten()
+    def _nesterov(self, bucket: list[Matrix], momentum: float) -> list[Tensor]:
+        """Takes the gradients into the momentum; returns what this rank holds of the updates, each (elements,)."""
+        gradients = [local_of(matrix.parameter.grad) for matrix in bucket if matrix.parameter.grad is not None]
+        means = [local_of(self.state[matrix.parameter]["momentum_buffer"]) for matrix in bucket]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        directions = [direction.reshape(-1) for direction in torch._foreach_lerp(gradients, means, momentum)]
+        sizes = [len(direction) for direction in directions]
+        parts = list(directions[0].new_empty(sum(sizes), dtype=self.dtype).split(sizes))
+        torch._foreach_copy_(parts, directions)
+        return parts
 
     def _orthogonalized(self, bucket: list[Matrix], parts: list[Tensor]) -> list[Tensor]:
         """This rank's parts of the bucket's updates, orthogonalised as whole matrices by their owners."""
@@ -92,13 +99,7 @@ class Muon(torch.optim.Optimizer):
         ]
         incoming = [[m.size_of_part(rank) if rank in m.senders else 0 for m in mine] for rank in everyone]
         arrived = self._exchange(outgoing, incoming)
-        wholes = [parts[0].new_empty(m.parameter.shape) for m in mine]
-        for rank, pieces in zip(everyone, arrived, strict=True):
-            for m, whole, piece in zip(mine, wholes, pieces, strict=True):
-                if rank in m.senders:
-                    held = whole[m.boxes[rank]]
-                    held.copy_(piece.view_as(held))
-
+        wholes = [_assembled(m, [arrived[rank][number] for rank in m.senders]) for number, m in enumerate(mine)]
         wholes = orthogonalize(wholes)
         results = [[whole[m.boxes[rank]].flatten() for m, whole in zip(mine, wholes, strict=True)] for rank in everyone]
         back = self._exchange(
@@ -118,6 +119,17 @@ class Muon(torch.optim.Optimizer):
         arrived = buffer.new_empty(sum(came))
         dist.all_to_all_single(arrived, buffer, came, sent)
         return [list(part.split(sizes)) for part, sizes in zip(arrived.split(came), incoming, strict=True)]
+
+
+def _assembled(matrix: Matrix, parts: list[Tensor]) -> Tensor:
+    """The whole matrix of the parts, (elements,) each, that its senders hold."""
+    if len(parts) == 1:
+        return parts[0].view(matrix.parameter.shape)
+    whole = parts[0].new_empty(matrix.parameter.shape)
+    for rank, part in zip(matrix.senders, parts, strict=True):
+        held = whole[matrix.boxes[rank]]
+        held.copy_(part.view_as(held))
+    return whole
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:

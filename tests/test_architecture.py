@@ -182,8 +182,9 @@ def test_every_kernel_has_a_name_of_its_own():
     for path in (ROOT / "kernels").rglob("*.py"):
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
-            is_kernel = isinstance(node, ast.FunctionDef) and any("jit" in ast.dump(d) for d in node.decorator_list)
-            if is_kernel and f"{node.name}[" in text:  # launched, rather than called by another
+            if not isinstance(node, ast.FunctionDef) or not any("jit" in ast.dump(d) for d in node.decorator_list):
+                continue
+            if f"{node.name}[" in text or f"launchable({node.name})" in text:  # rather than called by another
                 names.append(node.name)
     assert len(names) == len(set(names)) >= 17
     assert all(name.endswith(("_triton", "_hopper")) and not name.startswith("_") for name in names), names

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from longctx.kernels import hardware
 from longctx.kernels.dropout import new_seed
 from longctx.kernels.norm import reference, triton_norm
+from longctx.kernels.triton_op import triton_op
 
 WIDEST = 65536
-
-_DROPOUT = "float dropout, Tensor? seed, Tensor? row_ids"
 
 
 def norm(
@@ -88,7 +86,10 @@ def _check(x, weight, bias, residual, dropout, seed, row_ids) -> None:
 # What a call has no use for is a tensor without elements: ops return as many tensors as their schema says.
 
 
-def _op_forward(x, weight, bias, residual, total_dtype, eps, weight_offset, subtract_mean, dropout, seed, row_ids):
+def _op_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, total_dtype: torch.dtype | None,
+    eps: float, weight_offset: float, subtract_mean: bool, dropout: float, seed: Tensor | None, row_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y, total, statistics = triton_norm.forward_in_triton(
         x, residual, weight, bias, triton_norm.Dropout(dropout, seed, row_ids), eps, weight_offset, subtract_mean,
         total_dtype,
@@ -96,13 +97,7 @@ def _op_forward(x, weight, bias, residual, total_dtype, eps, weight_offset, subt
     return y, x.new_empty(0) if total is None else total, statistics
 
 
-_norm = custom_op(
-    "longctx::norm",
-    _op_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, ScalarType? total_dtype, float eps, "
-    f"float weight_offset, bool subtract_mean, {_DROPOUT}) -> (Tensor, Tensor, Tensor)",
-)
+_norm = triton_op("norm", _op_forward)
 
 
 @_norm.register_fake
@@ -112,24 +107,21 @@ def _(x, weight, bias, residual, total_dtype, eps, weight_offset, subtract_mean,
     return x.new_empty(x.shape), total, statistics
 
 
+# arguments from the first dtype on are part of the key under which DTensor remembers placements
 def _op_backward(
-    dy, dtotal, total, weight, statistics, x_dtype, residual_dtype, has_bias, weight_offset, dropout, seed, row_ids
-):  # fmt: skip
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor | None, statistics: Tensor, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None, has_bias: bool, weight_offset: float, dropout: float, seed: Tensor | None,
+    row_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dropped = triton_norm.Dropout(dropout, seed, row_ids)
     gradients = triton_norm.backward_in_triton(
         dy, dtotal, total, weight, has_bias, statistics, dropped, weight_offset, x_dtype, residual_dtype
     )
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    dx, dresidual, dweight, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dresidual, dweight, dbias
 
 
-_norm_backward = custom_op(
-    "longctx::norm_backward",
-    _op_backward,
-    mutates_args=(),
-    # arguments from the first int on (a dtype is one) are part of the key under which DTensor remembers placements
-    schema="(Tensor dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor statistics, ScalarType x_dtype, "
-    f"ScalarType? residual_dtype, bool has_bias, float weight_offset, {_DROPOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+_norm_backward = triton_op("norm_backward", _op_backward)
 
 
 @_norm_backward.register_fake

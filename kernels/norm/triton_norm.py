@@ -20,7 +20,8 @@ from torch import Tensor
 from longctx.kernels import addressing, hardware
 from longctx.kernels.addressing import RowBlocks, padded
 from longctx.kernels.dropout import dropout_threshold
-from longctx.kernels.triton_math import kept_of_rows, wide
+from longctx.kernels.triton_math import kept_of_rows, single, wide
+from longctx.kernels.triton_op import launchable
 
 
 def _forward_blocks(x: Tensor) -> RowBlocks:
@@ -117,6 +118,7 @@ def norm_forward_triton(
     n_rows, x_row, residual_row, eps, weight_offset, threshold, keep_scale,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    eps, weight_offset, keep_scale = single(eps), single(weight_offset), single(keep_scale)
     row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     is_row = row < n_rows
     if GROUPS == 1:
@@ -221,6 +223,7 @@ def norm_backward_triton(
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, SUBTRACT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
+    weight_offset, keep_scale = single(weight_offset), single(keep_scale)
     share = wide(tl.program_id(0))
     group = share % GROUPS + tl.zeros((1,), tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -347,7 +350,7 @@ def forward_in_triton(
         return y, total, statistics
     blocks = _forward_blocks(x)
     with hardware.on_device(x):
-        norm_forward_triton[(triton.cdiv(len(rows), blocks.rows),)](
+        launchable(norm_forward_triton)[(triton.cdiv(len(rows), blocks.rows),)](
             rows, residual_rows, _contiguous(weight), _contiguous(bias), dropout.seed, _contiguous(dropout.row_ids), y,
             total, statistics, len(rows), rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0), eps, weight_offset, dropout.threshold,
@@ -386,7 +389,7 @@ def backward_in_triton(
     )
     if total.numel():
         with hardware.on_device(total):
-            norm_backward_triton[(programs,)](
+            launchable(norm_backward_triton)[(programs,)](
                 dy_rows, dtotal_rows, total_rows, _contiguous(weight), statistics, dropout.seed,
                 _contiguous(dropout.row_ids), dx, dresidual, dweight, dbias, len(total_rows), dy_rows.stride(0),
                 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0), weight_offset,

@@ -14,7 +14,7 @@ from longctx.config import Activation, ModelConfig, Positions, layer_windows, la
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.loss import reference
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
-from longctx.kernels.swiglu import swiglu
+from longctx.kernels.swiglu import swiglu, swiglu_linear
 from longctx.model.attention import Attention
 from longctx.model.norm import make_norm
 from longctx.model.rotary import cos_sin
@@ -29,11 +29,15 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.projection_bias)
         self.gate, self.fused_ops = None, str(config.fused_ops)
+        self.fuses_down = False  # makes again what comes between the products: where nothing else is made again
         if config.activation == Activation.swiglu:
             self.gate = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.hidden(x))
+        if self.gate is None or not self.fuses_down:
+            return self.down(self.hidden(x))
+        down = self.down
+        return swiglu_linear(self.gate(x), self.up(x), down.weight, down.bias, implementation=self.fused_ops)
 
     def hidden(self, x: Tensor) -> Tensor:
         """What comes between the products, (..., mlp_width)."""

@@ -40,6 +40,8 @@ def parallelize(
         if parallel.is_tiled:
             block.run = TiledBlock(block, layer, parallel.tile, recompute, offload, parallel.head_groups)
             continue
+        # checkpointing runs a block again up to the last product's inputs, and tensor parallelism calls it as a layer
+        block.mlp.fuses_down = recompute == Recompute.none and mesh.size("tensor") == 1
         apply_activation_checkpointing(block, recompute)
         if parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
             block.compile(fullgraph=recompute == Recompute.none)

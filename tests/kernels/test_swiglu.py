@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.kernels.swiglu import swiglu
-from precision import DTYPES, assert_precise, random
+from longctx.kernels.swiglu import swiglu, swiglu_linear
+from precision import DEVICE, DTYPES, assert_precise, random
 from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -46,6 +47,37 @@ def test_large_gates():
         lambda g, u: torch.nn.functional.silu(g) * u,
         [gate, random(1, 5)],
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_with_the_product_that_follows(with_bias, dtype):
+    inputs = [random(2, 7, 40, dtype=dtype), random(2, 7, 40, dtype=dtype, seed=1), random(24, 40, dtype=dtype)]
+    inputs += [random(24, dtype=dtype)] if with_bias else []
+    assert_precise(
+        lambda *t: swiglu_linear(*t, implementation="triton"),
+        lambda gate, up, *layer: F.linear(plain_swiglu(gate, up), *layer),
+        inputs,
+        ulps=2,
+    )
+
+
+def test_what_is_kept_for_the_product():
+    """Gate, up and the weight, and not what the product is made of."""
+    kept = []
+    gate, up, weight = (random(*shape).requires_grad_() for shape in ((6, 40), (6, 40), (24, 40)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        swiglu_linear(gate, up, weight, implementation="triton")
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (gate, up, weight)]
+
+
+def test_autocast_of_the_product():
+    inputs = [random(*shape, dtype=torch.float32).requires_grad_() for shape in ((6, 40), (6, 40), (24, 40))]
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    with torch.autocast(DEVICE, dtype):
+        y = swiglu_linear(*inputs, implementation="triton")
+    assert y.dtype == dtype
+    assert [x.dtype for x in torch.autograd.grad(y.sum(), inputs)] == [torch.float32] * 3
 
 
 def test_refusals():

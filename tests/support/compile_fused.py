@@ -6,10 +6,12 @@ Runs in a process of its own: where TRITON_INTERPRET is set nothing compiles.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 
 import torch
+from torch._library.triton import set_wrap_triton_enabled
 
 from compiled import compile_launches
 from longctx.kernels import dense, rotary, softmax, swiglu
@@ -48,13 +50,14 @@ def cross_entropy(classes: int, options: LossOptions) -> None:
 
 def rotary_of_both(interleaved: bool) -> None:
     q, k, angle = empty(1, 32768, 32, 128), empty(1, 32768, 8, 128), empty(1, 32768, 64, dtype=torch.float32)
-    rotary._launch(q, k, empty(*q.shape), empty(*k.shape), angle, angle, None, interleaved, False)
+    rotary._launch(rotary.rotary_triton, q, k, empty(*q.shape), empty(*k.shape), angle, angle, None, interleaved, False)
 
 
 def swiglu_both_ways() -> None:
     gate, up = empty(32768, 14336), empty(32768, 14336)
     swiglu._forward(gate, up)
     swiglu._backward(gate, gate, up)
+    swiglu._gradients(gate, gate, up, gate)
 
 
 def softmax_both_ways(columns: int) -> None:
@@ -98,13 +101,17 @@ CASES: dict[str, Callable[[], None]] = {
 
 def main(architecture: str) -> None:
     for case, call in CASES.items():
-        for kernel in compile_launches(call, architecture):
+        is_seen_by_compile = any(word in case for word in ("norm", "rotary", "swiglu"))
+        with set_wrap_triton_enabled(False):  # as in an op outside torch.compile
+            kernels = compile_launches(call, architecture, floats="fp64" if is_seen_by_compile else "fp32")
+        for kernel in kernels:
             record = {
                 "case": case, "kernel": kernel.name, "architecture": architecture, "registers": kernel.registers,
                 "spills": kernel.spill_bytes, "shared": kernel.shared_bytes,
                 "wide_loads": kernel.assembly.count("ld.global.v4.b32"),
                 "wide_stores": kernel.assembly.count("st.global.v4.b32"),
                 "async_copies": kernel.assembly.count("cp.async.cg"),
+                "doubles": len(re.findall(r"^\s*(?!cvt|ld|mov)\w+[.\w]*\.f64", kernel.assembly, re.MULTILINE)),
             }  # fmt: skip
             print(json.dumps(record), flush=True)
 

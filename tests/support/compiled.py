@@ -90,11 +90,11 @@ class Compiled(NamedTuple):
 
 
 def compile_launches(
-    call: Callable[[], object], architecture: str, only: tuple[str, ...] | None = None
+    call: Callable[[], object], architecture: str, only: tuple[str, ...] | None = None, floats: str = "fp32"
 ) -> list[Compiled]:
     """The kernels that `call` launches on `meta` tensors, for `architecture`: sm_80, sm_90, ... or AMD's gfx942.
 
-    `only`: of these names.
+    `only`: of these names. `floats`: what Python's are passed as, by torch.compile fp64.
     """
     compiled: list[Compiled] = []
     is_nvidia = architecture.startswith("sm_")
@@ -102,7 +102,7 @@ def compile_launches(
 
     def run(kernel, *args, grid, warmup, **kwargs):
         if only is None or kernel.__name__ in only:
-            compiled.append(_compile(kernel, args, kwargs, target))
+            compiled.append(_compile(kernel, args, kwargs, target, floats))
 
     pretended = architecture if is_nvidia else "hip"
     with (
@@ -113,7 +113,7 @@ def compile_launches(
     return compiled
 
 
-def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> Compiled:
+def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget, floats: str) -> Compiled:
     names = kernel.arg_names
     options = {name: value for name, value in kwargs.items() if name not in names}
     values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
@@ -138,7 +138,7 @@ def _compile(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) 
             if value % 16 == 0 and name not in general:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32"
+            signature[name] = floats
     source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = source_type(kernel, signature, constants, attributes)
     ptxas = PtxasLog()

@@ -37,3 +37,8 @@ def test_accesses_are_sixteen_bytes_wide(kernels):
             continue
         assert kernel["async_copies"] + kernel["wide_loads"] > 0, kernel
         assert kernel["wide_stores"] > 0 or kernel["kernel"] in FEW_WRITES, kernel
+
+
+def test_nothing_is_computed_in_float64(kernels):
+    """Although torch.compile passes Python's floats so."""
+    assert [(kernel["kernel"], kernel["doubles"]) for kernel in kernels if kernel["doubles"]] == []

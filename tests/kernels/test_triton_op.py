@@ -1,0 +1,58 @@
+"""Fused ops inside torch.compile: what they give, and that compiled code launches their kernels without the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from longctx.kernels.norm.rms_norm import add_rms_norm, rms_norm
+from longctx.kernels.rotary import apply_rotary_to_both
+from longctx.kernels.swiglu import swiglu, swiglu_linear
+from precision import DEVICE, random, relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+SHAPES = [(2, 8, 64), (2, 8, 64), (64,), (64, 64), (2, 8, 8), (2, 8, 8)]
+
+
+def layers(x: Tensor, residual: Tensor, weight: Tensor, matrix: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every op that is a `triton_op`."""
+    normed, total = add_rms_norm(x, residual, weight, implementation="triton")
+    q, k = (t.view(2, 8, 4, 16) for t in (normed @ matrix, normed))
+    q, k = apply_rotary_to_both(rms_norm(q, weight[:16], implementation="triton"), k, cos, sin, implementation="triton")
+    q, k = q.flatten(2), k.flatten(2)
+    hidden = swiglu(torch.cat((q, k), -1), implementation="triton") + swiglu(k, q, implementation="triton")
+    return total + swiglu_linear(hidden, normed, matrix, implementation="triton")
+
+
+def both_ways(function: Callable[..., Tensor]) -> list[Tensor]:
+    inputs = [
+        random(*shape, seed=seed).requires_grad_(len(shape) < 3 or shape[-1] > 8) for seed, shape in enumerate(SHAPES)
+    ]
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y.square().sum(), [x for x in inputs if x.requires_grad])]
+
+
+def test_compiled_gives_what_eager_does():
+    torch.compiler.reset()
+    compiled = torch.compile(layers, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    for ours, eager in zip(both_ways(compiled), both_ways(layers), strict=True):
+        assert relative_error(ours, eager.double()) < 1e-5
+
+
+@pytest.mark.gpu(1)
+def test_compiled_code_has_the_kernels_and_not_the_ops():
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch.compiler.reset()
+    both_ways(torch.compile(layers, fullgraph=True, backend=aot_autograd(fw_compiler=keep)))
+    assert [name for name in seen if "longctx" in name] == []
+    # norms 2, rotary 1, packed and split SwiGLU 1 each, that of the product 1; and as many of the backward pass
+    assert len([name for name in seen if "triton_kernel_wrapper" in name]) == 12
