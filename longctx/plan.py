@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from longctx.config import (
@@ -25,6 +26,7 @@ from longctx.config import (
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
 
 GIB = 1 << 30
+UNIT_BYTES = 64 << 20  # that FSDP gathers together at least, if there are several blocks
 FLOAT32 = 4  # bytes
 # an offloaded optimizer's moments come in pieces of so many numbers (a power of two, so that a CPU's vector
 # instructions take the same ones together): one comes, one is updated, one leaves
@@ -78,6 +80,23 @@ def state_bytes(config: Config, world_size: int) -> int:
         return (matrices + rest) * adamw // ranks
     muon = 3 * FLOAT32  # a parameter, its gradient, one momentum
     return (rest * adamw + matrices * muon) // ranks
+
+
+def blocks_of_units(config: Config) -> list[int]:
+    """How many blocks FSDP gathers together, unit by unit: of small ones so many that a unit has some 64 MiB.
+
+    What a unit costs the CPU, some milliseconds a step, does not depend on its size.
+    """
+    model, layers = config.model, config.model.layers
+    numbers = (sum(parameters(model)) - _root_parameters(model)) // layers // config.parallel.tensor
+    most = max(1, UNIT_BYTES // (numbers * bytes_of_a_number(config)))
+    units = -(-layers // most)
+    return [(layers * (unit + 1)) // units - layers * unit // units for unit in range(units)]
+
+
+def bytes_of_a_number(config: Config) -> int:
+    """Of what is computed with."""
+    return FLOAT32 if config.precision.compute == ComputeDtype.float32 else 2
 
 
 # memory of a step ----------------------------------------------------------------------------------------------------
@@ -150,7 +169,7 @@ def micro_batches_of(config: Config, world_size: int) -> int:
 def _sizes(config: Config, world_size: int) -> _Sizes:
     model, parallel, data = config.model, config.parallel, config.data
     assert parallel.offload >= 0, "see `remedies.with_offload_chosen`"
-    compute = FLOAT32 if config.precision.compute == ComputeDtype.float32 else 2
+    compute = bytes_of_a_number(config)
     shard = resolve_shard(parallel, world_size)
     tokens = micro_batch(data, _readers(config, world_size)) * data.sequence_length // parallel.context
     width, mlp = compute * model.width, compute * model.mlp_width / parallel.tensor
@@ -306,9 +325,11 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     whole_gradients = FLOAT32 * count / sizes.ranks
     table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
     # units of parameters that are gathered together: with one table for both embedding and head these are the root,
-    # which stays gathered; else each is its own
+    # which stays gathered; else each is its own; the last blocks' stays gathered for its backward pass
     of_head = 0 if model.tied_embeddings else sizes.table
-    gathered_block, gathered_head = sizes.compute * sizes.block, sizes.compute * of_head
+    units = blocks_of_units(config)
+    gathered_units = [sizes.compute * sizes.block * blocks for blocks in units]
+    gathered_head, gathered_last = sizes.compute * of_head, gathered_units[-1]
     gathered_root = sizes.compute * (sizes.root - 2 * of_head)
     last = sizes.root - of_head  # whose sum over ranks is the last
 
@@ -328,18 +349,19 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     points = {
         "losses": state | {
             "gradients": whole_gradients if accumulates else 0.0,
-            "gathered parameters": gathered_root + gathered_head + (0 if alone else gathered_head or gathered_block),
+            "gathered parameters": gathered_root + gathered_head + gathered_last
+            + (0 if alone else gathered_head or gathered_last),
             "saved for the backward pass": kept(layers),
             "losses": 3 * sizes.hidden + sizes.normed + sizes.logits + table_gradient,
         },
         "sum of the head's gradients over ranks": state | {
             "gradients": (whole_gradients if accumulates else 0.0) + FLOAT32 * of_head * (2 + 1 / sizes.ranks),
-            "gathered parameters": gathered_root + (0 if alone else gathered_block),
+            "gathered parameters": gathered_root + gathered_last,
             "saved for the backward pass": kept(layers),
             "losses": held + sizes.hidden,
         },
         "gradient of the embedding": state | {
-            "gradients": gradients(layers) + FLOAT32 * sizes.block,
+            "gradients": gradients(layers) + FLOAT32 * sizes.block * units[0],
             "gathered parameters": gathered_root,
             "losses": held + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
         },
@@ -359,32 +381,33 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     in_projections = in_attention + sizes.compute * 2 * model.width * model.kv_heads * model.head_dim
     if sizes.tiles > 1:
         in_mlp = FLOAT32 * sizes.after_attention
-    saved = config.parallel.attention_saved_layers
-    ends = {0, 1, layers - 1} | {n + i for n in (saved, layers - offloaded) for i in (-2, -1, 0, 1)}
-    for done in ends & set(range(layers)):  # blocks whose backward pass is over; in between memory changes by a line
-        number = layers - 1 - done
-        block = sizes.blocks[policies[number]]
-        is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
-        next_block = 0 if alone or done == layers - 1 else gathered_block
-        before = FLOAT32 * (sizes.block if done else of_head)  # whose sum over ranks goes on
-        parts = [
-            ("MLP", block.in_mlp, in_mlp),
-            ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
-        ]
-        if config.parallel.is_tiled:
-            parts.append(("projections", block.in_projections, in_projections))
-        for part, work, made in parts:
-            points[f"backward pass of layer {number + 1}, in its {part}"] = state | {
-                "gradients": gradients(done) + before + made,
-                "gathered parameters": gathered_root + gathered_block + next_block,
-                "saved for the backward pass": kept(number + 1, is_near + is_here),
-                "working set of a block": work,
-                "losses": held,
-            }
-        points[f"sum of the gradients of layer {number + 1} over ranks"] = state | {
-            "gradients": gradients(done) + FLOAT32 * sizes.block * (3 if alone else 1),
-            "gathered parameters": gathered_root + next_block,
-            "saved for the backward pass": kept(number, is_near),
+    for unit, first in reversed(list(enumerate(accumulate(units, initial=0)))[:-1]):
+        end = first + units[unit]
+        done = layers - end  # blocks whose gradients are summed over ranks, or going to be
+        next_unit = 0 if alone or not unit else gathered_units[unit - 1]
+        before = FLOAT32 * (sizes.block * units[unit + 1] if done else of_head)  # whose sum over ranks goes on
+        for number in range(first, end):
+            block = sizes.blocks[policies[number]]
+            is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
+            of_unit = sizes.compute * sizes.block * (end - 1 - number)  # gradients, not summed yet
+            parts = [
+                ("MLP", block.in_mlp, in_mlp),
+                ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
+            ]
+            if config.parallel.is_tiled:
+                parts.append(("projections", block.in_projections, in_projections))
+            for part, work, made in parts:
+                points[f"backward pass of layer {number + 1}, in its {part}"] = state | {
+                    "gradients": gradients(done) + before + of_unit + made,
+                    "gathered parameters": gathered_root + gathered_units[unit] + next_unit,
+                    "saved for the backward pass": kept(number + 1, is_near + is_here),
+                    "working set of a block": work,
+                    "losses": held,
+                }
+        points[f"sum of the gradients of layer {first + 1} over ranks"] = state | {
+            "gradients": gradients(done) + FLOAT32 * sizes.block * units[unit] * (3 if alone else 1),
+            "gathered parameters": gathered_root + next_unit,
+            "saved for the backward pass": kept(first, first <= offloaded > 0),
             "losses": held + sizes.hidden,
         }
     point = max(points, key=lambda name: sum(points[name].values()))

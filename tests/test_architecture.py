@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"kernels"},
     # the model, and what spreads it over ranks from outside
     "model": {"config", "errors", "kernels", "plan"},
-    "parallel": {"batch", "config", "errors", "host_memory", "kernels", "local_part", "machine", "model"},
+    "parallel": {"batch", "config", "errors", "host_memory", "kernels", "local_part", "machine", "model", "plan"},
     # what is read and written
     "data": {"batch", "config", "errors", "files"},
     "sources": {"config", "data", "errors", "runtime"},

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from longctx.config import ComputeDtype, PrecisionConfig
+from longctx.config import ComputeDtype, Config
 from longctx.local_part import index_of, local_part
 from longctx.model.transformer import Transformer, initial_value
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.torch_versions import parameter_groups
+from longctx.plan import blocks_of_units
 
 
-def apply_fsdp(model: Transformer, mesh: Mesh, precision: PrecisionConfig) -> None:
-    """FSDP2: one unit a block, all-gathered for its forward pass and again for its backward pass.
+def apply_fsdp(model: Transformer, mesh: Mesh, config: Config) -> None:
+    """FSDP2: a block, or several small ones, are a unit: gathered for its forward pass and again for its backward pass.
 
-    A head with a weight of its own is a unit with the final norm: gathered until its backward pass, which follows at
-    once. Then the embedding is a unit too, gathered for its forward pass alone, since its backward pass does not read
-    it. All else is the root unit, which stays gathered until the backward pass is over: learned positions, and a weight
-    that embedding and head share. Gradients are reduce-scattered by sum, not by mean: the loss is divided by the number
-    of tokens of the global batch, see `loss`.
+    The last of them stays gathered between the two. A head with a weight of its own is a unit with the final norm and
+    does so too. Then the embedding is a unit, gathered for its forward pass alone, since its backward pass does not
+    read it. All else is the root unit, which stays gathered until the backward pass is over: learned positions, and a
+    weight that embedding and head share. Gradients are reduce-scattered by sum, not by mean: the loss is divided by the
+    number of tokens of the global batch, see `loss`.
     """
     if mesh.size("replicate") > 1:
         fsdp_mesh = mesh.parameters["replicate", "shard_context"]
     else:
         fsdp_mesh = mesh.parameters["shard_context"]
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the angles of the rotary positions stay float32
-    if precision.compute != ComputeDtype.float32:
+    if config.precision.compute != ComputeDtype.float32:
         policy = MixedPrecisionPolicy(
-            param_dtype=getattr(torch, precision.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=getattr(torch, config.precision.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    for block in model.blocks:
-        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    blocks = iter(model.blocks)
+    for unit in [list(islice(blocks, size)) for size in blocks_of_units(config)]:
+        is_last = unit[-1] is model.blocks[-1]
+        fully_shard(unit, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=not is_last)
     if not model.config.tied_embeddings:
         fully_shard(model.embedding, mesh=fsdp_mesh, mp_policy=policy).set_unshard_in_backward(False)
         fully_shard([model.final_norm, model.head], mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=False)

@@ -46,6 +46,6 @@ def parallelize(
         if parallel.compile:  # after activation checkpointing: its hooks run between the compiled parts
             block.compile(fullgraph=recompute == Recompute.none)
 
-    apply_fsdp(model, mesh, config.precision)  # last: it gathers what the calls above have made
+    apply_fsdp(model, mesh, config)  # last: it gathers what the calls above have made
     materialize(model, config.seed, device)
     return model, context_parallel

@@ -39,7 +39,7 @@ def test_the_formula_is_what_is_traced(words):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == {("1", "short"): 10, ("4", "short"): 10, ("4",): 68}.get(words, 56)
+    assert len(rows) == {("1", "short"): 12, ("4", "short"): 12, ("4",): 74}.get(words, 59)
     for row in rows:
         expected = sum(row["terms"].values()) - row["terms"]["optimizer"] - row["terms"]["exchange of keys"]
         share = 6e-2 if "tensor" in row["case"] else 5e-3
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_told_with_what_would():
     said = remedies.refusal(config, 1, choose, 134.1 * GIB)
     assert said is not None
     assert said.startswith(
-        "146.2 GiB are needed on a GPU in the backward pass of layer 12, in its MLP, and 134.1 are free"
+        "146.3 GiB are needed on a GPU in the backward pass of layer 12, in its MLP, and 134.1 are free"
     )
     assert "138.5 saved for the backward pass, 6.8 working set of a block" in said
     for words in (
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_told_with_what_would():
         "sequence_length=29696",
     ):
         assert words in said
-    assert remedies.refusal(config, 1, choose, 146.3 * GIB) is None
+    assert remedies.refusal(config, 1, choose, 146.4 * GIB) is None
 
 
 MUCH = ["recipe=llama3_8b_128k", "parallel.context=4", "parallel.recompute=none"]
@@ -371,7 +371,7 @@ def test_what_is_expected_is_said_and_logged(gpu):
     config = composed("recipe=gpt_32k")
     whole = SimpleNamespace(choice=SimpleNamespace(strategy=Strategy.gather))
     facts = run_facts._expected(config, gpu, whole, True) | {"device_gib": 139.8}
-    assert facts["predicted_gib"] == pytest.approx(19.36, abs=0.01)
+    assert facts["predicted_gib"] == pytest.approx(19.42, abs=0.01)
     said = expected_memory(SimpleNamespace(facts=facts))
     assert said.startswith("memory: 19.4 of 139.8 GiB expected, in the losses: 17.3 saved for the backward pass, 1.3 ")
     assert said.endswith("; about 0.3 s a step with each sequence one document\n")

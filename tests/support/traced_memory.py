@@ -120,6 +120,7 @@ def case(recompute: Recompute, words: dict[str, Any]) -> Config:
     """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
     shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
     others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "saved_layers": 0, "parallel": {}}
+    others["unit_bytes"] = 1  # that FSDP gathers at least: a block at a time
     model = shape | {name: value for name, value in words.items() if name not in others}
     others |= {name: value for name, value in words.items() if name in others}
     return Config(
@@ -145,6 +146,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "large vocabulary, untied": {"vocab_size": 8192, "length": 1024, "tied_embeddings": False},
     "accumulated": {"length": 1024, "micro_batches": 2},
+    "all blocks a unit": {"length": 512, "unit_bytes": 64 << 20},
 }
 MORE: dict[str, dict[str, Any]] = {
     "long": {"length": 16384, "layers": 6},
@@ -181,6 +183,11 @@ TILED: dict[str, dict[str, Any]] = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "context 4": {"parallel": {"context": 4, "strategy": Strategy.gather}},
+    "context 4, units of two blocks": {
+        "parallel": {"context": 4, "strategy": Strategy.gather},
+        "layers": 5,
+        "unit_bytes": 4 << 20,
+    },
     "context 2": {"parallel": {"context": 2, "strategy": Strategy.ring}, "vocab_size": 8192},
     "replicate 2": {"parallel": {"replicate": 2}},
     "tensor 2": {"parallel": {"tensor": 2}},
@@ -199,8 +206,9 @@ def main(world_size: int, is_short: bool) -> None:
                 continue
             config = case(recompute, words)
             config.data.sequences_per_step *= world_size // (config.parallel.context * config.parallel.tensor)
-            live = traced(config, world_size, words.get("micro_batches", 1))
-            expected = plan.memory(config, world_size)
+            with mock.patch.object(plan, "UNIT_BYTES", words.get("unit_bytes", 1)):
+                live = traced(config, world_size, words.get("micro_batches", 1))
+                expected = plan.memory(config, world_size)
             found = {"case": f"{name}, {recompute}", "traced": live.peak, "at": live.where, **expected._asdict()}
             print(json.dumps(found), flush=True)
 
