@@ -94,9 +94,10 @@ def validate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss over the first `sequences` of `source`: nats a token, bits a byte, nats a token by position.
 
-    `loss/pos/<2^k>` is the mean over targets with 2^k to 2^(k+1) - 1 tokens of their document before them, and
-    `loss/last_octave_minus_1k` that of the largest 2^k minus that of 1024. Every rank gets the same numbers, whatever
-    the layout. Without `token_bytes` (bytes of text an id stands for) no bits a byte.
+    `loss/pos/<2^k>` is the mean over targets with 2^k + 1 to 2^(k+1) tokens of their document before them, 1 and 2 for
+    the first, so that a sequence of 2^k tokens ends with a whole octave. `loss/last_octave_minus_1k` is that of the
+    largest 2^k minus that of 1024. Every rank gets the same numbers, whatever the layout. Without `token_bytes` (bytes
+    of text an id stands for) no bits a byte.
     Raises `StoppedError` between two sequences if `must_stop` says so on some rank.
     """
     bytes_of = None if token_bytes is None else torch.from_numpy(token_bytes.astype(np.float64)).to(device)
@@ -106,7 +107,7 @@ def validate(
         sums[0] += found.nats.sum()
         sums[1] += len(found.nats)
         sums[2] += 0 if bytes_of is None else bytes_of[found.held.targets[found.is_target]].sum()
-        by_position.add(found.nats, found.held.positions[found.is_target] + 1)
+        by_position.add(found.nats, found.held.positions[found.is_target].clamp(min=1))
     dist.all_reduce(sums)
     nats, tokens, text_bytes = sums.tolist()
     positions = by_position.means("loss/pos/")

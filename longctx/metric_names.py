@@ -32,7 +32,7 @@ METRICS: dict[str, Metric] = {
     ),
     "loss/pos/<2^k>": Metric(
         "nats a token",
-        "validation loss of targets with 2^k to 2^(k+1) - 1 tokens of their document before them",
+        "validation loss of targets with 2^k + 1 to 2^(k+1) tokens of their document before them",
         ALL,
         None,
         True,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from longctx import evaluate
 from longctx.config import DataConfig, ParallelConfig
 from longctx.data.loader import Copies
-from longctx.data.packing import IGNORE_INDEX
+from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.evaluate import generate, recall
 from ranks import run_on_ranks
 from runs import small_config, trainer_of
@@ -55,7 +56,7 @@ def test_validation_by_hand(tmp_path, corpus):
             nats += float(losses[valid].sum())
             tokens += int(valid.sum())
             text_bytes += int(trainer.tokens.token_bytes[inputs[1][valid].numpy()].sum())
-            first += losses[valid & (inputs[2] == 0)].tolist()
+            first += losses[valid & (inputs[2] <= 1)].tolist()
     assert results["loss/val"] == pytest.approx(nats / tokens, rel=1e-6)
     assert results["loss/val_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
     assert results["loss/pos/1"] == pytest.approx(sum(first) / len(first), rel=1e-6)
@@ -68,6 +69,27 @@ def test_the_last_octave_beside_1k(losses, expected):
     """Of losses at 1, 2, 4, ... tokens; nothing of a context that ends with the octave of 1024."""
     found = evaluate._last_octave_minus_1k({f"loss/pos/{2**k}": loss for k, loss in enumerate(losses)})
     assert found == ({} if expected is None else {"loss/last_octave_minus_1k": expected})
+
+
+class OneDocument:
+    """Sequences of 64 tokens, of which each document is longer."""
+
+    def sequence(self, number):
+        tokens = np.arange(64)
+        return Sequence(tokens, tokens + 1, tokens, np.zeros(64, np.int64))
+
+
+class LossIsPosition(torch.nn.Module):
+    def forward(self, _tokens, positions, _mask, _targets):
+        return positions.double()
+
+
+def test_a_sequence_ends_with_a_whole_octave(tmp_path, corpus):
+    """Losses by position are means over many targets, the last of them too."""
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        found = evaluate.validate(LossIsPosition(), OneDocument(), 2, trainer.mesh, torch.device("cpu"), None)
+    means = {f"loss/pos/{2**k}": (2**k + 2 ** (k + 1) - 1) / 2 for k in range(1, 6)}
+    assert found == {"loss/val": 31.5, "loss/pos/1": 0.5, **means}
 
 
 class RecallsUpTo(torch.nn.Module):
