@@ -333,7 +333,10 @@ def test_what_a_machine_cannot_hold_is_refused():
     assert refused(two, 150, ranks=2) is not None
 
 
-@pytest.mark.parametrize(("words", "gpus", "gib"), [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 119.6)])
+@pytest.mark.parametrize(
+    ("words", "gpus", "gib"),
+    [(ON_ONE, 1, 125.4), (["recipe=llama3_8b_512k_2gpu"], 2, 119.6), (["recipe=llama3_8b_1m_2gpu"], 2, 121.9)],
+)
 def test_recipes_fit(words, gpus, gib):
     config = composed(*words, f"parallel.context={gpus}")
     found = plan.memory(config, gpus, strategy_for(gpus)(config))
