@@ -31,16 +31,25 @@ from longctx.runtime import Runtime
 from longctx.throughput import peak_tflops
 
 ATTENTION = {"64": "32k causal d64", "128": "32k causal d128", "256": "16k causal d256"}  # cases of bench_attention
-EAGER = ["optim=adamw", "parallel.compile=false", "data.sequences_per_step=1", "data.sequences_per_micro_batch=1"]
+EAGER = ["optim=adamw", "parallel.compile=false"]
+
+
+def sequences(count: int, length: int) -> list[str]:
+    """A step of so many sequences at once."""
+    names = "data.sequences_per_step", "data.sequences_per_micro_batch"
+    return [f"data.sequence_length={length}", *(f"{name}={count}" for name in names)]
+
+
+# short sequences where a model is small: a share of a long one's attention would be more than all else
 STEPS = {
-    "4 layers of the 8B, 32k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=32768"],
-    "4 layers of the 8B, 8k": ["recipe=llama3_8b_128k", "model.layers=4", "data.sequence_length=8192"],
-    "one layer of the 8B, 16k": ["recipe=llama3_8b_128k", "model.layers=1", "data.sequence_length=16384"],
-    "gpt_91m, 64k": ["recipe=gpt_32k", "data.sequence_length=65536"],
-    "gpt_91m, 128k": ["recipe=gpt_32k", "data.sequence_length=131072"],
+    "4 layers of the 8B, 32k": ["recipe=llama3_8b_128k", "model.layers=4", *sequences(1, 32768)],
+    "4 layers of the 8B, 8k": ["recipe=llama3_8b_128k", "model.layers=4", *sequences(1, 8192)],
+    "one layer of the 8B, 16k": ["recipe=llama3_8b_128k", "model.layers=1", *sequences(1, 16384)],
+    "gpt_91m, 8 of 16k": ["recipe=gpt_32k", *sequences(8, 16384)],
+    "gpt_91m, 32 of 4k": ["recipe=gpt_32k", *sequences(32, 4096)],
 }
 MOST_OFF = 0.1  # of a step's seconds
-LAUNCHES = ["recipe=gpt_32k", "data.sequence_length=1024"]
+LAUNCHES = ["recipe=gpt_32k", *sequences(1, 1024)]
 FITTED = ("share_of_product_tflops", "other_kernels_us_a_token_of_width_4096", "update_bytes_a_parameter")
 HOST_BYTES = 1 << 31
 
