@@ -186,7 +186,7 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
         )  # fmt: skip
     if not found:
         raise problems[0]
-    return sorted(found, key=lambda p: (not p.fits, p.seconds, not p.is_auto, p.memory.total))
+    return sorted(found, key=lambda p: (not p.fits, p.seconds, not p.is_auto))  # of equals the plainest, as they come
 
 
 def command_of(p: Plan, words: list[str], machines: Machines) -> str:

@@ -209,6 +209,7 @@ def test_the_command_of_a_plan():
                          "--nproc-per-node", "8"]  # fmt: skip
     assert [word for word in words if not word.startswith("gpus=")] == typed[10:16]
     assert {word.partition("=")[0] for word in typed[16:]} == {"parallel.strategy", "parallel.recompute"}
+    assert "parallel.recompute=none" in typed  # all choices wait for launches, and this is the plainest
 
 
 def test_rates_are_fitted_to_steps():
