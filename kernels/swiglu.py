@@ -82,7 +82,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = addressing.rows(gate), addressing.rows(up)
     if out.numel():
         blocks = _blocks(gate.shape[1])
-        grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
+        grid = triton.cdiv(gate.shape[0], blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
         with hardware.on_device(gate):
             launchable(swiglu_forward_triton)[grid](
                 gate, up, out, *gate.shape, gate.stride(0), up.stride(0),
@@ -98,7 +98,7 @@ def _backward_into(
     dout, gate, up = addressing.rows(dout), addressing.rows(gate), addressing.rows(up)
     if dout.numel():
         blocks = _blocks(gate.shape[1])
-        grid = triton.cdiv(len(gate), blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
+        grid = triton.cdiv(gate.shape[0], blocks.rows), triton.cdiv(gate.shape[1], blocks.columns)
         with hardware.on_device(gate):
             launchable(swiglu_backward_triton)[grid](
                 dout, gate, up, dgate, dup, out, *gate.shape, dout.stride(0), gate.stride(0), up.stride(0),
@@ -174,7 +174,7 @@ def _(dout, x):
 
 @_swiglu_linear.register_fake
 def _(gate, up, weight, bias):
-    return gate.new_empty((*gate.shape[:-1], len(weight)))
+    return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
 
 @_swiglu_linear_backward.register_fake
@@ -199,7 +199,9 @@ def _save_for_linear(ctx, inputs, output) -> None:
 
 
 def _linear_autograd(ctx, dy: Tensor):
-    dbias = dy.flatten(0, -2).sum(0, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype) if ctx.has_bias else None
+    dbias = None
+    if ctx.has_bias:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype)
     return *_swiglu_linear_backward(dy, *ctx.saved_tensors), dbias
 
 
@@ -207,6 +209,11 @@ _swiglu_linear.register_autograd(_linear_autograd, setup_context=_save_for_linea
 
 
 # public ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_alike(gate: Tensor, up: Tensor) -> None:
+    if up.shape != gate.shape or up.dtype != gate.dtype or not gate.ndim:
+        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: must be alike")
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "auto") -> Tensor:
@@ -217,8 +224,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "aut
     """
     if up is None and (not gate.ndim or gate.shape[-1] % 2):
         raise ValueError(f"gate {tuple(gate.shape)}: packed with up, its last dim must be even")
-    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype or not gate.ndim):
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype}: must be alike")
+    if up is not None:
+        _check_alike(gate, up)
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return swiglu_reference(*(_halves(gate) if up is None else (gate, up)))
     return _swiglu_packed(gate) if up is None else _swiglu(gate, up)
@@ -227,12 +234,18 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "aut
 def swiglu_linear(
     gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, implementation: str = "auto"
 ) -> Tensor:
-    """swiglu(gate, up) W^T + bias, (..., out_features), with the gradients of the two one after the other.
+    """swiglu(gate, up) W^T + bias, (..., out_features), with the gradients of the two one after the other, also where
+    the weight needs none.
 
     gate and up (..., width) as `swiglu` takes them, weight (out_features, width) and bias (out_features,) of their
-    dtype, not DTensors. Kept for the backward pass: gate, up and the weight.
+    dtype, not DTensors. Kept for the backward pass: gate, up and the weight. Raises ValueError for what does not fit.
     """
     gate, up, weight, bias = precision.autocast(gate, up, weight, bias)  # pyright: ignore[reportAssignmentType]
+    _check_alike(gate, up)
+    if weight.ndim != 2 or weight.shape[1] != gate.shape[-1] or weight.dtype != gate.dtype:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype}: must be (out_features, {gate.shape[-1]}) {gate.dtype}"
+        )
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return F.linear(swiglu_reference(gate, up), weight, bias)
     return _swiglu_linear(gate, up, weight, bias)

@@ -1,7 +1,7 @@
 """Custom ops into which torch.compile looks: compiled code launches their Triton kernels itself.
 
 The way through an op's Python costs the CPU ten times as much as such a launch, and the step of a small model waits for
-its CPU. Outside torch.compile nothing changes, and with DTensors the op stays whole: its sharding rule is asked.
+its CPU. Outside torch.compile nothing changes, and of DTensors the op's sharding rule is asked first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.mesh import Mesh
 from longctx.runtime import raise_together
 
-BUCKETS = 32  # of tokens before a target: 1, 2-3, 4-7, ...
+BUCKETS = 32  # of integers: 1, 2-3, 4-7, ...
 
 
 class StoppedError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-BY_OCTAVE = ("loss/pos/", "recall/")  # followed by 2^k, which stands for 2^k to 2^(k+1) - 1
+BY_OCTAVE = ("loss/pos/", "recall/")  # followed by 2^k, which stands for an octave
 
 
 def octaves(row: dict[str, float], prefix: str) -> dict[int, float]:
@@ -32,7 +32,7 @@ METRICS: dict[str, Metric] = {
     ),
     "loss/pos/<2^k>": Metric(
         "nats a token",
-        "validation loss of targets with 2^k + 1 to 2^(k+1) tokens of their document before them",
+        "validation loss of targets with 2^k + 1 to 2^(k+1) tokens of their document before them; of 1: 1 and 2",
         ALL,
         None,
         True,

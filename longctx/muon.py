@@ -80,14 +80,17 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(*zip(*pairs, strict=True), alpha=-rate)
 
     def _nesterov(self, bucket: list[Matrix], momentum: float) -> list[Tensor]:
-        """Takes the gradients into the momentum; returns what this rank holds of the updates, each (elements,)."""
-        gradients = [local_of(matrix.parameter.grad) for matrix in bucket if matrix.parameter.grad is not None]
+        """Takes the gradients into the momentum; returns what this rank holds of the updates, each (elements,).
+
+        The gradients are written over: copies of a bucket of them would take as much as they do.
+        """
+        gradients = [local_of(_gradient(matrix.parameter)) for matrix in bucket]
         means = [local_of(self.state[matrix.parameter]["momentum_buffer"]) for matrix in bucket]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        directions = [direction.reshape(-1) for direction in torch._foreach_lerp(gradients, means, momentum)]
-        sizes = [len(direction) for direction in directions]
-        parts = list(directions[0].new_empty(sum(sizes), dtype=self.dtype).split(sizes))
-        torch._foreach_copy_(parts, directions)
+        torch._foreach_lerp_(gradients, means, momentum)
+        sizes = [gradient.numel() for gradient in gradients]
+        parts = list(gradients[0].new_empty(sum(sizes), dtype=self.dtype).split(sizes))
+        torch._foreach_copy_([part.view_as(here) for part, here in zip(parts, gradients, strict=True)], gradients)
         return parts
 
     def _orthogonalized(self, bucket: list[Matrix], parts: list[Tensor]) -> list[Tensor]:
@@ -119,6 +122,11 @@ class Muon(torch.optim.Optimizer):
         arrived = buffer.new_empty(sum(came))
         dist.all_to_all_single(arrived, buffer, came, sent)
         return [list(part.split(sizes)) for part, sizes in zip(arrived.split(came), incoming, strict=True)]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _assembled(matrix: Matrix, parts: list[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from longctx.config import (
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
 
 GIB = 1 << 30
-UNIT_BYTES = 64 << 20  # that FSDP gathers together at least, if there are several blocks
+UNIT_BYTES = 64 << 20  # of blocks that FSDP gathers together; a larger one is gathered by itself
 FLOAT32 = 4  # bytes
 # an offloaded optimizer's moments come in pieces of so many numbers (a power of two, so that a CPU's vector
 # instructions take the same ones together): one comes, one is updated, one leaves
@@ -83,7 +83,7 @@ def state_bytes(config: Config, world_size: int) -> int:
 
 
 def blocks_of_units(config: Config) -> list[int]:
-    """How many blocks FSDP gathers together, unit by unit: of small ones so many that a unit has some 64 MiB.
+    """How many blocks FSDP gathers together, unit by unit: of small ones as many as have 64 MiB together.
 
     What a unit costs the CPU, some milliseconds a step, does not depend on its size.
     """

@@ -350,9 +350,9 @@ def forward_in_triton(
         return y, total, statistics
     blocks = _forward_blocks(x)
     with hardware.on_device(x):
-        launchable(norm_forward_triton)[(triton.cdiv(len(rows), blocks.rows),)](
+        launchable(norm_forward_triton)[(triton.cdiv(rows.shape[0], blocks.rows),)](
             rows, residual_rows, _contiguous(weight), _contiguous(bias), dropout.seed, _contiguous(dropout.row_ids), y,
-            total, statistics, len(rows), rows.stride(0),
+            total, statistics, rows.shape[0], rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0), eps, weight_offset, dropout.threshold,
             1 / (1 - dropout.probability),
             WIDTH=width, GROUPS=_groups(weight), SUBTRACT_MEAN=subtract_mean, ROWS=blocks.rows, COLUMNS=blocks.columns,
@@ -391,7 +391,7 @@ def backward_in_triton(
         with hardware.on_device(total):
             launchable(norm_backward_triton)[(programs,)](
                 dy_rows, dtotal_rows, total_rows, _contiguous(weight), statistics, dropout.seed,
-                _contiguous(dropout.row_ids), dx, dresidual, dweight, dbias, len(total_rows), dy_rows.stride(0),
+                _contiguous(dropout.row_ids), dx, dresidual, dweight, dbias, total_rows.shape[0], dy_rows.stride(0),
                 0 if dtotal_rows is None else dtotal_rows.stride(0), total_rows.stride(0), weight_offset,
                 dropout.threshold, 1 / (1 - dropout.probability),
                 WIDTH=width, GROUPS=groups, SUBTRACT_MEAN=statistics.shape[-1] == 2, ROWS=blocks.rows,

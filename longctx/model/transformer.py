@@ -29,7 +29,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.projection_bias)
         self.gate, self.fused_ops = None, str(config.fused_ops)
-        self.fuses_down = False  # makes again what comes between the products: where nothing else is made again
+        self.fuses_down = False  # SwiGLU is made again in the backward pass: for blocks without checkpointing
         if config.activation == Activation.swiglu:
             self.gate = nn.Linear(config.width, config.mlp_width, bias=config.projection_bias)
 

@@ -51,8 +51,9 @@ def test_large_gates():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_with_the_product_that_follows(with_bias, dtype):
-    inputs = [random(2, 7, 40, dtype=dtype), random(2, 7, 40, dtype=dtype, seed=1), random(24, 40, dtype=dtype)]
+@pytest.mark.parametrize("rows", [(2, 7), ()], ids=str)
+def test_with_the_product_that_follows(rows, with_bias, dtype):
+    inputs = [random(*rows, 40, dtype=dtype, seed=seed) for seed in (0, 1)] + [random(24, 40, dtype=dtype)]
     inputs += [random(24, dtype=dtype)] if with_bias else []
     assert_precise(
         lambda *t: swiglu_linear(*t, implementation="triton"),
@@ -84,5 +85,8 @@ def test_refusals():
     x = torch.ones(2, 5)
     with pytest.raises(ValueError, match="packed with up, its last dim must be even"):
         swiglu(x)
-    with pytest.raises(ValueError, match=r"gate \(2, 5\) torch.float32, up \(2, 4\) torch.float32: must be alike"):
-        swiglu(x, x[:, :4])
+    for function in (lambda: swiglu(x, x[:, :4]), lambda: swiglu_linear(x, x[:, :4], x)):
+        with pytest.raises(ValueError, match=r"gate \(2, 5\) torch.float32, up \(2, 4\) torch.float32: must be alike"):
+            function()
+    with pytest.raises(ValueError, match=r"weight \(5, 2\) torch.float32: must be \(out_features, 5\) torch.float32"):
+        swiglu_linear(x, x, x.T)

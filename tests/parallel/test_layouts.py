@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partialmethod
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.tensor import distribute_tensor
 
+from longctx import plan
 from longctx.batch import Batch
 from longctx.config import (
     AttentionImplementation,
@@ -17,6 +19,7 @@ from longctx.config import (
     FusedImplementation,
     ModelConfig,
     ParallelConfig,
+    PrecisionConfig,
     Recompute,
     Strategy,
 )
@@ -54,15 +57,20 @@ def computed_by_one_process(config: ModelConfig, inputs: Batch, dtype: torch.dty
 
 
 def on_layout(
-    rank: int, device_type: str, model: ModelConfig, parallel: ParallelConfig, inputs: Batch, accumulation=1, broken=""
-):
-    """This layout's loss and gradients, as the trainer computes them, gathered whole: float32, on GPUs bfloat16."""
+    rank: int, device_type: str, model: ModelConfig, parallel: ParallelConfig, inputs: Batch, accumulation=1, broken="",
+    unit_bytes=1,
+):  # fmt: skip
+    """This layout's loss and gradients, as the trainer computes them, gathered whole: float32, on GPUs bfloat16.
+
+    unit_bytes: of blocks that FSDP gathers together; 1: each block by itself, as large ones are.
+    """
     world_size = torch.distributed.get_world_size()
     device = torch.device(device_type, rank if device_type == "cuda" else None)
     mesh = make_mesh(parallel, world_size, device_type)
     config = Config(model=model, parallel=parallel)
     config.precision.compute = ComputeDtype.float32 if device_type == "cpu" else ComputeDtype.bfloat16
-    parallel_model, _ = parallelize(config, mesh, world_size, device)
+    with mock.patch.object(plan, "UNIT_BYTES", unit_bytes):
+        parallel_model, _ = parallelize(config, mesh, world_size, device)
     with torch.no_grad():  # a GPU's generator draws other numbers than the CPU's, with which the results are compared
         for name, p in parallel_model.named_parameters():
             whole = initial_value(name, p, model, 0, torch.device("cpu")).to(device)
@@ -90,12 +98,14 @@ def on_layout(
     return results if rank == 0 else None
 
 
-def worst_ratio(model: ModelConfig, parallel: ParallelConfig, ranks: int, inputs: Batch, accumulation=1, broken=""):
+def worst_ratio(
+    model: ModelConfig, parallel: ParallelConfig, ranks: int, inputs: Batch, accumulation=1, broken="", unit_bytes=1
+) -> tuple[float, str]:
     """Largest error against float64, per tensor, as a multiple of one process's; and the tensor's name."""
     truth = one_process(model, inputs, torch.float64)
     single = one_process(model, inputs, torch.float32)
     run = run_on_new_ranks if broken else run_on_ranks
-    layout = run(ranks, on_layout, "cpu", model, parallel, inputs, accumulation, broken)[0]
+    layout = run(ranks, on_layout, "cpu", model, parallel, inputs, accumulation, broken, unit_bytes)[0]
     return compare(layout, single, truth)
 
 
@@ -119,6 +129,18 @@ CONTEXT += [(ParallelConfig(context=4, strategy=Strategy.ulysses_ring, ulysses=2
 @pytest.mark.parametrize("documents", [ONE_DOCUMENT, DOCUMENTS], ids=["one", "packed"])
 def test_context_parallelism(parallel, ranks, documents):
     ratio, name = worst_ratio(GQA, parallel, ranks, make_inputs(documents))  # context 4 is larger than 2 K/V heads
+    assert ratio < 1.5, (ratio, name)
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("blocks", [[1, 2, 2], [5]], ids=str)
+def test_several_blocks_are_gathered_together(blocks, recompute):
+    model, parallel = dataclasses.replace(GQA, layers=5), ParallelConfig(context=2, recompute=recompute)
+    config = Config(model=model, precision=PrecisionConfig(compute=ComputeDtype.float32))
+    unit_bytes = max(blocks) * 4 * (sum(plan.parameters(model)) - plan._root_parameters(model)) // 5
+    with mock.patch.object(plan, "UNIT_BYTES", unit_bytes):
+        assert plan.blocks_of_units(config) == blocks
+    ratio, name = worst_ratio(model, parallel, 2, make_inputs(DOCUMENTS), accumulation=2, unit_bytes=unit_bytes)
     assert ratio < 1.5, (ratio, name)
 
 

@@ -106,7 +106,8 @@ def main(architecture: str) -> None:
             kernels = compile_launches(call, architecture, floats="fp64" if is_seen_by_compile else "fp32")
         for kernel in kernels:
             record = {
-                "case": case, "kernel": kernel.name, "architecture": architecture, "registers": kernel.registers,
+                "case": case, "kernel": kernel.name, "is_seen_by_compile": is_seen_by_compile,
+                "architecture": architecture, "registers": kernel.registers,
                 "spills": kernel.spill_bytes, "shared": kernel.shared_bytes,
                 "wide_loads": kernel.assembly.count("ld.global.v4.b32"),
                 "wide_stores": kernel.assembly.count("st.global.v4.b32"),

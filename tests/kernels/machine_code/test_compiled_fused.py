@@ -42,3 +42,7 @@ def test_accesses_are_sixteen_bytes_wide(kernels):
 def test_nothing_is_computed_in_float64(kernels):
     """Although torch.compile passes Python's floats so."""
     assert [(kernel["kernel"], kernel["doubles"]) for kernel in kernels if kernel["doubles"]] == []
+    assert {kernel["kernel"] for kernel in kernels if kernel["is_seen_by_compile"]} == {
+        "norm_forward_triton", "norm_backward_triton", "rotary_triton", "swiglu_forward_triton",
+        "swiglu_backward_triton",
+    }  # fmt: skip
