@@ -127,7 +127,7 @@ def test_pictures_are_drawn_from_what_is_there(tmp_path):
     done = subprocess.run([sys.executable, "docs/figures/draw.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
-    assert len(drawn) == 8
+    assert len(drawn) == 9
     for name, picture in drawn.items():
         assert picture == (ROOT / "docs" / "figures" / name).read_text(), f"{name}: run docs/figures/draw.py"
     figures = json.loads((ROOT / "docs" / "figures" / "benchmarks.json").read_text())

@@ -82,6 +82,18 @@ def learning() -> plt.Figure:
     return figure
 
 
+def learning_128k() -> plt.Figure:
+    """What gpt_128k has learnt when: loss by position and recall by distance, of its validations."""
+    data = json.loads((HERE / "learning_128k.json").read_text())
+    figure, (by_position, by_distance) = plt.subplots(1, 2, figsize=(8.4, 3))
+    for row, shade in zip(data["validations"], (0.25, 0.5, 0.75, 1.0), strict=True):
+        label = f"step {row['step']}: {row['bits_per_byte']:.3f}"
+        draw_use_of_context(by_position, by_distance, row, label, color=COLOURS[0], alpha=shade)
+    by_position.legend(frameon=False, fontsize=8, title="bits a byte", title_fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def draw_use_of_context(by_position: Axes, by_distance: Axes, row: dict[str, Any], label: str, **style: Any) -> None:
     """A validation's loss by position and recall by distance, as a line in each."""
     for axes, key in ((by_position, "loss_by_position"), (by_distance, "recall_by_distance")):
@@ -297,7 +309,8 @@ def checkpoint_commit() -> plt.Figure:
 
 
 PICTURES = {
-    "speed": speed, "learning": learning, "extension": extension, "who_holds_which_tokens": who_holds_which_tokens,
+    "speed": speed, "learning": learning, "learning_128k": learning_128k, "extension": extension,
+    "who_holds_which_tokens": who_holds_which_tokens,
     "ring_timeline": ring_timeline, "masks": masks, "layers": layers, "checkpoint_commit": checkpoint_commit,
 }  # fmt: skip
 
