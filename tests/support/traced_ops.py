@@ -17,11 +17,11 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 
 from longctx.kernels import hardware
-from longctx.kernels.norm.rms_norm import add_rms_norm, rms_norm
+from longctx.kernels.norm.rms_norm import add_rms_norm
 from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.swiglu import swiglu, swiglu_linear
 
-WIDTH, LENGTHS = 64, (32, 48, 64, 80)
+WIDTH, LENGTHS = 64, (32, 48, 64)
 
 
 class Driver:
@@ -40,7 +40,6 @@ def rotary(x: Tensor, _weight: Tensor) -> Tensor:
 
 
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "rms_norm": lambda x, weight: rms_norm(x, weight[0]),
     "add_rms_norm": lambda x, weight: torch.cat(add_rms_norm(x, x, weight[0])),
     "rotary": rotary,
     "swiglu": lambda x, _weight: swiglu(x, x),
