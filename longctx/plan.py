@@ -177,9 +177,9 @@ def _sizes(config: Config, world_size: int) -> _Sizes:
     lse = FLOAT32 * model.heads / parallel.tensor
     normed = FLOAT32 * (1 if model.norm == Norm.rms_norm else 2)
     in_qk_norm = queries + keys + FLOAT32 * (model.heads + model.kv_heads) / parallel.tensor if model.qk_norm else 0
-    saved_of_mlp, inside_mlp = (2, 5) if model.activation == Activation.swiglu else (2, 3)  # times its width
-    if model.activation == Activation.swiglu and parallel.tensor > 1:  # the last product is a layer by itself
-        saved_of_mlp = 3
+    saved_of_mlp, inside_mlp = 2, 3  # times its width
+    if model.activation == Activation.swiglu:  # with tensor parallelism the last product keeps its input, too
+        saved_of_mlp, inside_mlp = 3 if parallel.tensor > 1 else 2, 5
     share = width / parallel.tensor  # of a hidden state between the products, where tokens are split
 
     projected = queries + 2 * keys
