@@ -125,24 +125,26 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return torch.addmm(start, x, weight.T)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """(..., width) as a matrix."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, dresidual: Tensor | None, shape: torch.Size) -> Tensor:
     """dy W, added to the gradient that x has got elsewhere."""
-    product = torch.mm(dy, weight) if dresidual is None else torch.addmm(_flat(dresidual), dy, weight)
+    product = torch.mm(dy, weight) if dresidual is None else torch.addmm(flat(dresidual), dy, weight)
     return product.view(shape)
 
 
-def _sum_of_rows(dy: Tensor, bias: Tensor | None) -> Tensor | None:
+def sum_of_rows(dy: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The gradient of a layer's bias, if it has one, of dy (rows, out_features); summed in float32."""
     return None if bias is None else dy.sum(0, dtype=precision.accumulation_dtype(dy.dtype)).to(bias.dtype)
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, return_residual):
-        y = _linear(_flat(x), weight, bias, None if residual is None else _flat(residual))
+        y = _linear(flat(x), weight, bias, None if residual is None else flat(residual))
         ctx.save_for_backward(x, weight, bias)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
@@ -155,16 +157,16 @@ class _Dense(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if dy is None:
             return dresidual, None, None, None, None
-        rows = _flat(dy)
+        rows = flat(dy)
         dx = _input_gradient(rows, weight, dresidual, x.shape) if ctx.needs_input_grad[0] else None
-        dweight = torch.mm(rows.T, _flat(x)) if ctx.needs_input_grad[1] else None
-        return dx, dweight, _sum_of_rows(rows, bias), dy if ctx.has_residual else None, None
+        dweight = torch.mm(rows.T, flat(x)) if ctx.needs_input_grad[1] else None
+        return dx, dweight, sum_of_rows(rows, bias), dy if ctx.has_residual else None, None
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, return_residual, recompute, implementation):
-        rows = _flat(x)
+        rows = flat(x)
         before = _linear(rows, weight1, bias1, None)
         y = _linear(F.gelu(before, approximate="tanh"), weight2, bias2, None)
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, None if recompute else before)
@@ -179,7 +181,7 @@ class _MLP(torch.autograd.Function):
         x, weight1, bias1, weight2, bias2, before = ctx.saved_tensors
         if dy is None:
             return dresidual, *(None for _ in range(7))
-        rows, dy = _flat(x), _flat(dy)
+        rows, dy = flat(x), flat(dy)
         if before is None:
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
@@ -193,10 +195,11 @@ class _MLP(torch.autograd.Function):
         del after
         dx = _input_gradient(inner, weight1, dresidual, x.shape)
         dbias1 = None if bias1 is None else dbias1.to(bias1.dtype)
-        return dx, torch.mm(inner.T, rows), dbias1, dweight2, _sum_of_rows(dy, bias2), None, None, None
+        return dx, torch.mm(inner.T, rows), dbias1, dweight2, sum_of_rows(dy, bias2), None, None, None
 
 
-def _check_weight(name: str, weight: Tensor, bias: Tensor | None, in_features: int, like: Tensor) -> list[str]:
+def check_weight(name: str, weight: Tensor, bias: Tensor | None, in_features: int, like: Tensor) -> list[str]:
+    """What is wrong with the weight and bias of a linear layer over `like` (..., in_features)."""
     problems = []
     if weight.ndim != 2 or weight.shape[1] != in_features or weight.dtype != like.dtype:
         problems.append(
@@ -219,7 +222,7 @@ def fused_dense(
     one dtype; the bias's gradient is summed in float32. Raises ValueError for what does not fit.
     """
     x, weight, bias, residual = precision.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
-    problems = _check_weight("weight", weight, bias, x.shape[-1], x)
+    problems = check_weight("weight", weight, bias, x.shape[-1], x)
     if not problems and residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
         problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
     if problems:
@@ -246,8 +249,8 @@ def fused_mlp(
     x, weight1, weight2, bias1, bias2 = precision.autocast(  # pyright: ignore[reportAssignmentType]
         x, weight1, weight2, bias1, bias2
     )
-    problems = _check_weight("weight1", weight1, bias1, x.shape[-1], x)
-    problems += _check_weight("weight2", weight2, bias2, len(weight1), x)
+    problems = check_weight("weight1", weight1, bias1, x.shape[-1], x)
+    problems += check_weight("weight2", weight2, bias2, len(weight1), x)
     if problems:
         raise ValueError("; ".join(problems))
     return _MLP.apply(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longctx.kernels import addressing, hardware, precision
 from longctx.kernels.addressing import RowBlocks, padded
-from longctx.kernels.precision import accumulation_dtype
+from longctx.kernels.dense import check_weight, flat, sum_of_rows
 from longctx.kernels.triton_math import LOG2_E, wide
 from longctx.kernels.triton_op import launchable, triton_op
 
@@ -138,7 +138,7 @@ def _linear_forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _linear_backward(dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows = flat(dy)
     hidden = torch.mm(rows, weight)  # its gradient, and then itself
     dgate, dup = _gradients(hidden, gate, up, hidden)
     return dgate, dup, torch.mm(rows.T, hidden)
@@ -192,20 +192,12 @@ _swiglu_packed.register_autograd(
 )
 
 
-def _save_for_linear(ctx, inputs, output) -> None:
-    gate, up, weight, bias = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(gate, up, weight)
-
-
 def _linear_autograd(ctx, dy: Tensor):
-    dbias = None
-    if ctx.has_bias:
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=accumulation_dtype(dy.dtype)).to(dy.dtype)
-    return *_swiglu_linear_backward(dy, *ctx.saved_tensors), dbias
+    gate, up, weight, bias = ctx.saved_tensors
+    return *_swiglu_linear_backward(dy, gate, up, weight), sum_of_rows(flat(dy), bias)
 
 
-_swiglu_linear.register_autograd(_linear_autograd, setup_context=_save_for_linear)
+_swiglu_linear.register_autograd(_linear_autograd, setup_context=_save_inputs)
 
 
 # public ---------------------------------------------------------------------------------------------------------------
@@ -238,14 +230,12 @@ def swiglu_linear(
     the weight needs none.
 
     gate and up (..., width) as `swiglu` takes them, weight (out_features, width) and bias (out_features,) of their
-    dtype, not DTensors. Kept for the backward pass: gate, up and the weight. Raises ValueError for what does not fit.
+    dtype, not DTensors. Kept for the backward pass: gate, up, weight and bias. Raises ValueError for what does not fit.
     """
     gate, up, weight, bias = precision.autocast(gate, up, weight, bias)  # pyright: ignore[reportAssignmentType]
     _check_alike(gate, up)
-    if weight.ndim != 2 or weight.shape[1] != gate.shape[-1] or weight.dtype != gate.dtype:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} {weight.dtype}: must be (out_features, {gate.shape[-1]}) {gate.dtype}"
-        )
+    if problems := check_weight("weight", weight, bias, gate.shape[-1], gate):
+        raise ValueError("; ".join(problems))
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return F.linear(swiglu_reference(gate, up), weight, bias)
     return _swiglu_linear(gate, up, weight, bias)

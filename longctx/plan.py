@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from longctx.config import (
@@ -82,8 +81,8 @@ def state_bytes(config: Config, world_size: int) -> int:
     return (rest * adamw + matrices * muon) // ranks
 
 
-def blocks_of_units(config: Config) -> list[int]:
-    """How many blocks FSDP gathers together, unit by unit: of small ones as many as have 64 MiB together.
+def units_of_blocks(config: Config) -> list[range]:
+    """The layers whose blocks FSDP gathers together, unit by unit: of small ones as many as have 64 MiB together.
 
     What a unit costs the CPU, some milliseconds a step, does not depend on its size.
     """
@@ -91,7 +90,7 @@ def blocks_of_units(config: Config) -> list[int]:
     numbers = (sum(parameters(model)) - _root_parameters(model)) // layers // config.parallel.tensor
     most = max(1, UNIT_BYTES // (numbers * bytes_of_a_number(config)))
     units = -(-layers // most)
-    return [(layers * (unit + 1)) // units - layers * unit // units for unit in range(units)]
+    return [range(layers * unit // units, layers * (unit + 1) // units) for unit in range(units)]
 
 
 def bytes_of_a_number(config: Config) -> int:
@@ -327,8 +326,8 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     # units of parameters that are gathered together: with one table for both embedding and head these are the root,
     # which stays gathered; else each is its own; the last blocks' stays gathered for its backward pass
     of_head = 0 if model.tied_embeddings else sizes.table
-    units = blocks_of_units(config)
-    gathered_units = [sizes.compute * sizes.block * blocks for blocks in units]
+    units = units_of_blocks(config)
+    gathered_units = [sizes.compute * sizes.block * len(blocks) for blocks in units]
     gathered_head, gathered_last = sizes.compute * of_head, gathered_units[-1]
     gathered_root = sizes.compute * (sizes.root - 2 * of_head)
     last = sizes.root - of_head  # whose sum over ranks is the last
@@ -361,7 +360,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
             "losses": held + sizes.hidden,
         },
         "gradient of the embedding": state | {
-            "gradients": gradients(layers) + FLOAT32 * sizes.block * units[0],
+            "gradients": gradients(layers) + FLOAT32 * sizes.block * len(units[0]),
             "gathered parameters": gathered_root,
             "losses": held + embedding_gradient * (2 if model.tied_embeddings else 1) + sizes.hidden,
         },
@@ -381,15 +380,14 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
     in_projections = in_attention + sizes.compute * 2 * model.width * model.kv_heads * model.head_dim
     if sizes.tiles > 1:
         in_mlp = FLOAT32 * sizes.after_attention
-    for unit, first in reversed(list(enumerate(accumulate(units, initial=0)))[:-1]):
-        end = first + units[unit]
-        done = layers - end  # blocks whose gradients are summed over ranks, or going to be
+    for unit, blocks in reversed(list(enumerate(units))):  # as the backward pass comes to them
+        done = layers - blocks.stop  # blocks whose gradients are summed over ranks, or going to be
         next_unit = 0 if alone or not unit else gathered_units[unit - 1]
-        before = FLOAT32 * (sizes.block * units[unit + 1] if done else of_head)  # whose sum over ranks goes on
-        for number in range(first, end):
+        before = FLOAT32 * (sizes.block * len(units[unit + 1]) if done else of_head)  # whose sum over ranks goes on
+        for number in blocks:
             block = sizes.blocks[policies[number]]
             is_near, is_here = number <= offloaded > 0, number < offloaded  # the layer before comes back; this one is
-            of_unit = sizes.compute * sizes.block * (end - 1 - number)  # gradients, not summed yet
+            of_unit = sizes.compute * sizes.block * (blocks.stop - 1 - number)  # gradients, not summed yet
             parts = [
                 ("MLP", block.in_mlp, in_mlp),
                 ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
@@ -404,10 +402,10 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
                     "working set of a block": work,
                     "losses": held,
                 }
-        points[f"sum of the gradients of layer {first + 1} over ranks"] = state | {
-            "gradients": gradients(done) + FLOAT32 * sizes.block * units[unit] * (3 if alone else 1),
+        points[f"sum of the gradients of layer {blocks.start + 1} over ranks"] = state | {
+            "gradients": gradients(done) + FLOAT32 * sizes.block * len(blocks) * (3 if alone else 1),
             "gathered parameters": gathered_root + next_unit,
-            "saved for the backward pass": kept(first, first <= offloaded > 0),
+            "saved for the backward pass": kept(blocks.start, blocks.start <= offloaded > 0),
             "losses": held + sizes.hidden,
         }
     point = max(points, key=lambda name: sum(points[name].values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import islice
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -15,7 +14,7 @@ from longctx.local_part import index_of, local_part
 from longctx.model.transformer import Transformer, initial_value
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.torch_versions import parameter_groups
-from longctx.plan import blocks_of_units
+from longctx.plan import units_of_blocks
 
 
 def apply_fsdp(model: Transformer, mesh: Mesh, config: Config) -> None:
@@ -36,9 +35,8 @@ def apply_fsdp(model: Transformer, mesh: Mesh, config: Config) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=getattr(torch, config.precision.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    blocks = iter(model.blocks)
-    for unit in [list(islice(blocks, size)) for size in blocks_of_units(config)]:
-        is_last = unit[-1] is model.blocks[-1]
+    for layers in units_of_blocks(config):
+        unit, is_last = [model.blocks[layer] for layer in layers], layers.stop == len(model.blocks)
         fully_shard(unit, mesh=fsdp_mesh, mp_policy=policy, reshard_after_forward=not is_last)
     if not model.config.tied_embeddings:
         fully_shard(model.embedding, mesh=fsdp_mesh, mp_policy=policy).set_unshard_in_backward(False)

@@ -90,3 +90,5 @@ def test_refusals():
             function()
     with pytest.raises(ValueError, match=r"weight \(5, 2\) torch.float32: must be \(out_features, 5\) torch.float32"):
         swiglu_linear(x, x, x.T)
+    with pytest.raises(ValueError, match=r"bias of weight \(5,\) torch.float32: must be \(2,\) torch.float32"):
+        swiglu_linear(x, x, x, x[0])

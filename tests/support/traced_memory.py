@@ -57,10 +57,7 @@ class LiveBytes(TorchDispatchMode):
         for number, x in enumerate(tree_iter(results)):
             if isinstance(x, torch.Tensor):  # the weight's gradient is the first half of its float32 sum
                 self._see(x, 4 // x.element_size() if is_loss and number == 2 else 1)
-        inside = self._inside(name)
-        if "swiglu_linear" in name:  # what goes into the product
-            inside = (results[0] if "backward" in name else args[0]).nbytes
-        if (now := self._now() + inside) > self.peak:
+        if (now := self._now() + self._inside(name, args, results)) > self.peak:
             self.peak, self.where = now, name
         return results
 
@@ -82,7 +79,9 @@ class LiveBytes(TorchDispatchMode):
         self.of_host.add(made.untyped_storage()._cdata)
         return made
 
-    def _inside(self, name: str) -> float:
+    def _inside(self, name: str, args: tuple[Any, ...], results: Any) -> float:
+        if "swiglu_linear" in name:  # what goes into the product, as large as the gate or its gradient
+            return (results[0] if "backward" in name else args[0]).nbytes
         if "attention_backward" in name:  # of split sequences too, without what is exchanged
             return plan.inside_attention(self.config, self.world_size)
         return plan.inside_losses(self.config, self.world_size) if "linear_cross_entropy_with_gradient" in name else 0
