@@ -30,9 +30,15 @@ def unsupported(x: Tensor) -> str | None:
     return None
 
 
-@cache  # asked for several times a launch, and torch looks it up at length
 def capability(device: torch.device) -> tuple[int, int]:
     """Major and minor compute capability."""
+    if torch.compiler.is_compiling():  # asks once, and warns of caches
+        return torch.cuda.get_device_capability(device)
+    return _kept_capability(device)
+
+
+@cache  # asked for several times a launch, and torch looks it up at length
+def _kept_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

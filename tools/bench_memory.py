@@ -76,7 +76,7 @@ def measured(
     shape = micro_batch(config.data, mesh.readers), config.data.sequence_length + 1
     tokens = torch.randint(config.model.vocab_size, shape, generator=_seeded(0))
     start = torch.zeros_like(tokens[:, 1:])
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(start.shape[1]).expand_as(start), start)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(start.shape[1]).expand_as(start).contiguous(), start)
     local = LocalBatch.of(batch, zigzag(start.shape[1], mesh.size("context")), mesh, device)
     weight = token_weight(start.numel() * mesh.readers, device)
 

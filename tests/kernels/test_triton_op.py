@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compiled import kernels_of
+from longctx.kernels import hardware
 from longctx.kernels.norm.rms_norm import add_rms_norm, rms_norm
 from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.swiglu import swiglu, swiglu_linear
@@ -49,3 +51,13 @@ def test_compiled_code_has_the_kernels_and_not_the_ops():
     assert len(found) == 5
     for op in found:
         assert (op["kernels"], op["ops"], op["graphs"]) == (2, [], 2), op
+
+
+def test_compiling_says_nothing_of_how_a_device_is_looked_up(monkeypatch):
+    """torch.compile warns of each cache that it comes by: users would read it at every start."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + hardware.capability(x.device)[0], backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(torch.zeros(3)).tolist() == [9, 9, 9]

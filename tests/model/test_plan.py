@@ -379,7 +379,7 @@ def test_what_is_expected_is_said_and_logged(gpu):
     assert facts["predicted_gib"] == pytest.approx(19.42, abs=0.01)
     said = expected_memory(SimpleNamespace(facts=facts))
     assert said.startswith("memory: 19.4 of 139.8 GiB expected, in the losses: 17.3 saved for the backward pass, 1.3 ")
-    assert said.endswith("; about 0.3 s a step with each sequence one document\n")
+    assert said.endswith("; about 0.31 s a step with each sequence one document\n")
     slow = expected_memory(SimpleNamespace(facts=facts | {"predicted_s": 1099.0}))
     assert slow.endswith("; about 18 min a step with each sequence one document\n")
     gpu.device_name = "NVIDIA B200"  # never measured
