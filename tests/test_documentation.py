@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from in_process import output_of
 from longctx.config_checks import check
-from runs import ROOT, TORCHRUN, composed
+from runs import ROOT, composed, train_as_typed
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -90,19 +89,15 @@ def test_commands_of_training(words, monkeypatch):
 
 
 def run_as_typed(folder: Path, words: list[str], *more: str) -> str:
-    """A command of a page in `folder`, with this Python; returns what it prints."""
-    program, *kept = (word for word in words if not word.startswith("["))
+    """What a command of a page prints if it is typed in `folder`."""
+    program, script, *kept = (word for word in words if not word.startswith("["))
     if Path(program).name == "python":
-        return output_of(ROOT / kept[0], *kept[1:], *more, folder=folder)
-    done = subprocess.run([*TORCHRUN, *kept, *more], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+        return output_of(ROOT / script, *kept, *more, folder=folder)
+    return train_as_typed(words, *more, folder=folder)
 
 
 def test_from_text_to_weights(tmp_path):
     """The first door of README, and what docs/checkpoints.md does with a run: as typed, with two short steps."""
-    for name in ("train.py", "tools", "longctx"):
-        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "texts").mkdir()
     for file in Path(sys.modules["json"].__file__ or "").parent.glob("*.py"):
         (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text() * 4)
@@ -124,8 +119,7 @@ def test_from_text_to_weights(tmp_path):
 
 def test_pictures_are_drawn_from_what_is_there(tmp_path):
     """From the code as it is now, and from figures that the benchmarks have."""
-    done = subprocess.run([sys.executable, "docs/figures/draw.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(ROOT / "docs" / "figures" / "draw.py", str(tmp_path))
     drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
     assert len(drawn) == 9
     for name, picture in drawn.items():

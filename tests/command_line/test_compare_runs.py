@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
+from in_process import run_script
 from runs import ROOT
 
 
@@ -26,9 +26,8 @@ def made_run(folder: Path, lr: float, speed: float, losses: list[float]) -> None
     (folder / "run.json").write_text(json.dumps(record | {"ended": "complete"}))
 
 
-def compare(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/compare_runs.py", *words, "--output", str(folder / "page.html")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def compare(folder: Path, *words: str) -> CompletedProcess[str]:
+    return run_script(ROOT / "tools" / "compare_runs.py", *words, "--output", str(folder / "page.html"))
 
 
 def test_what_differs_and_how_much(tmp_path):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from in_process import output_of
 from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.metrics_file import read_metrics
-from runs import ROOT
+from runs import ROOT, train_as_typed
 
 FINETUNE, EXTEND = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("finetune", "extend_context"))
 SMALL = {
@@ -36,26 +34,16 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for kind, block in blocks if not kind for line in block.strip().splitlines()]
 
 
-def run(words: list[str], folder: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def training(words: list[str], *more: str, ranks: int = 2) -> list[str]:
-    """A command of a page with the small model, on so many processes."""
-    assert words[0] == ".venv/bin/torchrun"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *OVERRIDES, *more]
-    words[words.index("gpu")] = str(ranks)
-    return words
+def run(words: list[str], folder: Path, *more: str) -> str:
+    """A tool as a page starts it; returns what it prints."""
+    assert words[0] == ".venv/bin/python"
+    return output_of(ROOT / words[1], *words[2:], *more, folder=folder)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Where a user stands: the tools, and a model."""
-    for name in ("tools", "examples", "train.py", "recipes", "configs", "longctx", "kernels"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """Where a user stands: a chat template, and a model."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     model = Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6))
     model.save_pretrained(tmp_path / "Qwen3-0.6B")
     tokenizer = PreTrainedTokenizerFast(
@@ -69,15 +57,13 @@ def test_fine_tuning(folder):
     lines = re.search(r"```json\n(.*?)```", FINETUNE, re.S)
     assert lines is not None
     (folder / "chats.jsonl").write_text(lines[1] * 40)
-    prepare, train, export = commands(FINETUNE)
-    assert prepare[0] == export[0] == ".venv/bin/python"
-    said = run([sys.executable, *prepare[1:], "--validation-fraction", "0.2"], folder)
-    assert "documents" in said
-    said = run(training(train), folder)
+    prepare, training, export = commands(FINETUNE)
+    assert "documents" in run(prepare, folder, "--validation-fraction", "0.2")
+    said = train_as_typed(training, *OVERRIDES, folder=folder)
     assert "--- sample ---\n<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n" in said
     rows = read_metrics(folder / "runs" / "chat" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss/train" in row] == [1, 2, 3, 4]
-    run([sys.executable, *export[1:]], folder)
+    run(export, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "chat-out")
     model = AutoModelForCausalLM.from_pretrained(folder / "chat-out", dtype=torch.float32)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -98,12 +84,12 @@ def test_extending_the_context(folder):
             (folder / "texts" / name / f"{number}.txt").write_text(source.read_text())
     *prepare, plan, as_it_is, yarn_alone, extended, compare, export = commands(EXTEND)
     for words in prepare:
-        run([sys.executable, *words[1:], "--validation-fraction", "0.2"], folder)
-    assert "torchrun --nproc-per-node 1" in run([sys.executable, *plan[1:]], folder)
+        run(words, folder, "--validation-fraction", "0.2")
+    assert "torchrun --nproc-per-node 1" in run(plan, folder)
     small = "model.rotary.original_length=32", "data.curriculum={0: 32, 0.25: 0}", "validation.sequences=2"
     for words in (as_it_is, yarn_alone, extended):
         steps = [word for word in words if word.startswith("optim.steps")]
-        run(training(words, *small, *steps, ranks=2 if words is extended else 1), folder)
+        train_as_typed(words, *OVERRIDES, *small, *steps, folder=folder)
     losses = {}
     for name in ("as-it-is", "yarn-alone", "extended"):
         rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
@@ -113,8 +99,8 @@ def test_extending_the_context(folder):
     for found in losses.values():
         assert "loss/pos/64" in found
         assert any(key.startswith("recall/") for key in found)
-    assert "yarn" in run([sys.executable, *compare[1:]], folder)
-    run([sys.executable, *export[1:]], folder)
+    assert "yarn" in run(compare, folder)
+    run(export, folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "extended-out", dtype=torch.float32)
     assert model.config.rope_parameters["rope_type"] == "yarn"
     assert model.config.rope_parameters["original_max_position_embeddings"] == 32

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import subprocess
 import sys
+from subprocess import CompletedProcess
 from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
 
+from in_process import run_script
 from longctx import plan
 from longctx.config_checks import check
 from longctx.data.tokens import TokenFolder
@@ -20,10 +21,8 @@ from longctx.parallel.strategy import strategy_for
 from runs import ROOT, composed
 
 
-def run_tool(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"} | variables
-    command = [sys.executable, *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+def run_tool(name: str, *words: str) -> CompletedProcess[str]:
+    return run_script(ROOT / "tools" / f"{name}.py", *words, folder=ROOT)
 
 
 def load_tool(name: str) -> ModuleType:
@@ -42,7 +41,7 @@ def test_prepare_data(tmp_path):
     (tmp_path / "in" / "a.txt").write_text("def f():\n    pass\n" * 20)
     lines = [json.dumps({"body": f"class C{i}:\n    x = {i}\n"}) for i in range(50)]
     (tmp_path / "in" / "b.jsonl").write_text("\n".join(lines))
-    words = ["tools/prepare_data.py", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    words = ["prepare_data", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     result = run_tool(*words)
     assert result.returncode == 1
     assert "b.jsonl:1: no field 'text'; name it with --text-field" in result.stderr
@@ -62,7 +61,7 @@ def test_prepare_data(tmp_path):
 
 
 def test_prepare_data_names_a_missing_input(tmp_path):
-    result = run_tool("tools/prepare_data.py", str(tmp_path / "no"), "--output", str(tmp_path / "out"))
+    result = run_tool("prepare_data", str(tmp_path / "no"), "--output", str(tmp_path / "out"))
     assert result.returncode == 1
     assert f"{tmp_path}/no: no such file or folder" in result.stderr
 
@@ -71,10 +70,8 @@ def test_prepare_data_names_a_missing_input(tmp_path):
 @pytest.mark.interpreter
 def test_bench_attention(tmp_path):
     """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
-    result = run_tool(
-        "tools/bench_attention.py", "--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn",
-        "--output", str(tmp_path), TRITON_INTERPRET="1", HOME=str(tmp_path),
-    )  # fmt: skip
+    words = ["--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn"]
+    result = run_tool("bench_attention", *words, "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = {row["contender"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
     for name in ("triton", "sdpa"):
@@ -87,7 +84,7 @@ def test_bench_attention(tmp_path):
 
 
 def test_bench_attention_names_what_there_is(tmp_path):
-    result = run_tool("tools/bench_attention.py", "--contenders", "fa5", "--output", str(tmp_path))
+    result = run_tool("bench_attention", "--contenders", "fa5", "--output", str(tmp_path))
     assert result.returncode == 1
     assert "contenders fa5: must be of hopper, hopper-deterministic, hopper-into, triton," in result.stderr
 
@@ -103,7 +100,7 @@ def test_bench_attention_names_what_there_is(tmp_path):
     ],
 )
 def test_tools_for_gpus_say_so(tool, message):
-    result = run_tool(f"tools/{tool}.py")
+    result = run_tool(tool)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -113,10 +110,7 @@ def test_tools_for_gpus_say_so(tool, message):
 @pytest.mark.interpreter
 def test_bench_ops(tmp_path):
     """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""
-    result = run_tool(
-        "tools/bench_ops.py", "--divide", "2048", "--contenders", "triton,eager,liger", "--output", str(tmp_path),
-        TRITON_INTERPRET="1", HOME=str(tmp_path),
-    )  # fmt: skip
+    result = run_tool("bench_ops", "--divide", "2048", "--contenders", "triton,eager,liger", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     assert len({row["case"] for row in rows}) >= 11
@@ -131,7 +125,7 @@ def test_bench_ops(tmp_path):
 
 def test_plan():
     """The fastest that fits is first, and its command is one that train.py takes."""
-    result = run_tool("tools/plan.py", "recipe=llama3_8b_1m", "gpus=8", "--json")
+    result = run_tool("plan", "recipe=llama3_8b_1m", "gpus=8", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["usable_gib"] == pytest.approx(134.1, abs=0.05)
@@ -191,7 +185,7 @@ def test_plan_says_what_it_lacks(words, said, monkeypatch):
 
 
 def test_plan_of_what_cannot_fit():
-    result = run_tool("tools/plan.py", "recipe=llama3_8b_1m", "gpus=1", "parallel.recompute=full")
+    result = run_tool("plan", "recipe=llama3_8b_1m", "gpus=1", "parallel.recompute=full")
     assert result.returncode == 0
     [row] = [line for line in result.stdout.splitlines() if "does not fit" in line]
     assert row.split()[:4] == ["1", "-", "full", "542.9"]
@@ -202,7 +196,7 @@ def test_the_command_of_a_plan():
     """What was typed stays as it was, quoted, and is not said twice; two machines are started as two."""
     words = ["recipe=gpt_32k", "gpus=16", "name=x-parallel.recompute-y", "data.folder=/d/a(b)=c", "data=prepared",
              "++parallel.context=8", "data.curriculum={0: 2048, 10: 0}"]  # fmt: skip
-    result = run_tool("tools/plan.py", *words, "--json")
+    result = run_tool("plan", *words, "--json")
     assert result.returncode == 0, result.stderr
     typed = shlex.split(json.loads(result.stdout)["command"])
     assert typed[:9] == ["torchrun", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500",

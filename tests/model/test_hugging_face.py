@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from corpora import byte_tokenizer, documents_of, prepared
+from in_process import output_of
 from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, RotaryScaling
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
@@ -36,6 +35,7 @@ from longctx.model.transformer import build
 from ranks import run_on_ranks
 from runs import ROOT, small_config, train, trainer_of
 
+CONVERT = ROOT / "tools" / "convert_hf.py"
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -144,10 +144,8 @@ def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corp
     ours.load_state_dict(whole)
     assert_close(our_logits(ours), expected)
 
-    command = [sys.executable, "tools/convert_hf.py", "export", str(tmp_path / "test" / "checkpoints" / "step_0")]
-    command += ["--output", str(tmp_path / "back"), "--dtype", "float32"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
+    step = str(tmp_path / "test" / "checkpoints" / "step_0")
+    output_of(CONVERT, "export", step, "--output", str(tmp_path / "back"), "--dtype", "float32")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert type(back).__name__ == {"gpt2": "GPT2", "llama": "Llama", "qwen3": "Qwen3"}[name] + (
         "LMHeadModel" if name == "gpt2" else "ForCausalLM"
@@ -174,10 +172,8 @@ def test_a_checkpoint_goes_before_the_weights(tmp_path, corpus, capsys):
 
 def test_the_preset_is_printed(tmp_path):
     make(tmp_path / "hf", "llama")
-    command = [sys.executable, "tools/convert_hf.py", "config", str(tmp_path / "hf")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
-    fields: Any = OmegaConf.to_container(OmegaConf.create(result.stdout))
+    printed = output_of(CONVERT, "config", str(tmp_path / "hf"))
+    fields: Any = OmegaConf.to_container(OmegaConf.create(printed))
     assert ModelConfig(**fields | {"rotary": RotaryConfig(**fields["rotary"])}) == config_of(tmp_path / "hf")
 
 
@@ -399,10 +395,7 @@ def test_the_tokenizer_goes_along(tmp_path, name, begins):
     config.validation.sequences = config.validation.recall_sequences = 0
     train(config)
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), "export"]
-    checkpoint = str(config.run_folder / "checkpoints" / "latest")
-    done = subprocess.run([*command, checkpoint, "--output", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(CONVERT, "export", str(config.run_folder / "checkpoints" / "latest"), "--output", str(out))
     read = AutoTokenizer.from_pretrained(out)
     assert [read(text)["input_ids"] for text in texts] == [d[:-1] for d in documents_of(trained)]
     assert (read.eos_token, read.eos_token_id, read.model_max_length) == ("<|endoftext|>", 256, 64)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
+from in_process import run_script
 from longctx.config import Optimizer
 from longctx.metric_names import METRICS, metric_of, table
 from longctx.metrics_file import read_metrics
@@ -20,6 +19,7 @@ ON_GPUS = {
     "mem/predicted_gib", "time/predicted_s",
 }  # fmt: skip
 ON_RANKS = {"mem/alloc_retries", "mem/transport_gib", "run/slowest_rank", "run/slowest_over_median"}
+DASHBOARD = ROOT / "tools" / "wandb_dashboard.py"
 OF_LONG_CONTEXT = {"loss/last_octave_minus_1k"}
 
 
@@ -56,10 +56,7 @@ def test_the_page_has_the_table():
 
 
 def test_the_dashboard_names_what_runs_log(tmp_path, lines):
-    result = subprocess.run(
-        [sys.executable, "tools/wandb_dashboard.py", "somebody/longctx", "--output", str(tmp_path / "made.json")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    result = run_script(DASHBOARD, "somebody/longctx", "--output", str(tmp_path / "made.json"))
     assert result.returncode == 0, result.stderr
     made = json.loads((tmp_path / "made.json").read_text())
     assert (made["entity"], made["project"]) == ("somebody", "longctx")
@@ -84,8 +81,6 @@ def test_the_dashboard_names_what_runs_log(tmp_path, lines):
 
 
 def test_a_project_is_named_in_full():
-    result = subprocess.run(
-        [sys.executable, "tools/wandb_dashboard.py", "longctx"], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run_script(DASHBOARD, "longctx")
     assert result.returncode == 2
     assert "longctx: is not ENTITY/PROJECT; give both, as in https://wandb.ai/ENTITY/PROJECT" in result.stderr

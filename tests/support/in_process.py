@@ -1,4 +1,4 @@
-"""Runs a script in this process, which has imported torch already."""
+"""Runs a script in this process, which has imported torch already: a process of its own takes seconds to do so."""
 
 from __future__ import annotations
 
@@ -7,21 +7,37 @@ import io
 import runpy
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from unittest import mock
 
 
-def output_of(script: Path, *words: str, folder: Path | None = None) -> str:
-    """What a script prints that is started with these words, in `folder` if it is given.
+def run_script(script: Path, *words: str, folder: Path | None = None) -> CompletedProcess[str]:
+    """What `python SCRIPT WORDS`, started in `folder` if it is given, prints, and its exit code.
 
-    Raises RuntimeError if it exits with another code than 0.
+    An exception that is no SystemExit is not caught.
     """
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     where = contextlib.nullcontext() if folder is None else contextlib.chdir(folder)
-    with where, mock.patch.object(sys, "argv", [str(script), *words]), contextlib.redirect_stdout(out):
+    code = 0
+    with (
+        where,
+        mock.patch.object(sys, "argv", [str(script), *words]),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
-            if end.code:
-                raise RuntimeError(f"{script.name}: {end.code}") from None
-    out.flush()
-    return out.buffer.getvalue().decode()
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    printed, said = (stream.buffer.getvalue().decode() for stream in (out, errors))
+    return CompletedProcess([str(script), *words], code, printed, said)
+
+
+def output_of(script: Path, *words: str, folder: Path | None = None) -> str:
+    """What a script prints, which is to end well."""
+    done = run_script(script, *words, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

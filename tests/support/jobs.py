@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -21,13 +20,12 @@ from runs import composed, train
 def main() -> None:
     jobs = [list(words) for is_end, words in groupby(sys.argv[1:], lambda word: word == "/") if not is_end]
     for words in jobs:
-        name = next(word.partition("=")[2] for word in words if word.startswith("name="))
-        config = composed(*(word for word in words if not word.startswith("name=")))
+        config = composed(*words)
         try:
-            train(replace(config, name=name))
+            train(config)
         except UserError as error:
             if os.environ["RANK"] == "0":
-                print(f"refused {name}: {error}", flush=True)
+                print(f"refused {config.name}: {error}", flush=True)
     runtime.stop()
 
 

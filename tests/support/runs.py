@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +31,9 @@ TINY = ModelConfig(vocab_size=8192, layers=2, width=32, heads=4, kv_heads=2, hea
 
 
 def composed(*overrides: str) -> Config:
-    """The configuration that a command line gives."""
+    """The configuration that a command line gives; its name is `test` if none of the words is one."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", overrides=[*overrides, "name=test"])
+        config = compose("train", overrides=["name=test", *overrides])
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result
@@ -67,6 +68,14 @@ def run_info(config: Config, overrides: list[str] | None = None) -> RunInfo:
 def train(config: Config, overrides: list[str] | None = None) -> Outcome:
     """A whole run in this process."""
     return run.train(run_info(config, overrides))
+
+
+def train_as_typed(words: list[str], *more: str, folder: Path) -> str:
+    """What a page's command `torchrun ... train.py WORDS` prints if it is typed in `folder`; on one process, this."""
+    assert Path(words[0]).name == "torchrun"
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        train(composed(*words[words.index("train.py") + 1 :], *more))
+    return out.getvalue()
 
 
 @contextlib.contextmanager
