@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+import interpreter  # noqa: F401  makes it faster
+
 SECONDS = 120
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "longctx.run", "hypothesis", "pytest"])
