@@ -31,7 +31,7 @@ import interpreter  # noqa: F401  makes it faster
 
 SECONDS = 120
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "longctx.run", "hypothesis", "pytest"])
+_server.set_forkserver_preload(["torch", "torch._dynamo", "longctx.run", "hypothesis", "pytest"])
 _numbers = itertools.count()
 
 
@@ -192,14 +192,19 @@ def _do(job: Job, results: Any) -> None:
 
 
 def _replaceable() -> dict[tuple[str, ...], Any]:
-    """The functions and classes of longctx, and the methods of these and of torch's modules."""
+    """The functions and classes of longctx, and the methods of these and of torch's modules.
+
+    What the first optimizer of a class does to its `step`, which torch calls `hooked`, does not count.
+    """
     found: dict[tuple[str, ...], Any] = {}
     modules = {name: module for name, module in sys.modules.items() if name.startswith("longctx")}
     for name, module in (*modules.items(), ("torch", torch.nn)):
         for attribute, value in list(vars(module).items()) if name != "torch" else [("Module", torch.nn.Module)]:
             if isinstance(value, type):
                 found |= {
-                    (name, attribute, key): of_class for key, of_class in vars(value).items() if callable(of_class)
+                    (name, attribute, key): of_class.__wrapped__ if hasattr(of_class, "hooked") else of_class
+                    for key, of_class in vars(value).items()
+                    if callable(of_class)
                 }
             if callable(value) or isinstance(value, (int, float, str, tuple)):
                 found[name, attribute] = value
