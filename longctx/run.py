@@ -23,10 +23,10 @@ from longctx.evaluate import sample_texts
 from longctx.metrics_file import is_validated, last_validation_loss
 from longctx.model.implementations import implementations
 from longctx.parallel.mesh import AXES
-from longctx.parallel.strategy import strategy_for
 from longctx.run_info import Ending, RunInfo
 from longctx.runtime import Runtime, check_machines, check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
+from longctx.strategy import strategy_for
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
 

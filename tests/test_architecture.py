@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"config", "kernels"},
     "step_time": {"config", "plan"},
     "remedies": {"config", "plan"},
+    "strategy": {"config"},
     "schedule": {"config"},
     "run_info": {"config"},
     "stopping": {"console"},
@@ -43,7 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"kernels"},
     # the model, and what spreads it over ranks from outside
     "model": {"config", "errors", "kernels", "plan"},
-    "parallel": {"batch", "config", "errors", "host_memory", "kernels", "local_part", "machine", "model", "plan"},
+    "parallel": {
+        "batch", "config", "errors", "host_memory", "kernels", "local_part", "machine", "model", "plan", "strategy",
+    },
     # what is read and written
     "data": {"batch", "config", "errors", "files"},
     "sources": {"config", "data", "errors", "runtime"},
@@ -74,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "slurm", "suggest"},
     "run": {
         "command_line", "config", "config_checks", "errors", "evaluate", "metrics_file", "model", "parallel", "plan",
-        "remedies", "report", "run_info", "runtime", "step_time", "stopping", "trainer", "watchdog",
+        "remedies", "report", "run_info", "runtime", "step_time", "stopping", "strategy", "trainer", "watchdog",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ALONE = (
@@ -89,6 +92,7 @@ STANDARD_LIBRARY_ALONE = (
     "plan",
     "step_time",
     "remedies",
+    "strategy",
 )
 ONLY_IN = {
     "wandb": ("wandb_log",), "matplotlib": ("page", "data"), "pyarrow": ("data",), "tqdm": ("metrics", "data"),

@@ -38,7 +38,7 @@ from longctx.parallel import transport
 from longctx.parallel.context_parallel import ContextAttend, ContextParallel
 from longctx.parallel.load_balance import Split, SplitMask, balanced, imbalance, in_order, zigzag
 from longctx.parallel.mesh import make_mesh
-from longctx.parallel.strategy import choose_strategy
+from longctx.strategy import choose_strategy
 
 HEAD_DIM = 128
 GIB = 2.0**30

@@ -42,8 +42,8 @@ from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, token_weight
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.parallel.strategy import strategy_for
 from longctx.runtime import Runtime
+from longctx.strategy import strategy_for
 
 STEPS, TIMED = 5, 3
 OFFLOAD, ON_HOST = "parallel.offload={most}", "parallel.offload_optimizer=true"  # most: all layers but the last

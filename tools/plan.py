@@ -31,7 +31,7 @@ from longctx.command_line import meeting_of, script
 from longctx.config import Config, Recompute, Strategy
 from longctx.config_checks import check
 from longctx.errors import ConfigError
-from longctx.parallel.strategy import strategy_for
+from longctx.strategy import strategy_for
 
 OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
 

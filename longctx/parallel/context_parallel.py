@@ -28,9 +28,9 @@ from longctx.parallel.gather import gather
 from longctx.parallel.load_balance import Split, SplitMask, balanced, in_order
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.ring import ring
-from longctx.parallel.strategy import Choice
 from longctx.parallel.transport import Transport, make_transport
 from longctx.parallel.ulysses import Ulysses
+from longctx.strategy import Choice
 
 SUPPORTED_OPTIONS = ("scale", "softcap", "deterministic")  # the others are a number or a draw for each head or row
 

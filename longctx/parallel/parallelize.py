@@ -11,9 +11,9 @@ from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.fsdp import apply_fsdp, materialize
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.offload import ActivationOffload
-from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.tensor_parallel import apply_tensor_parallel
 from longctx.parallel.tiled_block import TiledBlock
+from longctx.strategy import choose_strategy
 
 
 def parallelize(

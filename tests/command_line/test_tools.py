@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import subprocess
 import sys
 from subprocess import CompletedProcess
 from types import ModuleType
@@ -17,7 +18,7 @@ from in_process import run_script
 from longctx import plan
 from longctx.config_checks import check
 from longctx.data.tokens import TokenFolder
-from longctx.parallel.strategy import strategy_for
+from longctx.strategy import strategy_for
 from runs import ROOT, composed
 
 
@@ -139,6 +140,15 @@ def test_plan():
     assert {p["words"][2] for p in found["plans"] if not p["fits"]} == {"parallel.recompute=none"}
     seconds = [p["seconds"] for p in found["plans"] if p["fits"]]
     assert seconds == sorted(seconds)
+
+
+def test_plan_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "tools/plan.py", "recipe=gpt_32k", "gpus=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0
+    assert "longctx.plan" in imported
+    assert "torch" not in imported
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml")))

@@ -18,9 +18,9 @@ import torch
 from longctx import plan, remedies, run_facts, step_time
 from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
 from longctx.errors import UserError
-from longctx.parallel.strategy import strategy_for
 from longctx.run import choose_offload, expected_memory, kept_and_where
 from longctx.runtime import check_memory
+from longctx.strategy import strategy_for
 from runs import ROOT, composed
 
 GIB = plan.GIB

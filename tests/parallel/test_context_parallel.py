@@ -25,9 +25,9 @@ from longctx.parallel.context_parallel import SUPPORTED_OPTIONS, ContextParallel
 from longctx.parallel.load_balance import zigzag
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.parallel.strategy import Choice, choose_strategy
 from longctx.parallel.verify import verify_layout
 from longctx.step_clock import StepClock
+from longctx.strategy import Choice, choose_strategy
 from ranks import run_on_new_ranks, run_on_ranks
 from small_models import DOCUMENTS, GQA, LENGTH, make_inputs
 

@@ -14,9 +14,9 @@ from longctx.model.attention import Attend
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.parallel.load_balance import zigzag
 from longctx.parallel.mesh import make_mesh
-from longctx.parallel.strategy import choose_strategy
 from longctx.parallel.traffic import Traffic, between_machines, link_rate
 from longctx.parallel.transport import Messages
+from longctx.strategy import choose_strategy
 from ranks import run_on_ranks
 
 LENGTH, HEAD_DIM, RANKS = 256, 16, 4
