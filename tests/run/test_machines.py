@@ -66,7 +66,7 @@ def test_two_machines(network):
     jobs.append([*MODEL, *ENDLESS, shared, "name=endless"])
     words = [str(ROOT / "tests" / "support" / "jobs.py"), *" / ".join(" ".join(job) for job in jobs).split()]
     started = [machine.torchrun(2, words) for machine in (one, two)]
-    started[0].wait_for("step 2/100000")
+    started[0].wait_for("step 2/100000", seconds=120)
     two.cut()
     assert max(seconds_to_end(started)) < TIMEOUT_S + 10
     assert [job.process.returncode for job in started] == [1, -signal.SIGKILL]  # torchrun there would wait for ever

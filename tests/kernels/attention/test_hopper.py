@@ -21,7 +21,7 @@ from longctx.kernels.attention.hopper_forward import forward_on_hopper
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from precision import DEVICE, relative_error
+from precision import DEVICE, random, relative_error
 from thorough import examples
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -50,6 +50,38 @@ def test_heads(heads, kv_heads, head_dim):
 )
 def test_options(option):
     check(LARGE_MASKS["documents"], torch.bfloat16, implementation="hopper", **option)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "most"),
+    [(700, torch.float32, 2e-6), pytest.param(1 << 20, torch.bfloat16, 6e-3, marks=on_hopper)],
+)
+def test_a_million_tokens(length, dtype, most):
+    """Some rows and some keys, the first and the last too, against float64: a whole reference would not fit."""
+    q, k, v, dout = (random(length, heads, 128, dtype=dtype, seed=seed) for seed, heads in enumerate((2, 1, 1, 2)))
+    inputs = [x[None].requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*inputs, KeyIntervals.causal(length))
+    dq, dk, dv = (x[0] for x in torch.autograd.grad(out, inputs, dout[None]))
+    out, lse = out[0].detach(), lse[0].detach().double()
+    q, k, v, dout, scale = q.double(), k[:, 0].double(), v[:, 0].double(), dout.double(), 128**-0.5
+    errors = []
+    for place in (1, 127, 128, length // 3, length - 129, length - 1):
+        scores, seen = scale * q[place] @ k[: place + 1].T, slice(place + 1)  # (heads, keys)
+        weights = scores.softmax(1)
+        of_weights = dout[place] @ v[seen].T
+        of_scores = weights * (of_weights - (weights * of_weights).sum(1, keepdim=True))
+        errors += [
+            relative_error(out[place], weights @ v[seen]), relative_error(lse[:, place], scores.logsumexp(1)),
+            relative_error(dq[place], scale * of_scores @ k[seen]),
+        ]  # fmt: skip
+        weights = (scale * q[place:] @ k[place] - lse.T[place:]).exp()  # (rows, heads)
+        of_rows = (dout[place:] * out[place:].double()).sum(2)
+        of_scores = weights * (dout[place:] @ v[place] - of_rows)
+        errors += [
+            relative_error(dv[place, 0], torch.einsum("rh,rhd->d", weights, dout[place:])),
+            relative_error(dk[place, 0], scale * torch.einsum("rh,rhd->d", of_scores, q[place:])),
+        ]
+    assert max(errors) < most, errors
 
 
 @on_hopper
