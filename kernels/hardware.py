@@ -32,7 +32,7 @@ def unsupported(x: Tensor) -> str | None:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Major and minor compute capability."""
-    if torch.compiler.is_compiling():  # asks once, and warns of caches
+    if torch.compiler.is_compiling():  # torch.compile asks once, and warns users of caches
         return torch.cuda.get_device_capability(device)
     return _kept_capability(device)
 

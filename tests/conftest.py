@@ -17,7 +17,7 @@ if not torch.cuda.is_available():  # before anything imports a kernel
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
-import interpreter  # noqa: F401  makes it faster
+import interpreter  # noqa: F401  makes Triton's interpreter faster
 from corpora import make_corpus
 
 

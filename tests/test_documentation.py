@@ -83,21 +83,20 @@ def test_commands_of_training(words, monkeypatch):
     """Compose to configurations in which nothing is wrong on as many ranks."""
     ranks, *overrides = words
     monkeypatch.setenv("WORLD_SIZE", ranks)
-    mine = [word.replace("model=mine", "model=llama3_8b") for word in overrides if not word.startswith("name=")]
-    config = composed(*mine)
+    config = composed(*(word.replace("model=mine", "model=llama3_8b") for word in overrides))
     check(config, int(ranks))
 
 
 def run_as_typed(folder: Path, words: list[str], *more: str) -> str:
-    """What a command of a page prints if it is typed in `folder`."""
-    program, script, *kept = (word for word in words if not word.startswith("["))
-    if Path(program).name == "python":
-        return output_of(ROOT / script, *kept, *more, folder=folder)
-    return train_as_typed(words, *more, folder=folder)
+    """What a command of a page prints in `folder`, without the words that it says may be left out."""
+    command = [word for word in words if not word.startswith("[")]
+    if Path(command[0]).name == "python":
+        return output_of(ROOT / command[1], *command[2:], *more, folder=folder)
+    return train_as_typed(command, *more, folder=folder)
 
 
 def test_from_text_to_weights(tmp_path):
-    """The first door of README, and what docs/checkpoints.md does with a run: as typed, with two short steps."""
+    """The first door of README, and what docs/checkpoints.md does with a run, with two short steps on one rank."""
     (tmp_path / "texts").mkdir()
     for file in Path(sys.modules["json"].__file__ or "").parent.glob("*.py"):
         (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text() * 4)

@@ -1,4 +1,4 @@
-"""docs/finetune.md and docs/extend_context.md as they are written, with a small random model in place of Qwen 3."""
+"""The commands of docs/finetune.md and docs/extend_context.md, with a small random model in place of Qwen 3."""
 
 from __future__ import annotations
 

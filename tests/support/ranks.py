@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-import interpreter  # noqa: F401  makes it faster
+import interpreter  # noqa: F401  makes Triton's interpreter faster
 
 SECONDS = 120
 _server = multiprocessing.get_context("forkserver")
@@ -202,9 +202,9 @@ def _replaceable() -> dict[tuple[str, ...], Any]:
         for attribute, value in list(vars(module).items()) if name != "torch" else [("Module", torch.nn.Module)]:
             if isinstance(value, type):
                 found |= {
-                    (name, attribute, key): of_class.__wrapped__ if hasattr(of_class, "hooked") else of_class
-                    for key, of_class in vars(value).items()
-                    if callable(of_class)
+                    (name, attribute, key): member.__wrapped__ if getattr(member, "hooked", False) is True else member
+                    for key, member in vars(value).items()
+                    if callable(member)
                 }
             if callable(value) or isinstance(value, (int, float, str, tuple)):
                 found[name, attribute] = value

@@ -70,11 +70,16 @@ def train(config: Config, overrides: list[str] | None = None) -> Outcome:
     return run.train(run_info(config, overrides))
 
 
-def train_as_typed(words: list[str], *more: str, folder: Path) -> str:
-    """What a page's command `torchrun ... train.py WORDS` prints if it is typed in `folder`; on one process, this."""
-    assert Path(words[0]).name == "torchrun"
+def train_as_typed(typed: list[str], *more: str, folder: Path) -> str:
+    """Trains with the words of a page's command, in `folder` and in this process alone; returns what it prints.
+
+    `more`: words behind those, which make the run small.
+    """
+    torchrun, option, ranks, script, *words = typed
+    assert (Path(torchrun).name, option, script) == ("torchrun", "--nproc-per-node", "train.py"), typed
+    assert ranks == "gpu" or int(ranks) > 0
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
-        train(composed(*words[words.index("train.py") + 1 :], *more))
+        assert train(composed(*words, *more), [*words, *more]).is_complete
     return out.getvalue()
 
 
