@@ -23,6 +23,7 @@ from longctx.config import (
     ulysses_groups,
 )
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
+from longctx.strategy import WHOLE_SEQUENCES, Choice
 
 GIB = 1 << 30
 UNIT_BYTES = 64 << 20  # of blocks that FSDP gathers together; a larger one is gathered by itself
@@ -255,23 +256,83 @@ def inside_losses(config: Config, world_size: int) -> float:
     return _sizes(config, world_size).logits
 
 
-def _exchange_bytes(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
-    """What the context axis takes of a rank: shares of keys, values and their gradients, and what it fetches."""
+class _Ring(NamedTuple):
+    """Keys that go round, and their gradients: its ranks, and what each brings, in bytes."""
+
+    ranks: int
+    keys: float  # and values
+    gradients: float
+
+    @property
+    def slots(self) -> int:
+        """Ranks whose gradients a rank holds at a time."""
+        return min(self.ranks, max(1, int(2 * GIB / self.gradients)))
+
+    @property
+    def steps(self) -> tuple[float, float]:
+        """Bytes of the keys of other ranks that a rank has at a time, in two buffers."""
+        others, most = (self.ranks - 1) * self.keys, GIB / 4
+        return (others, 0.0) if others <= most else (max(self.keys, most), max(self.keys, most))
+
+    @property
+    def held(self) -> float:
+        """Bytes of a rank: its keys (those of the call before may still be read), what it fetches, and gradients."""
+        return 2 * self.keys + sum(self.steps) + self.slots * self.gradients
+
+    @property
+    def leaving(self) -> float:
+        """Bytes of gradients on their way, where kernels cannot store them at their owners: of two steps."""
+        first, second = self.steps
+        return (first + (second or self.keys)) * self.gradients / self.keys
+
+
+class _Trade(NamedTuple):
+    """Heads that go for tokens: which part of a rank's is worked on at a time."""
+
+    groups: int  # of query heads, one after the other
+    kv_pieces: int  # of the key/value heads
+    sharers: int  # ranks that have the same ones
+
+
+def _trade(config: Config, choice: Choice) -> _Trade:
+    (heads, kv_heads), size = attended_heads(config), choice.ulysses_size
+    # a ring around it brings the same keys once
+    most = 4 if choice.strategy == Strategy.ulysses else min(4, max(1, kv_heads // size))
+    groups = ulysses_groups(heads, kv_heads, size, most)
+    return _Trade(groups, min(groups, max(1, kv_heads // size)), max(1, size // kv_heads))
+
+
+def _ring(config: Config, sizes: _Sizes, choice: Choice) -> _Ring:
+    """The ring of a strategy that has one: where ranks trade heads, one of as many fewer ranks with more tokens."""
+    keys = 2 * _heads_bytes(config, sizes, attended_heads(config)[1])
+    if choice.strategy == Strategy.ulysses_ring:
+        trade = _trade(config, choice)
+        keys *= trade.sharers / trade.kv_pieces
+    return _Ring(config.parallel.context // choice.ulysses_size, keys, keys * FLOAT32 / sizes.compute)
+
+
+def _exchange_bytes(config: Config, sizes: _Sizes, choice: Choice) -> float:
+    """The buffers of the context axis on a rank: of keys, values and their gradients, and of what it fetches."""
     ranks = config.parallel.context
     if ranks == 1:
         return 0.0
     heads, kv_heads = attended_heads(config)
     queries, keys = _heads_bytes(config, sizes, heads), 2 * _heads_bytes(config, sizes, kv_heads)
     gradients = keys * FLOAT32 / sizes.compute
-    if strategy == Strategy.ulysses:
-        groups = ulysses_groups(heads, kv_heads, ranks, most=4)
-        sharers = max(1, ranks // kv_heads)
-        given = gradients * sharers if sharers > 1 else keys
-        fetched = 4 * queries + (keys + gradients) * sharers
-        return queries * (4 + 8 / config.model.head_dim) + keys + given + fetched / groups
-    if strategy == Strategy.gather:
+    if choice.strategy == Strategy.gather:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
-    return 2 * keys + _slots(ranks, gradients) * gradients + 2 * max(keys, min(GIB / 4, (ranks - 1) * keys))
+    if choice.strategy == Strategy.ring:
+        return _ring(config, sizes, choice).held
+    trade = _trade(config, choice)
+    douts = queries * (1 + 16 / (sizes.compute * config.model.head_dim))  # with delta in each row
+    given = gradients * trade.sharers if trade.sharers > 1 else keys
+    fetched = min(2, trade.groups) / trade.groups * (queries + douts)
+    fetched += min(2, trade.kv_pieces) / trade.kv_pieces * keys * trade.sharers
+    traded = 3 * queries + douts + keys + given + fetched
+    if choice.strategy == Strategy.ulysses:
+        return traded
+    ring = _ring(config, sizes, choice)  # between machines
+    return traded + ring.held + ring.leaving
 
 
 def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
@@ -279,17 +340,18 @@ def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
     return sizes.hidden / config.model.width * config.model.head_dim * heads
 
 
-def _slots(ranks: int, gradients: float) -> int:
-    """Ranks whose gradients of keys, so many bytes each, a rank of a ring holds at a time."""
-    return min(ranks, max(1, int(2 * GIB / gradients)))
-
-
-def _key_sums(config: Config, sizes: _Sizes, strategy: Strategy) -> float:
-    """Bytes of the gradients of a rank's keys in float32, where a ring adds them up in several rounds."""
-    ranks = config.parallel.context
-    gradients = 2 * _heads_bytes(config, sizes, attended_heads(config)[1]) * FLOAT32 / sizes.compute
-    is_ring = ranks > 1 and strategy in (Strategy.ring, Strategy.ulysses_ring)
-    return gradients if is_ring and _slots(ranks, gradients) < ranks else 0.0
+def _key_sums(config: Config, sizes: _Sizes, choice: Choice) -> float:
+    """Bytes of the gradients of keys in float32 that a backward pass adds up: in a ring those of a rank, if it takes
+    several rounds; where ranks trade heads those of the heads that are worked on, and what a ring around it returns."""
+    if config.parallel.context == 1 or choice.strategy == Strategy.gather:
+        return 0.0
+    ring = _ring(config, sizes, choice)
+    if choice.strategy == Strategy.ring:
+        return ring.gradients if ring.slots < ring.ranks else 0.0
+    if choice.strategy == Strategy.ulysses_ring:
+        return 2 * ring.gradients
+    trade = _trade(config, choice)
+    return ring.gradients * trade.sharers / trade.kv_pieces
 
 
 def _moments_in_flight(config: Config, sizes: _Sizes) -> float:
@@ -299,14 +361,14 @@ def _moments_in_flight(config: Config, sizes: _Sizes) -> float:
     return 2 * FLOAT32 * MOMENTS_IN_FLIGHT * min(MOMENTS_PIECE, max(sizes.table, sizes.first_matrix) / sizes.ranks)
 
 
-def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather) -> Memory:
+def memory(config: Config, world_size: int, choice: Choice = WHOLE_SEQUENCES) -> Memory:
     """What a rank of `world_size` GPUs needs for a step with the fused kernels, at the point where that is most.
 
-    `strategy` is the one that crosses the context axis, no longer auto. Traced over the model as it is spread, see
-    tests/model/test_plan.py; what is inside the ops (sums of dq, logits of a chunk) and what ranks exchange is counted
-    by hand. Left out: what the GPU's driver, NCCL and cuBLAS hold, about 1.5 GiB; gaps between allocations; Muon's
-    buckets, up to a GiB; and gradients of keys on their way where kernels cannot store them at their owners (other GPUs
-    than Hopper, several machines). Ulysses between machines is counted as the ring.
+    `choice`: of what crosses the context axis, no longer auto. Traced over the model as it is spread, see
+    tests/model/test_plan.py. Buffers of the exchange are counted as tests/parallel/test_traffic.py finds them, and what
+    is inside the ops (sums of dq, logits of a chunk) by hand. Left out: what the GPU's driver, NCCL and cuBLAS hold,
+    about 1.5 GiB; gaps between allocations; Muon's buckets, up to a GiB; and gradients of keys on their way where
+    kernels cannot store them at their owners (other GPUs than Hopper, a ring or gather over several machines).
     """
     model, sizes = config.model, _sizes(config, world_size)
     layers, alone = model.layers, sizes.ranks == 1
@@ -319,7 +381,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
         "parameters": FLOAT32 * count / sizes.ranks,
         "optimizer": FLOAT32 * moments / sizes.ranks,
         "batch and masks": sizes.batch,
-        "exchange of keys": _exchange_bytes(config, sizes, strategy),
+        "exchange of keys": _exchange_bytes(config, sizes, choice),
     }
     whole_gradients = FLOAT32 * count / sizes.ranks
     table_gradient, embedding_gradient = FLOAT32 * sizes.table, sizes.compute * sizes.table
@@ -390,7 +452,7 @@ def memory(config: Config, world_size: int, strategy: Strategy = Strategy.gather
             of_unit = sizes.compute * sizes.block * (blocks.stop - 1 - number)  # gradients, not summed yet
             parts = [
                 ("MLP", block.in_mlp, in_mlp),
-                ("attention", block.in_attention + _key_sums(config, sizes, strategy), in_attention),
+                ("attention", block.in_attention + _key_sums(config, sizes, choice), in_attention),
             ]
             if config.parallel.is_tiled:
                 parts.append(("projections", block.in_projections, in_projections))

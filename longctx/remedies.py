@@ -14,12 +14,12 @@ from longctx.config import (
     Optimizer,
     Positions,
     Recompute,
-    Strategy,
     configured_ulysses_degree,
     recompute_by_layer,
     shares_heads,
 )
 from longctx.plan import GIB, host_memory, memory
+from longctx.strategy import Choice
 
 USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
 RESERVED, GAPS = 1.5 * GIB, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
@@ -42,7 +42,7 @@ def usable(capacity: float) -> float:
 
 
 def with_offload_chosen(
-    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float
+    config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float
 ) -> Config:  # fmt: skip
     """`parallel.offload=-1` as the fewest layers with which a run fits `limit` bytes a GPU; all but the last, if none
     are enough. Other numbers stay as they are."""
@@ -58,7 +58,7 @@ def _offloading(config: Config, layers: int) -> Config:
 
 
 def _fewest_offloaded(
-    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float
+    config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float
 ) -> Config | None:  # fmt: skip
     """The configuration with as few layers offloaded, but not fewer than it says, as fit `limit` bytes a GPU."""
     changed = (_offloading(config, layers) for layers in range(config.parallel.offload, config.model.layers))
@@ -73,7 +73,7 @@ def _policies_from(config: Config) -> list[Recompute]:
 
 def host_refusal(
     config: Config, world_size: int, ranks_of_a_machine: int, free_of_host: float,
-    choose: Callable[[Config], Strategy], free: float,
+    choose: Callable[[Config], Choice], free: float,
 ) -> str | None:  # fmt: skip
     """Why a machine with `free_of_host` bytes cannot hold what its ranks with GPUs put there, and what would do; None:
     it can. The other arguments as of `refusal`."""
@@ -101,11 +101,11 @@ def host_refusal(
 
 
 def refusal(
-    config: Config, world_size: int, choose: Callable[[Config], Strategy], free: float, free_of_host: float = math.inf
+    config: Config, world_size: int, choose: Callable[[Config], Choice], free: float, free_of_host: float = math.inf
 ) -> str | None:  # fmt: skip
     """Why a run does not fit GPUs with `free` bytes each, and what would make it fit; None if it does.
 
-    `choose` gives the strategy of the context axis for a configuration; `free_of_host`: bytes of host memory a rank.
+    `choose` gives what crosses the context axis for a configuration; `free_of_host`: bytes of host memory a rank.
     """
     needed = memory(config, world_size, choose(config))
     if needed.total <= free:
@@ -119,7 +119,7 @@ def refusal(
 
 
 def remedies(
-    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, of_host: float = math.inf
+    config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float, of_host: float = math.inf
 ) -> list[str]:  # fmt: skip
     """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
     changed = [with_recompute(config, policy) for policy in _policies_from(config)[1:]]
@@ -144,7 +144,7 @@ def remedies(
 
 
 def tiled(
-    config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float, of_host: float = math.inf
+    config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float, of_host: float = math.inf
 ) -> Config | None:  # fmt: skip
     """The configuration with tiled blocks and as little offloaded as makes it fit `limit` bytes a GPU and `of_host`
     bytes of host memory a rank; None: nothing does.
@@ -203,7 +203,7 @@ def with_recompute(config: Config, policy: Recompute, saved_layers: int = 0, **o
     return replace(config, parallel=parallel)
 
 
-def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float) -> int:
     """Of how many layers attention can be saved with full recompute, so that a run fits `limit` bytes a GPU; -1: not
     even of none."""
     for layers in range(config.model.layers, -1, -1):
@@ -221,7 +221,7 @@ def _bisect(fits: Callable[[int], bool], least: int, most: int) -> int:
     return least
 
 
-def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy], limit: float) -> int:
+def longest(config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float) -> int:
     """The longest sequence with which a run fits `limit` bytes a GPU, in whole thousands of tokens a rank; 0: none.
 
     Memory grows with the length under one strategy, but may fall where `choose` goes over to another for longer ones.
@@ -238,15 +238,15 @@ def longest(config: Config, world_size: int, choose: Callable[[Config], Strategy
         return replace(config, data=replace(config.data, sequence_length=steps * step))
 
     def fits(steps: int) -> bool:
-        return memory(of(steps), world_size, strategy).total <= limit
+        return memory(of(steps), world_size, choice).total <= limit
 
     def fits_as_chosen(steps: int) -> bool:
-        return fits(steps) and choose(of(steps)) == strategy
+        return fits(steps) and choose(of(steps)) == choice
 
     best = 0
-    for strategy in {choose(of(1)), choose(of(most))}:
+    for choice in {choose(of(1)), choose(of(most))}:
         steps = _bisect(fits, 0, most + 1)
-        if steps and choose(of(steps)) != strategy:
+        if steps and choose(of(steps)) != choice:
             steps = _bisect(fits_as_chosen, 0, steps)
         best = max(best, steps)
     return best * step

@@ -16,7 +16,7 @@ import torch
 from longctx import plan, remedies, step_time
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Strategy
+from longctx.config import ALL_IT_TAKES, Config, OnUsr1
 from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.evaluate import sample_texts
@@ -26,7 +26,7 @@ from longctx.parallel.mesh import AXES
 from longctx.run_info import Ending, RunInfo
 from longctx.runtime import Runtime, check_machines, check_memory
 from longctx.stopping import StopSignals, leave, say_after_launcher
-from longctx.strategy import strategy_for
+from longctx.strategy import Choice, strategy_for
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
 
@@ -83,7 +83,7 @@ def train(run: RunInfo) -> Outcome:
         return Outcome(not trainer.is_stopped, last_loss(trainer))
 
 
-def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Strategy]) -> Config:
+def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Choice]) -> Config:
     """The configuration with a number for `parallel.offload=-1`, the same on all ranks. Collective.
 
     Raises `UserError` where that cannot be planned.

@@ -95,7 +95,7 @@ def _expected(
     """What `plan` says of a step on these GPUs, as far as it can."""
     if runtime.device.type != "cuda" or not is_foreseen:
         return {}
-    memory = plan.memory(config, runtime.world_size, context_parallel.choice.strategy)
+    memory = plan.memory(config, runtime.world_size, context_parallel.choice)
     rates = step_time.rates_of_device(runtime.device_name) if step_time.is_timed(config) else None
     time = {"predicted_s": sum(step_time.seconds(config, runtime.world_size, rates).values())} if rates else {}
     return {

@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 
 from longctx import machine, plan, remedies
-from longctx.config import Config, Strategy
+from longctx.config import Config
 from longctx.console import say
 from longctx.errors import UserError
 from longctx.files import gigabytes
 from longctx.machine import this_machine
 from longctx.stopping import end_with_parent
+from longctx.strategy import Choice
 
 T = TypeVar("T")
 
@@ -212,7 +213,7 @@ def check_machines(runtime: Runtime) -> None:
 
 
 def check_memory(
-    config: Config, runtime: Runtime, choose: Callable[[Config], Strategy], is_foreseen: bool
+    config: Config, runtime: Runtime, choose: Callable[[Config], Choice], is_foreseen: bool
 ) -> None:  # fmt: skip
     """Raises `UserError` if a step needs more than a GPU has, if its ranks put more into this machine's memory than
     there is, or on CPUs if parameters, gradients and optimizer alone are more than that.

@@ -15,8 +15,8 @@ class Choice(NamedTuple):
     """What is used, and why."""
 
     strategy: Strategy
-    ulysses_size: int  # ranks that trade heads
-    reason: str
+    ulysses_size: int = 1  # ranks that trade heads
+    reason: str = ""
 
     @property
     def splits_heads(self) -> bool:
@@ -24,11 +24,14 @@ class Choice(NamedTuple):
         return self.strategy == Strategy.ulysses
 
 
+WHOLE_SEQUENCES = Choice(Strategy.gather, reason="a rank has whole sequences")
+
+
 def choose_strategy(config: Config, ranks_of_a_machine: int) -> Choice:
     """The strategy of a checked configuration. Axes count fastest along `tensor`, so that a machine has whole ones."""
     parallel = config.parallel
     if parallel.context == 1:
-        return Choice(Strategy.gather, 1, "a rank has whole sequences")
+        return WHOLE_SEQUENCES
     near = _most_trading_heads(config, ranks_of_a_machine // parallel.tensor)
     if parallel.strategy == Strategy.ulysses:
         return Choice(Strategy.ulysses, parallel.context, "as configured")
@@ -47,9 +50,9 @@ def choose_strategy(config: Config, ranks_of_a_machine: int) -> Choice:
     return Choice(Strategy.ring, 1, f"{size}: a few shards at a time")
 
 
-def strategy_for(ranks_of_a_machine: int) -> Callable[[Config], Strategy]:
-    """`choose_strategy` as planners ask for it: by the configuration alone."""
-    return lambda config: choose_strategy(config, ranks_of_a_machine).strategy
+def strategy_for(ranks_of_a_machine: int) -> Callable[[Config], Choice]:
+    """`choose_strategy` as planners ask for it: by the configuration alone, without a reason, which names its size."""
+    return lambda config: choose_strategy(config, ranks_of_a_machine)._replace(reason="")
 
 
 def _most_trading_heads(config: Config, most: int) -> int:

@@ -168,19 +168,19 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
     gpus, choose = machines.gpus, strategy_for(machines.per_machine)
     found, problems = [], []
     for said, changed in layouts(config, keys_of(words), machines, usable, problems):
-        strategy = choose(changed)
+        choice = choose(changed)
         seconds = sum(step_time.seconds(changed, gpus, rates).values())
         tokens = changed.data.sequence_length * changed.data.sequences_per_step / gpus
         attention, products = step_time.flops(changed)
         mfu = 3 * (attention + products) / gpus / seconds / (rates["peak_tflops"] * 1e12)
         longest = remedies.longest(changed, gpus, choose, usable)
-        memory = plan.memory(changed, gpus, strategy)
+        memory = plan.memory(changed, gpus, choice)
         auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
         of_host = sum(plan.host_memory(changed, gpus).values())
         fits = memory.total <= usable and (not machines.host_gib or of_host <= machines.host_bytes_of_a_rank)
         found.append(
             Plan(
-                said, str(strategy), memory, seconds, tokens / seconds, mfu, longest, strategy == auto,
+                said, str(choice.strategy), memory, seconds, tokens / seconds, mfu, longest, choice == auto,
                 changed.parallel.context, kept_in_words(changed), fits,
             )
         )  # fmt: skip

@@ -20,7 +20,7 @@ from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
 from longctx.errors import UserError
 from longctx.run import choose_offload, expected_memory, kept_and_where
 from longctx.runtime import check_memory
-from longctx.strategy import strategy_for
+from longctx.strategy import WHOLE_SEQUENCES, Choice, strategy_for
 from runs import ROOT, composed
 
 GIB = plan.GIB
@@ -160,7 +160,7 @@ def test_the_longest_sequence_beyond_a_change_of_strategy():
 
     step = 8192
     before = max(n for n in range(step, 1 << 20, step) if choose(replace(
-        config, data=replace(config.data, sequence_length=n))) == Strategy.gather)  # fmt: skip
+        config, data=replace(config.data, sequence_length=n))).strategy == Strategy.gather)  # fmt: skip
     assert needed(before) > needed(before + step)
     limit = (needed(before) + needed(before + step)) / 2
     assert remedies.longest(config, 8, choose, limit) >= before + step
@@ -193,10 +193,14 @@ def test_ulysses_groups():
 def test_strategies_differ_by_what_they_exchange():
     """Of keys and values of 1M tokens on eight, 4 hidden states: the ring holds a few shards, gather all of them."""
     config = composed("recipe=llama3_8b_1m", "parallel.context=8")
-    exchanged = {s: plan.memory(config, 8, s).terms["exchange of keys"] / GIB for s in Strategy if s != Strategy.auto}
-    assert exchanged[Strategy.ring] == exchanged[Strategy.ulysses_ring] == 4.0
-    assert exchanged[Strategy.gather] == pytest.approx(1 + 8 + 3.5)
-    assert 5 < exchanged[Strategy.ulysses] < 8
+
+    def exchanged(strategy: Strategy, ulysses_size: int = 1) -> float:
+        return plan.memory(config, 8, Choice(strategy, ulysses_size)).terms["exchange of keys"] / GIB
+
+    assert exchanged(Strategy.ring) == 4.0
+    assert exchanged(Strategy.gather) == pytest.approx(1 + 8 + 3.5)
+    assert 5 < exchanged(Strategy.ulysses, 8) < 8
+    assert exchanged(Strategy.ulysses, 8) < exchanged(Strategy.ulysses_ring, 4) < 11
 
 
 def test_what_is_foreseen():
@@ -374,7 +378,7 @@ def test_a_gpu_that_is_too_small_is_said_before_anything_is_made(gpu):
 
 def test_what_is_expected_is_said_and_logged(gpu):
     config = composed("recipe=gpt_32k")
-    whole = SimpleNamespace(choice=SimpleNamespace(strategy=Strategy.gather))
+    whole = SimpleNamespace(choice=WHOLE_SEQUENCES)
     facts = run_facts._expected(config, gpu, whole, True) | {"device_gib": 139.8}
     assert facts["predicted_gib"] == pytest.approx(19.42, abs=0.01)
     said = expected_memory(SimpleNamespace(facts=facts))
