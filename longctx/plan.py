@@ -20,10 +20,9 @@ from longctx.config import (
     micro_batch,
     recompute_by_layer,
     resolve_shard,
-    ulysses_groups,
 )
 from longctx.kernels.loss.chunks import tokens_of_a_chunk
-from longctx.strategy import WHOLE_SEQUENCES, Choice
+from longctx.strategy import WHOLE_SEQUENCES, Choice, Heads
 
 GIB = 1 << 30
 UNIT_BYTES = 64 << 20  # of blocks that FSDP gathers together; a larger one is gathered by itself
@@ -286,28 +285,16 @@ class _Ring(NamedTuple):
         return (first + (second or self.keys)) * self.gradients / self.keys
 
 
-class _Trade(NamedTuple):
-    """Heads that go for tokens: which part of a rank's is worked on at a time."""
-
-    groups: int  # of query heads, one after the other
-    kv_pieces: int  # of the key/value heads
-    sharers: int  # ranks that have the same ones
-
-
-def _trade(config: Config, choice: Choice) -> _Trade:
-    (heads, kv_heads), size = attended_heads(config), choice.ulysses_size
-    # a ring around it brings the same keys once
-    most = 4 if choice.strategy == Strategy.ulysses else min(4, max(1, kv_heads // size))
-    groups = ulysses_groups(heads, kv_heads, size, most)
-    return _Trade(groups, min(groups, max(1, kv_heads // size)), max(1, size // kv_heads))
+def _traded(config: Config, choice: Choice) -> Heads:
+    return Heads(*attended_heads(config), choice.ulysses_size, keys_travel_on=choice.strategy == Strategy.ulysses_ring)
 
 
 def _ring(config: Config, sizes: _Sizes, choice: Choice) -> _Ring:
     """The ring of a strategy that has one: where ranks trade heads, one of as many fewer ranks with more tokens."""
     keys = 2 * _heads_bytes(config, sizes, attended_heads(config)[1])
     if choice.strategy == Strategy.ulysses_ring:
-        trade = _trade(config, choice)
-        keys *= trade.sharers / trade.kv_pieces
+        traded = _traded(config, choice)
+        keys *= traded.sharers / traded.kv_pieces
     return _Ring(config.parallel.context // choice.ulysses_size, keys, keys * FLOAT32 / sizes.compute)
 
 
@@ -323,16 +310,16 @@ def _exchange_bytes(config: Config, sizes: _Sizes, choice: Choice) -> float:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
     if choice.strategy == Strategy.ring:
         return _ring(config, sizes, choice).held
-    trade = _trade(config, choice)
+    traded = _traded(config, choice)
     douts = queries * (1 + 16 / (sizes.compute * config.model.head_dim))  # with delta in each row
-    given = gradients * trade.sharers if trade.sharers > 1 else keys
-    fetched = min(2, trade.groups) / trade.groups * (queries + douts)
-    fetched += min(2, trade.kv_pieces) / trade.kv_pieces * keys * trade.sharers
-    traded = 3 * queries + douts + keys + given + fetched
+    given = gradients * traded.sharers if traded.sharers > 1 else keys
+    fetched = min(2, traded.groups) / traded.groups * (queries + douts)
+    fetched += min(2, traded.kv_pieces) / traded.kv_pieces * keys * traded.sharers
+    held = 3 * queries + douts + keys + given + fetched
     if choice.strategy == Strategy.ulysses:
-        return traded
+        return held
     ring = _ring(config, sizes, choice)  # between machines
-    return traded + ring.held + ring.leaving
+    return held + ring.held + ring.leaving
 
 
 def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
@@ -350,8 +337,8 @@ def _key_sums(config: Config, sizes: _Sizes, choice: Choice) -> float:
         return ring.gradients if ring.slots < ring.ranks else 0.0
     if choice.strategy == Strategy.ulysses_ring:
         return 2 * ring.gradients
-    trade = _trade(config, choice)
-    return ring.gradients * trade.sharers / trade.kv_pieces
+    traded = _traded(config, choice)
+    return ring.gradients * traded.sharers / traded.kv_pieces
 
 
 def _moments_in_flight(config: Config, sizes: _Sizes) -> float:

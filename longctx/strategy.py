@@ -1,14 +1,18 @@
-"""How attention crosses the context axis: the strategy that is configured, or the one that suits the machines."""
+"""How attention crosses the context axis: the strategy that is configured, or the one that suits the machines; and how
+ranks that trade tokens for heads share these."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from longctx.config import Config, Strategy, attended_heads, shares_heads
+from longctx.config import Config, Strategy, attended_heads, shares_heads, ulysses_groups
 
 GIB = 1 << 30
 MOST_GATHERED = 4 * GIB  # of keys, values and their gradients on a rank
+MOST_GROUPS = 4  # of a rank's query heads, where ranks trade heads
 
 
 class Choice(NamedTuple):
@@ -67,3 +71,55 @@ def _gathered_bytes(config: Config) -> int:
     tokens = most * config.data.sequence_length
     width = 2 * attended_heads(config)[1] * config.model.head_dim
     return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients
+
+
+# heads that go for tokens -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How `size` ranks that trade tokens for heads share these: rank by rank, and each rank's group by group."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    most_groups: int = MOST_GROUPS
+    keys_travel_on: bool = False  # to other groups of ranks: once, not for each group of query heads that share them
+
+    @cached_property
+    def groups(self) -> int:
+        """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
+        most = min(self.most_groups, self._kv_heads_of_a_rank) if self.keys_travel_on else self.most_groups
+        return ulysses_groups(self.heads, self.kv_heads, self.size, most)
+
+    @cached_property
+    def kv_pieces(self) -> int:
+        """Into how many pieces a rank's key/value heads are cut."""
+        return min(self.groups, self._kv_heads_of_a_rank)
+
+    @property
+    def _kv_heads_of_a_rank(self) -> int:
+        return max(1, self.kv_heads // self.size)
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share a key/value head."""
+        return max(1, self.size // self.kv_heads)
+
+    def query_piece(self, rank: int, group: int) -> int:
+        return rank * self.groups + group
+
+    def kv_piece(self, rank: int, group: int) -> int:
+        """Of those that are shared; see `gradient_piece`."""
+        return self.gradient_piece(rank, group) // self.sharers
+
+    def gradient_piece(self, rank: int, group: int) -> int:
+        """As `kv_piece`, one for each rank that shares it."""
+        return rank * self.kv_pieces + group * self.kv_pieces // self.groups
+
+    def starts_piece(self, group: int) -> bool:
+        """Whether the groups before had other key/value heads."""
+        return group == 0 or self.gradient_piece(0, group) != self.gradient_piece(0, group - 1)
+
+    def ends_piece(self, group: int) -> bool:
+        return group + 1 == self.groups or self.starts_piece(group + 1)

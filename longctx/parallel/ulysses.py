@@ -9,13 +9,10 @@ ranks share these, and the gradients of each are added up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from longctx.config import ulysses_groups
 from longctx.kernels.attention import passes
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -26,53 +23,10 @@ from longctx.parallel.blockwise import Blockwise, SplitCall
 from longctx.parallel.key_exchange import Move, spans_of
 from longctx.parallel.load_balance import Split, SplitMask
 from longctx.parallel.transport import Transport, Wait, copy_rows
+from longctx.strategy import MOST_GROUPS, Heads
 
-MOST_GROUPS = 4
 FLOPS_OF_A_GROUP = 5e11  # forward, of less than which it has too few tiles for a GPU, and takes the CPU too long
 BYTES_OF_A_GROUP = 256 << 20  # of queries, of more than which it takes too much memory
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How `size` ranks share the heads: rank by rank, and each rank's group by group."""
-
-    heads: int
-    kv_heads: int
-    size: int
-    most_groups: int = MOST_GROUPS
-
-    @cached_property
-    def groups(self) -> int:
-        """Of a rank's query heads, equal ones, each with whole key/value heads or a part of one."""
-        return ulysses_groups(self.heads, self.kv_heads, self.size, self.most_groups)
-
-    @cached_property
-    def kv_pieces(self) -> int:
-        """Into how many pieces a rank's key/value heads are cut."""
-        return min(self.groups, max(1, self.kv_heads // self.size))
-
-    @property
-    def sharers(self) -> int:
-        """Ranks that share a key/value head."""
-        return max(1, self.size // self.kv_heads)
-
-    def query_piece(self, rank: int, group: int) -> int:
-        return rank * self.groups + group
-
-    def kv_piece(self, rank: int, group: int) -> int:
-        """Of those that are shared; see `gradient_piece`."""
-        return self.gradient_piece(rank, group) // self.sharers
-
-    def gradient_piece(self, rank: int, group: int) -> int:
-        """As `kv_piece`, one for each rank that shares it."""
-        return rank * self.kv_pieces + group * self.kv_pieces // self.groups
-
-    def starts_piece(self, group: int) -> bool:
-        """Whether the groups before had other key/value heads."""
-        return group == 0 or self.gradient_piece(0, group) != self.gradient_piece(0, group - 1)
-
-    def ends_piece(self, group: int) -> bool:
-        return group + 1 == self.groups or self.starts_piece(group + 1)
 
 
 def _pieces(x: Tensor, n: int) -> Tensor:
@@ -136,9 +90,7 @@ class _Exchange:
         batch, _, n_heads, head_dim = q.shape
         flops = 4 * batch * visible_pairs(call.mask) / groups * n_heads / size * head_dim
         most = most_groups(flops, q.nbytes) if q.is_cuda else MOST_GROUPS
-        if self.outer:  # keys go to the other groups once, not once for each group of the query heads that share them
-            most = min(most, max(1, k.shape[2] // size))
-        self.heads = Heads(n_heads, k.shape[2], size, most)
+        self.heads = Heads(n_heads, k.shape[2], size, most, keys_travel_on=self.outer is not None)
         self.whole = Call(call.mask.mask, call.options, call.implementation)
         self.split = call._replace(mask=SplitMask(call.mask.mask, _split_over_groups(call.mask, groups)))
         self.leaving: list[tuple[Tensor, Wait]] = []  # which must live until they have left

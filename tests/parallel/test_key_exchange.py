@@ -13,8 +13,7 @@ from longctx.kernels.attention.tiles import TILE
 from longctx.parallel import ulysses
 from longctx.parallel.key_exchange import make_exchange_plan, spans_of
 from longctx.parallel.load_balance import TOLERANCE, SplitMask, balanced, imbalance, in_order, zigzag
-from longctx.parallel.ulysses import Heads
-from longctx.strategy import choose_strategy
+from longctx.strategy import Heads, choose_strategy
 from thorough import examples
 
 
