@@ -73,7 +73,7 @@ def _gathered_bytes(config: Config) -> int:
     return tokens * width * (2 + 4)  # bfloat16, and float32 of the gradients
 
 
-# heads that go for tokens -----------------------------------------------------------------------------------------------
+# heads that go for tokens ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
