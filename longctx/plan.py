@@ -290,9 +290,10 @@ def _traded(config: Config, choice: Choice) -> Heads:
 
 
 def _ring(config: Config, sizes: _Sizes, choice: Choice) -> _Ring:
-    """The ring of a strategy that has one: where ranks trade heads, one of as many fewer ranks with more tokens."""
+    """Where ranks trade heads, a ring of as many fewer ranks, each with the keys of more tokens that are worked on at a
+    time; of Ulysses alone one rank."""
     keys = 2 * _heads_bytes(config, sizes, attended_heads(config)[1])
-    if choice.strategy == Strategy.ulysses_ring:
+    if choice.strategy in (Strategy.ulysses, Strategy.ulysses_ring):
         traded = _traded(config, choice)
         keys *= traded.sharers / traded.kv_pieces
     return _Ring(config.parallel.context // choice.ulysses_size, keys, keys * FLOAT32 / sizes.compute)
@@ -308,18 +309,15 @@ def _exchange_bytes(config: Config, sizes: _Sizes, choice: Choice) -> float:
     gradients = keys * FLOAT32 / sizes.compute
     if choice.strategy == Strategy.gather:
         return 2 * keys + ranks * gradients + (ranks - 1) * keys
+    ring, traded = _ring(config, sizes, choice), _traded(config, choice)
     if choice.strategy == Strategy.ring:
-        return _ring(config, sizes, choice).held
-    traded = _traded(config, choice)
+        return ring.held
     douts = queries * (1 + 16 / (sizes.compute * config.model.head_dim))  # with delta in each row
     given = gradients * traded.sharers if traded.sharers > 1 else keys
     fetched = min(2, traded.groups) / traded.groups * (queries + douts)
-    fetched += min(2, traded.kv_pieces) / traded.kv_pieces * keys * traded.sharers
+    fetched += min(2, traded.kv_pieces) * ring.keys
     held = 3 * queries + douts + keys + given + fetched
-    if choice.strategy == Strategy.ulysses:
-        return held
-    ring = _ring(config, sizes, choice)  # between machines
-    return held + ring.held + ring.leaving
+    return held if choice.strategy == Strategy.ulysses else held + ring.held + ring.leaving  # between machines
 
 
 def _heads_bytes(config: Config, sizes: _Sizes, heads: int) -> float:
@@ -335,10 +333,7 @@ def _key_sums(config: Config, sizes: _Sizes, choice: Choice) -> float:
     ring = _ring(config, sizes, choice)
     if choice.strategy == Strategy.ring:
         return ring.gradients if ring.slots < ring.ranks else 0.0
-    if choice.strategy == Strategy.ulysses_ring:
-        return 2 * ring.gradients
-    traded = _traded(config, choice)
-    return ring.gradients * traded.sharers / traded.kv_pieces
+    return ring.gradients * (2 if choice.strategy == Strategy.ulysses_ring else 1)
 
 
 def _moments_in_flight(config: Config, sizes: _Sizes) -> float:
@@ -429,6 +424,7 @@ def memory(config: Config, world_size: int, choice: Choice = WHOLE_SEQUENCES) ->
     in_projections = in_attention + sizes.compute * 2 * model.width * model.kv_heads * model.head_dim
     if sizes.tiles > 1:
         in_mlp = FLOAT32 * sizes.after_attention
+    key_sums = _key_sums(config, sizes, choice)
     for unit, blocks in reversed(list(enumerate(units))):  # as the backward pass comes to them
         done = layers - blocks.stop  # blocks whose gradients are summed over ranks, or going to be
         next_unit = 0 if alone or not unit else gathered_units[unit - 1]
@@ -439,7 +435,7 @@ def memory(config: Config, world_size: int, choice: Choice = WHOLE_SEQUENCES) ->
             of_unit = sizes.compute * sizes.block * (blocks.stop - 1 - number)  # gradients, not summed yet
             parts = [
                 ("MLP", block.in_mlp, in_mlp),
-                ("attention", block.in_attention + _key_sums(config, sizes, choice), in_attention),
+                ("attention", block.in_attention + key_sums, in_attention),
             ]
             if config.parallel.is_tiled:
                 parts.append(("projections", block.in_projections, in_projections))

@@ -13,7 +13,7 @@ import torch
 
 from in_process import output_of
 from longctx.config_checks import check
-from runs import ROOT, composed, train_as_typed
+from runs import ROOT, composed, run_as_typed
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -87,32 +87,24 @@ def test_commands_of_training(words, monkeypatch):
     check(config, int(ranks))
 
 
-def run_as_typed(folder: Path, words: list[str], *more: str) -> str:
-    """What a command of a page prints in `folder`, without the words that it says may be left out."""
-    command = [word for word in words if not word.startswith("[")]
-    if Path(command[0]).name == "python":
-        return output_of(ROOT / command[1], *command[2:], *more, folder=folder)
-    return train_as_typed(command, *more, folder=folder)
-
-
 def test_from_text_to_weights(tmp_path):
     """The first door of README, and what docs/checkpoints.md does with a run, with two short steps on one rank."""
     (tmp_path / "texts").mkdir()
     for file in Path(sys.modules["json"].__file__ or "").parent.glob("*.py"):
         (tmp_path / "texts" / f"{file.stem}.txt").write_text(file.read_text() * 4)
     prepare, train = [words for words in commands(ROOT / "README.md") if {"texts/", "name=mine"} & set(words)]
-    assert "train on it" in run_as_typed(tmp_path, prepare)
+    assert "train on it" in run_as_typed(prepare, folder=tmp_path)
     short = ["data.sequence_length=128", "validation.sequences=2", "validation.sample_tokens=0", "model.layers=1"]
-    out = run_as_typed(tmp_path, train, "optim.steps=2", "optim.warmup_steps=0", *short)
+    out = run_as_typed(train, "optim.steps=2", "optim.warmup_steps=0", *short, folder=tmp_path)
     assert "step 2/2" in out
     (tmp_path / "runs" / "my-run").symlink_to(tmp_path / "runs" / "mine")
     kept, sound, weights = [w for w in commands(ROOT / "docs" / "checkpoints.md") if "tools/checkpoint.py" in w]
-    assert "step_2" in run_as_typed(tmp_path, kept)
-    assert "step_2" in run_as_typed(tmp_path, sound)
-    run_as_typed(tmp_path, weights)
+    assert "step_2" in run_as_typed(kept, folder=tmp_path)
+    assert "step_2" in run_as_typed(sound, folder=tmp_path)
+    run_as_typed(weights, folder=tmp_path)
     assert (tmp_path / "weights" / "model.safetensors").stat().st_size > 10_000
     export = next(w for w in commands(ROOT / "docs" / "checkpoints.md") if "export" in w and "out" in w)
-    run_as_typed(tmp_path, [word.replace("llama3_8b_128k", "mine") for word in export])
+    run_as_typed([word.replace("llama3_8b_128k", "mine") for word in export], folder=tmp_path)
     assert (tmp_path / "out" / "config.json").exists()
 
 

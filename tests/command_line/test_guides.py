@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from in_process import output_of
 from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.metrics_file import read_metrics
-from runs import ROOT, train_as_typed
+from runs import ROOT, run_as_typed
 
 FINETUNE, EXTEND = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("finetune", "extend_context"))
 SMALL = {
@@ -32,12 +31,6 @@ OVERRIDES = [
 def commands(page: str) -> list[list[str]]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.S | re.M)
     return [shlex.split(line) for kind, block in blocks if not kind for line in block.strip().splitlines()]
-
-
-def run(words: list[str], folder: Path, *more: str) -> str:
-    """A tool as a page starts it; returns what it prints."""
-    assert words[0] == ".venv/bin/python"
-    return output_of(ROOT / words[1], *words[2:], *more, folder=folder)
 
 
 @pytest.fixture
@@ -58,12 +51,12 @@ def test_fine_tuning(folder):
     assert lines is not None
     (folder / "chats.jsonl").write_text(lines[1] * 40)
     prepare, training, export = commands(FINETUNE)
-    assert "documents" in run(prepare, folder, "--validation-fraction", "0.2")
-    said = train_as_typed(training, *OVERRIDES, folder=folder)
+    assert "documents" in run_as_typed(prepare, "--validation-fraction", "0.2", folder=folder)
+    said = run_as_typed(training, *OVERRIDES, folder=folder)
     assert "--- sample ---\n<|im_start|>user\nWhat can you do?<|im_end|>\n<|im_start|>assistant\n" in said
     rows = read_metrics(folder / "runs" / "chat" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss/train" in row] == [1, 2, 3, 4]
-    run(export, folder)
+    run_as_typed(export, folder=folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "chat-out")
     model = AutoModelForCausalLM.from_pretrained(folder / "chat-out", dtype=torch.float32)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -84,12 +77,12 @@ def test_extending_the_context(folder):
             (folder / "texts" / name / f"{number}.txt").write_text(source.read_text())
     *prepare, plan, as_it_is, yarn_alone, extended, compare, export = commands(EXTEND)
     for words in prepare:
-        run(words, folder, "--validation-fraction", "0.2")
-    assert "torchrun --nproc-per-node 1" in run(plan, folder)
+        run_as_typed(words, "--validation-fraction", "0.2", folder=folder)
+    assert "torchrun --nproc-per-node 1" in run_as_typed(plan, folder=folder)
     small = "model.rotary.original_length=32", "data.curriculum={0: 32, 0.25: 0}", "validation.sequences=2"
     for words in (as_it_is, yarn_alone, extended):
         steps = [word for word in words if word.startswith("optim.steps")]
-        train_as_typed(words, *OVERRIDES, *small, *steps, folder=folder)
+        run_as_typed(words, *OVERRIDES, *small, *steps, folder=folder)
     losses = {}
     for name in ("as-it-is", "yarn-alone", "extended"):
         rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
@@ -99,8 +92,8 @@ def test_extending_the_context(folder):
     for found in losses.values():
         assert "loss/pos/64" in found
         assert any(key.startswith("recall/") for key in found)
-    assert "yarn" in run(compare, folder)
-    run(export, folder)
+    assert "yarn" in run_as_typed(compare, folder=folder)
+    run_as_typed(export, folder=folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "extended-out", dtype=torch.float32)
     assert model.config.rope_parameters["rope_type"] == "yarn"
     assert model.config.rope_parameters["original_max_position_embeddings"] == 32

@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from in_process import output_of
 from longctx import (
     run,
     runtime,
@@ -70,13 +71,16 @@ def train(config: Config, overrides: list[str] | None = None) -> Outcome:
     return run.train(run_info(config, overrides))
 
 
-def train_as_typed(typed: list[str], *more: str, folder: Path) -> str:
-    """Trains with the words of a page's command, in `folder` and in this process alone; returns what it prints.
+def run_as_typed(typed: list[str], *more: str, folder: Path) -> str:
+    """What a page's command, `python TOOL` or `torchrun ... train.py`, prints in `folder`, in this process alone.
 
-    `more`: words behind those, which make the run small.
+    `more`: words behind those, which make a run small. Words in brackets, which may be left out, are left out.
     """
-    torchrun, option, ranks, script, *words = typed
-    assert (Path(torchrun).name, option, script) == ("torchrun", "--nproc-per-node", "train.py"), typed
+    program, *rest = (word for word in typed if not word.startswith("["))
+    if Path(program).name == "python":
+        return output_of(ROOT / rest[0], *rest[1:], *more, folder=folder)
+    option, ranks, script, *words = rest
+    assert (Path(program).name, option, script) == ("torchrun", "--nproc-per-node", "train.py"), typed
     assert ranks == "gpu" or int(ranks) > 0
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
         assert train(composed(*words, *more), [*words, *more]).is_complete
