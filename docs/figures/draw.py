@@ -68,11 +68,11 @@ def learning() -> plt.Figure:
         "gpu_s": [r["gpu_s"] for r in seen],
         "bits_per_byte": [r["bits_per_byte"] for r in seen],
     }
-    styles = ("o-", COLOURS[0]), ("o--", COLOURS[0]), *(("s-", colour) for colour in COLOURS[1:])
-    for row, (line, colour) in zip((recipe, data["longer"], *data["before"]), styles, strict=True):
+    lines = *((line, COLOURS[0]) for line in ("o-", "o--", "o:")), *(("s-", colour) for colour in COLOURS[1:])
+    for row, (line, colour) in zip((recipe, *data["longer"], *data["before"]), lines, strict=True):
         quality.plot(row["gpu_s"], row["bits_per_byte"], line, markersize=4, color=colour, label=row["name"])
     quality.legend(frameon=False, fontsize=8, loc="upper right")
-    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 3.0), xlim=(60, 690))
+    quality.set(xlabel="GPU-seconds", title="Held-out text, bits a byte", ylim=(0.5, 3.0), xlim=(60, 1400))
     for row, shade in zip(seen, (0.25, 0.5, 0.75, 1.0), strict=True):
         label = f"step {row['step']}, {row['gpu_s']} s"
         draw_use_of_context(by_position, by_distance, row, label, color=COLOURS[0], alpha=shade)
