@@ -60,7 +60,7 @@ from longctx.kernels.attention.hopper_scheduler import (
 )
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from longctx.kernels.attention.tiles import key_tiles, last_first, longest_first, padded_bounds, row_tiles
+from longctx.kernels.attention.tiles import by_position, key_tiles, padded_bounds, row_tiles
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E
 
@@ -340,10 +340,8 @@ class PartialBackwardOnHopper:
         start, end = padded_bounds(mask, blocks.rows)
         tiles = row_tiles(mask, blocks.rows, block_keys)
         of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
-        if options.deterministic:  # who is waited for has started before
-            order = last_first(mask, batch, block_keys)
-        else:
-            order = longest_first(mask, batch, blocks.rows, block_keys, True)
+        # where dQ is added in turns, who is waited for has started before
+        order = by_position(mask, batch, block_keys, options.deterministic)
         together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
         n_items = order.numel() * kv_heads
         n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0

@@ -65,11 +65,16 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
 
 
 @cached_per_mask
-def last_first(mask: KeyIntervals, batch: int, block_k: int) -> Tensor:
-    """The blocks of keys of all sequences, numbered as in `longest_first`, the last of each sequence first."""
+def by_position(mask: KeyIntervals, batch: int, block_k: int, last_first: bool) -> Tensor:
+    """The blocks of keys of all sequences, numbered as in `longest_first`, the first or last of each sequence first.
+
+    What sees the same rows is worked on together, and finds them in the cache. In causal documents the first block of
+    keys is also seen by most rows.
+    """
     blocks = -(-mask.n_keys // block_k)
     number = torch.arange(batch * blocks, dtype=torch.int32, device=contiguous_bounds(mask)[0].device)
-    return number.view(batch, blocks).flip(1).T.flatten()
+    number = number.view(batch, blocks)
+    return (number.flip(1) if last_first else number).T.flatten()
 
 
 @cached_per_mask
@@ -81,12 +86,12 @@ def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @cached_per_mask
-def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int, of_keys: bool = False) -> Tensor:
-    """The blocks of rows (`of_keys`: of keys) of all sequences, those that visit most tiles first.
+def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int) -> Tensor:
+    """The blocks of rows of all sequences, those that visit most tiles first.
 
     int32 (batch * blocks,): sequence * blocks + block. Those who take work in this order end at about the same time.
     """
-    tiles = (row_tiles if of_keys else key_tiles)(mask, block_q, block_k)
+    tiles = key_tiles(mask, block_q, block_k)
     visited = (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
     return torch.argsort(visited, descending=True, stable=True).to(torch.int32)
 

@@ -254,11 +254,11 @@ def test_statistics_of_rows():
 
 def test_order_of_items():
     mask = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
-    # blocks of 8 rows see 1, 1, 2 and 3 tiles of 8 keys; those of 8 keys are seen by 1, 3, 2 and 1 tiles of rows
+    # blocks of 8 rows see 1, 1, 2 and 3 tiles of 8 keys
     assert tiles.longest_first(mask, 1, 8, 8).tolist() == [3, 2, 0, 1]
-    assert tiles.longest_first(mask, 1, 8, 8, True).tolist() == [1, 2, 0, 3]
     assert tiles.longest_first(mask, 2, 8, 8).tolist() == [3, 7, 2, 6, 0, 1, 4, 5]
-    assert tiles.last_first(mask, 2, 8).tolist() == [3, 7, 2, 6, 1, 5, 0, 4]
+    assert tiles.by_position(mask, 2, 8, False).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert tiles.by_position(mask, 2, 8, True).tolist() == [3, 7, 2, 6, 1, 5, 0, 4]
     start, end = tiles.padded_bounds(mask, 20)
     assert start.shape == end.shape == (1, 40)
     assert start[0, 32:].tolist() == end[0, 32:].tolist() == [0] * 8
