@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -41,11 +42,13 @@ def run(
 ) -> None:
     """A tool's `main`: measures what the command line asks for, prints a table, writes JSON and plot.
 
+    Contenders are measured in turns, since a GPU at its power limit gets slower while it works.
     bfloat16 on a GPU, float32 on a CPU; `divided(case, n)` is a case n times smaller.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="those whose name has one of these in it, separated by commas")
     parser.add_argument("--contenders", default=",".join(contenders), help="separated by commas")
+    parser.add_argument("--rounds", type=int, default=3, help="contenders take turns so often; the median is shown")
     parser.add_argument("--divide", type=int, default=1, help="sizes by this, to try the tool")
     parser.add_argument(
         "--output", type=Path, default=Path(f"runs/bench_{report.name}"), help="folder of the JSON and the plot"
@@ -69,15 +72,32 @@ def run(
     print("  ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rows = []
     for case in chosen:
-        for name in names:
-            rows.append({"case": case.name, "contender": name} | measure(name, case, device, dtype))
+        of_rounds: dict[str, list[Row]] = {name: [] for name in names}
+        for _ in range(arguments.rounds):
+            for name, measured in of_rounds.items():
+                if not any("error" in row for row in measured):
+                    measured.append(measure(name, case, device, dtype))
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        for name, measured in of_rounds.items():
+            rows.append({"case": case.name, "contender": name} | median_row(measured))
             print(rows[-1], flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     print(table(rows, ["case", "contender", *report.columns]))
     write(arguments.output, report.name, about, rows, report.values, report.unit)
     print(f"written to {arguments.output}")
+
+
+def median_row(measured: list[Row]) -> Row:
+    """The median of each figure over several rounds; the reason, if one of them has an error."""
+    for row in measured:
+        if "error" in row:
+            return row
+    return {key: _median([row[key] for row in measured]) for key in measured[0]}
+
+
+def _median(values: list[Any]) -> float | None:
+    return None if None in values else statistics.median(values)
 
 
 def named(cases: Sequence[Any], parts: str) -> list[Any]:
@@ -101,7 +121,7 @@ def document_starts(lengths: list[int]) -> torch.Tensor:
     return (tokens.cumsum(0) - tokens).repeat_interleave(tokens).unsqueeze(0)
 
 
-def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.4) -> float:
     """Median time of a call: on a GPU of 5 to 50 calls in some `seconds`, after three to warm up; elsewhere of one."""
     if device.type != "cuda":
         start = time.perf_counter()

@@ -71,7 +71,7 @@ def test_prepare_data_names_a_missing_input(tmp_path):
 @pytest.mark.interpreter
 def test_bench_attention(tmp_path):
     """Errors to float64, times of what can run, reasons of what cannot, in table, JSON and plot."""
-    words = ["--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn"]
+    words = ["--cases", "documents 16k", "--divide", "4096", "--contenders", "triton,sdpa,cudnn", "--rounds", "2"]
     result = run_tool("bench_attention", *words, "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = {row["contender"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
@@ -88,6 +88,31 @@ def test_bench_attention_names_what_there_is(tmp_path):
     result = run_tool("bench_attention", "--contenders", "fa5", "--output", str(tmp_path))
     assert result.returncode == 1
     assert "contenders fa5: must be of hopper, hopper-deterministic, hopper-into, triton," in result.stderr
+
+
+def test_contenders_of_a_benchmark_take_turns(tmp_path):
+    """Three rounds, of which the median counts; who cannot run is asked once."""
+    benchmarking = load_tool("benchmarking")
+    asked = []
+
+    def measure(name, case, _device, _dtype):
+        asked.append((case.name, name))
+        if name == "absent":
+            return {"error": "not installed"}
+        return {"ms": float({1: 7, 2: 9, 3: 2}[asked.count((case.name, name))]), "peak_gib": None}
+
+    case = benchmarking.Report("small", [], [], "")  # anything with a name
+    words = ["bench_turns", "--divide", "2", "--output", str(tmp_path)]
+    with mock.patch.object(sys, "argv", words):
+        report = benchmarking.Report("turns", ["ms"], ["ms"], "")
+        benchmarking.run("", [case], ["ours", "absent", "theirs"], lambda case, _: case, measure, report)
+    assert asked == [("small", name) for name in ("ours", "absent", "theirs", "ours", "theirs", "ours", "theirs")]
+    rows = json.loads((tmp_path / "turns.json").read_text())["rows"]
+    assert rows == [
+        {"case": "small", "contender": "ours", "ms": 7.0, "peak_gib": None},
+        {"case": "small", "contender": "absent", "error": "not installed"},
+        {"case": "small", "contender": "theirs", "ms": 7.0, "peak_gib": None},
+    ]
 
 
 @pytest.mark.interpreter
@@ -110,7 +135,8 @@ def test_tools_for_gpus_say_so(tool, message):
 @pytest.mark.interpreter
 def test_bench_ops(tmp_path):
     """Ours and torch's in every case; a loss is timed whole; peers that are absent are named."""
-    result = run_tool("bench_ops", "--divide", "2048", "--contenders", "triton,eager,liger", "--output", str(tmp_path))
+    words = ["--divide", "2048", "--contenders", "triton,eager,liger", "--rounds", "1"]
+    result = run_tool("bench_ops", *words, "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     assert len({row["case"] for row in rows}) >= 11
