@@ -30,7 +30,8 @@ class Progress:
     """How far a run is."""
 
     step: int = 0  # steps taken, skipped ones included
-    consumed: int = 0  # sequences read, over all ranks
+    consumed: int = 0  # sequences of this order of the data that were read, over all ranks
+    tokens: int = 0  # read, over all ranks, those of the run of which this is a branch too
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_row: int = 0
     trained_s: float = 0.0  # in steps that counted, over all starts of the run
@@ -84,6 +85,7 @@ class Saving:
         best = {BEST_BY: progress.validated[1]} if progress.validated and progress.validated[0] == progress.step else {}
         return {
             "consumed": progress.consumed,
+            "tokens": progress.tokens,
             "updates": progress.step - progress.skipped,
             "skipped": progress.skipped,
             "trained_s": progress.trained_s,
@@ -107,7 +109,8 @@ class Saving:
         """All that decides which sequence is number 0, 1, 2 ..."""
         data = self.run.config.data
         copies = f" with {data.copies} copies" if data.copies else ""
-        return {
+        windows = {"windows": "up to the last token, conversations whole"} if self.tokens else {}
+        return windows | {
             "corpus": self.tokens.fingerprint() + copies if self.tokens else str(data.recall),
             "seed": self.run.config.seed,
             "data.sequence_length": data.sequence_length,
@@ -176,6 +179,10 @@ class Saving:
             self.runtime.say(message)
         self.checkpoints.load(path, manifest, self.state())
         progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
+        progress.tokens = facts.get("tokens", progress.consumed * facts["data"]["data.sequence_length"])
+        is_reordered = facts["data"] != self.data_order()  # which only a branch may have
+        if is_reordered:
+            progress.consumed = 0
         progress.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
         if is_own:
             progress.trained_s = facts["trained_s"]
@@ -184,5 +191,8 @@ class Saving:
         progress.device_s = facts.get("device_s", facts["trained_s"] * facts["layout"]["world_size"])
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None
-        self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.consumed} sequences read")
+        self.runtime.say(
+            f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read"
+            + ("; the data comes in another order here and is read from its first sequence on" if is_reordered else "")
+        )
         return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}

@@ -80,9 +80,9 @@ def validation_source(config: Config, tokens: Mixture | None, runtime: Runtime) 
         return None
     if tokens is None:
         return RecallStream(config.data, config.seed + 1, sequences)
-    source, problems = tokens.validation(config.data, sequences)
-    for problem in problems:
-        runtime.say(f"no validation: {problem}")
+    source, notes = tokens.validation(config.data, sequences)
+    for note in notes:
+        runtime.say(note)
     return source
 
 

@@ -220,7 +220,7 @@ class Trainer:
             "optim/skipped_steps": self.progress.skipped,
             "time/data_s": fetched - began,
             "time/checkpoint_stall_s": self.saving.stall_s,
-            "data/tokens": self.progress.consumed * self.config.data.sequence_length,
+            "data/tokens": self.progress.tokens,
             "data/attention_imbalance": asked.imbalance,
             "perf/slowest_over_fastest": asked.slowest_over_fastest,
             **rates,
@@ -249,7 +249,9 @@ class Trainer:
             self.metrics.alert("not finite", what)
         self.optimizer.zero_grad()
         progress.step += 1
-        progress.consumed += self.config.data.sequences_per_step
+        data = self.config.data
+        progress.consumed += data.sequences_per_step
+        progress.tokens += data.sequences_per_step * data.sequence_length
         return is_clipped
 
     def _fetch(self) -> tuple[list[Batch], UserError | None]:
@@ -303,9 +305,8 @@ class Trainer:
             self.metrics.say(f"validation after step {self.step} left on a signal to stop")
             return {}
         if results:
-            tokens = self.progress.consumed * self.config.data.sequence_length
             costs = self.progress.costs() | self.validation.costs()
-            self.metrics.log(self.step, {"data/tokens": tokens, **results, **costs})
+            self.metrics.log(self.step, {"data/tokens": self.progress.tokens, **results, **costs})
             bits = results.get("loss/val_bits_per_byte")
             more = f", {bits:.4f} bits a byte" if bits else ""
             self.metrics.say(f"validation after step {self.step}: loss {results['loss/val']:.4f}{more}")

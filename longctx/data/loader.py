@@ -17,6 +17,7 @@ from longctx.config import DataConfig, micro_batch
 from longctx.data.packing import Sequence, cut_attention, pack
 from longctx.data.recall import Probe, copies_probe, copies_sequence, recall_probe, recall_sequence
 from longctx.data.tokens import TokenSplit
+from longctx.data.windows import Cuts, EqualCuts, WholeDocuments
 from longctx.errors import DataError
 
 
@@ -64,19 +65,26 @@ def shuffled(number: int, size: int, seed: int, epoch: int) -> int:
 
 
 class TokenWindows:
-    """A split cut into windows of one sequence each, and the targets of their last tokens."""
+    """A split cut into sequences, each with a token more: the target of its last one. See `windows.py`."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
         """Raises `DataError` if the split is too short for one window; `where` names it."""
         self.split, self.length = split, data.sequence_length
         self.separate_documents = data.separate_documents
-        self.windows = (len(split) - 1) // self.length
-        if self.windows < 1:
+        if len(split) <= self.length:
             shorter = f" or set data.sequence_length={len(split) - 1} or less" if len(split) > 1 else ""
             raise DataError(f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text{shorter}")
+        self.cuts: Cuts = EqualCuts(len(split), self.length)
+        if split.is_partly_trained:
+            self.cuts = WholeDocuments(split.all_document_ends(), self.length)
+        self.windows = len(self.cuts)
 
     def window(self, number: int) -> Sequence:
-        return pack(*self.split.read(number * self.length, self.length + 1), separate_documents=self.separate_documents)
+        begin, end = self.cuts[number]
+        first = min(begin, len(self.split) - 1 - self.length)
+        ids, starts, is_trained = self.split.read(first, self.length + 1)
+        is_trained[: begin + 1 - first] = is_trained[end + 1 - first :] = False  # those are of other windows
+        return pack(ids, starts, is_trained, self.separate_documents)
 
 
 class ShuffledTokens(TokenWindows):
@@ -92,11 +100,11 @@ class ShuffledTokens(TokenWindows):
 
 
 class SpacedTokens(TokenWindows):
-    """Validation order: windows spread evenly over the split, the same ones each time."""
+    """Validation order: windows spread evenly over the split, the same ones each time; if there are fewer, again."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, sequences: int, where: str) -> None:
         super().__init__(split, data, where)
-        self.size = min(self.windows, sequences)
+        self.size = sequences
 
     def sequence(self, number: int) -> Sequence:
         return self.window(number % self.size * self.windows // self.size)

@@ -71,16 +71,26 @@ class Mixture:
         return MixedTokens(sources, shares(self.weights, BLOCK), seed)
 
     def validation(self, data: DataConfig, sequences: int) -> tuple[ChainedTokens | None, list[str]]:
-        """`sequences` held-out ones by weight, at least one of each corpus; and why a corpus gives none."""
+        """`sequences` held-out ones by weight, at least one of each corpus; and what there is to say of it.
+
+        A corpus of a mixture that has fewer gives them more than once, so that the weights stay; one alone gives fewer.
+        """
         counts = shares(self.weights, max(sequences, len(self.corpora)))
-        sources, problems = [], []
+        sources, notes = [], []
         for corpus, count in zip(self.corpora, counts, strict=True):
+            where = f"{corpus.folder}, validation split"
             try:
-                where = f"{corpus.folder}, validation split"
-                sources.append(SpacedTokens(corpus.splits["validation"], data, count, where))
+                source = SpacedTokens(corpus.splits["validation"], data, count, where)
             except DataError as error:
-                problems.append(str(error))
-        return ChainedTokens(sources) if sources else None, problems
+                notes.append(f"no validation: {error}")
+                continue
+            if source.windows < count:
+                use = "which come more than once" if len(self.corpora) > 1 else "so fewer are read"
+                notes.append(f"{where}: {count} sequences are to be read and there are {source.windows}, {use}")
+            if len(self.corpora) == 1:
+                source.size = min(count, source.windows)
+            sources.append(source)
+        return ChainedTokens(sources) if sources else None, notes
 
 
 class MixedTokens:

@@ -115,6 +115,16 @@ class TokenSplit:
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    @property
+    def is_partly_trained(self) -> bool:
+        """Whether there are tokens that are not trained on: those of conversations that are no answers."""
+        return any(bits is not None for bits in self.trained)
+
+    def all_document_ends(self) -> np.ndarray:
+        """Of each document the index in the stream after its last token, int64."""
+        shards = zip(self.document_ends, self.first.tolist(), strict=False)
+        return np.concatenate([np.asarray(ends, dtype=np.int64) + first for ends, first in shards])
+
     def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`count` tokens from `offset`: ids (int64), the indices in them where a new document begins, and which are
         trained on (bool).

@@ -18,7 +18,7 @@ from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.recall import copies_sequence
 from longctx.data.text import Document
-from longctx.data.tokens import TokenFolder
+from longctx.data.tokens import TokenFolder, TokenSplit
 from longctx.errors import DataError
 from thorough import examples
 
@@ -229,11 +229,53 @@ def test_layouts_read_the_same_sequences(ranks, micro_batch, steps_before, steps
         consumed += 24
 
 
-def test_training_order_covers_every_window_once(corpus):
-    split = TokenFolder(corpus, VOCAB).splits["train"]
-    source = ShuffledTokens(split, DataConfig(sequence_length=8), seed=3, where="here")
-    firsts = sorted(tuple(source.sequence(i).tokens) for i in range(source.size))
-    assert firsts == sorted(tuple(split.read(8 * i, 8)[0]) for i in range(source.size))
+def split_of(lengths, per_shard, is_trained=None):
+    """Documents of such lengths, whose ids count up, in shards of `per_shard` documents."""
+    tokens, ends, bits, first = [], [], [], 0
+    for at in range(0, len(lengths), per_shard):
+        of_shard = np.cumsum(lengths[at : at + per_shard])
+        tokens.append(np.arange(first, first + of_shard[-1]))
+        ends.append(of_shard)
+        last = first + int(of_shard[-1])
+        bits.append(None if is_trained is None else np.packbits(is_trained[first:last], bitorder="little"))
+        first = last
+    return TokenSplit(tokens, ends, bits)
+
+
+documents = st.lists(st.integers(1, 30), min_size=1, max_size=20).filter(lambda lengths: sum(lengths) > 12)
+
+
+@settings(deadline=None)
+@given(documents, st.integers(1, 12), st.integers(1, 4))
+def test_an_epoch_has_each_target_once(lengths, length, per_shard):
+    """Those of the end of the text too, which is shorter than a sequence; ids are places, so a target says where."""
+    source = ShuffledTokens(split_of(lengths, per_shard), DataConfig(sequence_length=length), seed=3, where="here")
+    sequences = [source.sequence(n) for n in range(source.size)]
+    for sequence in sequences:
+        is_target = sequence.targets != IGNORE_INDEX
+        assert len(sequence.tokens) == length
+        assert np.array_equal(sequence.targets[is_target], sequence.tokens[is_target] + 1)
+    seen = sorted(t for sequence in sequences for t in sequence.targets[sequence.targets != IGNORE_INDEX])
+    assert seen == sorted(set(range(sum(lengths))) - {0, *np.cumsum(lengths)})
+
+
+@settings(deadline=None)
+@given(documents, st.integers(8, 12), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_conversations_stay_whole(lengths, length, per_shard, draw):
+    """Each target that is trained on comes once an epoch, with its document from the first token on, if that fits."""
+    is_trained = np.array([draw.random() < 0.5 for _ in range(sum(lengths))])
+    split = split_of(lengths, per_shard, is_trained)
+    source = ShuffledTokens(split, DataConfig(sequence_length=length), seed=3, where="here")
+    starts = np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
+    sizes = np.repeat(lengths, lengths)
+    seen = []
+    for sequence in (source.sequence(n) for n in range(source.size)):
+        for index in np.flatnonzero(sequence.targets != IGNORE_INDEX):
+            target = int(sequence.targets[index])
+            seen.append(target)
+            if sizes[target] <= length + 1:
+                assert sequence.tokens[sequence.document_start[index]] == starts[target]
+    assert sorted(seen) == [t for t in np.flatnonzero(is_trained) if t != starts[t]]
 
 
 def test_too_little_text(corpus):

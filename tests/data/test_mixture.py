@@ -101,6 +101,23 @@ def test_a_run_on_a_mixture(tmp_path, corpora):
     assert first + losses_of(config, 3) == whole
 
 
+def test_validation_keeps_the_weights_of_a_source_with_little_text(corpora):
+    """It has one sequence for its share of 6, which comes six times; alone it would come once."""
+    few, many = (TokenFolder(folder, 8192) for folder in corpora)
+    data = DataConfig(sequence_length=len(few.splits["validation"]) - 1)
+    source, notes = Mixture([few, many], [0.6, 0.4]).validation(data, 10)
+    assert notes[0] == (
+        f"{corpora[0]}, validation split: 6 sequences are to be read and there are 1, which come more than once"
+    )
+    sequences = [source.sequence(n).tokens.tobytes() for n in range(source.size)]
+    assert (len(sequences), len(set(sequences[:6])), len(set(sequences)) > 1) == (10, 1, True)
+    source, notes = Mixture([few], [1.0]).validation(data, 10)
+    assert (source.size, notes) == (
+        1,
+        [f"{corpora[0]}, validation split: 10 sequences are to be read and there are 1, so fewer are read"],
+    )
+
+
 def test_tokenizers_must_agree(tmp_path, corpora):
 
     tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
@@ -123,9 +140,9 @@ def test_copies_are_a_share_of_the_training_sequences(tmp_path, corpus):
     config = small_config(tmp_path, corpus, data__copies=0.25)
     with trainer_of(config) as trainer:
         source = trainer.loader.source
-        sequences = [source.sequence(n) for n in range(BLOCK)]
-    is_copy = [bool((s.targets[:8] == IGNORE_INDEX).all()) for s in sequences]
-    assert sum(is_copy) == BLOCK // 4
+        copies = [source.sequence(n) for n in range(BLOCK) if source.place(n)[0] == 1]
+    assert len(copies) == BLOCK // 4
+    assert all((sequence.targets[:8] == IGNORE_INDEX).all() for sequence in copies)
     asked = probes(config, trainer.tokens).probe(0).sequence.tokens
     assert (source.sources[1].sequence(0).tokens == asked).mean() < 0.1  # the model is not asked for what it has read
 

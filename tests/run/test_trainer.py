@@ -269,6 +269,25 @@ def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
     assert {"step_2", "step_3"} <= set(names)
 
 
+def test_a_branch_reads_another_order_from_its_beginning(tmp_path, corpus):
+    """Its tokens are those of all the steps, each at its length; with the same order it goes on where it was."""
+    first = small_config(tmp_path, corpus, optim__steps=2)
+    train(first)
+    read = 2 * first.data.sequences_per_step
+    start = str(tmp_path / "test" / "checkpoints" / "step_2")
+    shorter = {"name": "shorter", "data__sequence_length": 32}
+    for changed, consumed in ({"name": "same"}, read), (shorter, 0):
+        branch = small_config(tmp_path, corpus, optim__steps=3, checkpoint__resume=start, **changed)
+        with trainer_of(branch) as trainer:
+            assert (trainer.progress.consumed, trainer.progress.tokens) == (consumed, read * 64)
+            trainer.run()
+            tokens = trainer.progress.tokens
+            assert tokens == read * 64 + first.data.sequences_per_step * branch.data.sequence_length
+        with trainer_of(branch) as trainer:  # started again
+            assert trainer.progress.consumed == consumed + first.data.sequences_per_step
+            assert trainer.progress.tokens == tokens
+
+
 def sequences_and_losses(rank, config, steps):
     """Numbers of the sequences that this rank reads in each step, and the loss; saved at the end."""
     with trainer_of(config) as trainer:
