@@ -32,6 +32,7 @@ class Progress:
     step: int = 0  # steps taken, skipped ones included
     consumed: int = 0  # sequences of this order of the data that were read, over all ranks
     tokens: int = 0  # read, over all ranks, those of the run of which this is a branch too
+    context: int = 0  # tokens that the weights were made for which the run started from; 0: not known, or none
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_row: int = 0
     trained_s: float = 0.0  # in steps that counted, over all starts of the run
@@ -86,6 +87,7 @@ class Saving:
         return {
             "consumed": progress.consumed,
             "tokens": progress.tokens,
+            "context": progress.context,
             "updates": progress.step - progress.skipped,
             "skipped": progress.skipped,
             "trained_s": progress.trained_s,
@@ -180,6 +182,7 @@ class Saving:
         self.checkpoints.load(path, manifest, self.state())
         progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
         progress.tokens = facts.get("tokens", progress.consumed * facts["data"]["data.sequence_length"])
+        progress.context = facts.get("context", 0)
         is_reordered = facts["data"] != self.data_order()  # which only a branch may have
         if is_reordered:
             progress.consumed = 0

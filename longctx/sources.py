@@ -11,7 +11,7 @@ from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
-from longctx.data.tokenizer import as_trained
+from longctx.data.tokenizer import as_trained, check_same_ids
 from longctx.errors import DataError
 from longctx.runtime import Runtime
 
@@ -45,6 +45,21 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
     for note in tokens.notes:
         runtime.say(note)
     return tokens
+
+
+def check_tokenizers(config: Config, tokens: Mixture | None, runtime: Runtime) -> None:
+    """Raises `UserError` if ids of the text mean something else to the weights that the run starts from.
+
+    Collective. Nothing is checked where text or weights come without a tokenizer.
+    """
+    ours = tokens.tokenizer_file if tokens else None
+    if ours is None:
+        return
+    folders = [Path(config.model.init_from).expanduser()] if config.model.init_from else []
+    if config.checkpoint.resume not in ("auto", "never"):  # <run>/checkpoints/<step>
+        folders.append(Path(config.checkpoint.resume).resolve().parent.parent)
+    for file in (folder / "tokenizer.json" for folder in folders):
+        runtime.run_on_rank_0(lambda file=file: check_same_ids(ours, file) if file.is_file() else None)
 
 
 def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> None:

@@ -30,7 +30,7 @@ from longctx.run_folder import RunFolder
 from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.runtime import Runtime, raise_together
 from longctx.saving import Progress, Saving
-from longctx.sources import keep_tokenizer, open_tokens, training_source
+from longctx.sources import check_tokenizers, keep_tokenizer, open_tokens, training_source
 from longctx.step_clock import StepClock
 from longctx.step_counters import Largest, Memory, largest, summed
 from longctx.stopping import StopSignals
@@ -59,6 +59,7 @@ class Trainer:
     def _set_up(self, if_it_fails: ExitStack) -> None:
         config, runtime, progress = self.config, self.runtime, self.progress
         self.tokens = open_tokens(config, runtime)
+        check_tokenizers(config, self.tokens, runtime)
         runtime.run_on_rank_0(lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime))
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
@@ -77,7 +78,7 @@ class Trainer:
 
         is_known_layout = self.saving.resume()
         if progress.step == 0 and config.model.init_from:
-            start_from_pretrained(self.model, config.model, runtime)
+            progress.context = start_from_pretrained(self.model, config.model, runtime)
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:
             self._verify_layout()
         self.context_parallel.time_waits(partial(self.clock.part, "context_exposed"))

@@ -100,6 +100,23 @@ def find_end_of_document(
     )
 
 
+def check_same_ids(file: Path, of_weights: Path) -> None:
+    """Raises `DataError` if an id is one token in `file`, a corpus's tokenizer.json, and another in that of a model.
+
+    Either may have tokens that the other lacks: added ones, say.
+    """
+    ours, theirs = (open_tokenizer(path).get_vocab() for path in (file, of_weights))
+    token_of = {token_id: token for token, token_id in theirs.items()}
+    for token, token_id in ours.items():
+        if (there := token_of.get(token_id, token)) != token:
+            raise DataError(
+                f"{file}: id {token_id} is {token!r}, and {there!r} in {of_weights}, the tokenizer of the weights to "
+                f"start from: prepare the text with it (tools/prepare_data.py TEXTS --tokenizer {of_weights} --output "
+                "FOLDER, then data=prepared data.folder=FOLDER). If the weights are to learn another vocabulary, move "
+                "that file away"
+            )
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Ids from 0 to the largest one, those between that no token has included."""
     return max(tokenizer.get_vocab().values()) + 1

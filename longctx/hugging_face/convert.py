@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling, layers_with_rotary
 from longctx.errors import UserError
-from longctx.model.rotary import attention_factor
+from longctx.model.rotary import attention_factor, stretched_theta
 
 # buffers that some files hold beside the weights
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
@@ -85,8 +85,6 @@ def _not_llama(config: ModelConfig, kind: str) -> list[str]:
         problems.append(f"biases of queries, keys and values alone are Qwen 2.5's, which this is not ({kind})")
     if config.window and (kind != "mistral" or config.full_attention_every):
         problems.append("model.window is Mistral's alone, in all layers")
-    if config.rotary.scaling == RotaryScaling.ntk:
-        problems.append("rotary scaling ntk is none of transformers'; a larger theta is the same")
     return problems
 
 
@@ -150,8 +148,8 @@ def _llama_tensors(config: ModelConfig) -> list[Stored]:
 # config.json ---------------------------------------------------------------------------------------------------------
 
 
-def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
-    """What transformers needs to build this model; `sequence_length` is the longest it was trained with."""
+def to_config_json(config: ModelConfig, context: int) -> dict[str, Any]:
+    """What transformers needs to build this model, for sequences of up to `context` tokens."""
     kind = family(config)
     shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied_embeddings}
     shared |= {"bos_token_id": None, "eos_token_id": None}  # transformers' defaults are those of other tokenizers
@@ -170,14 +168,14 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
         "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
         "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "initializer_range": config.init_std,
-        "attention_bias": config.qkv_bias, "max_position_embeddings": sequence_length,
+        "attention_bias": config.qkv_bias, "max_position_embeddings": context,
         "rope_parameters": rope,
         # for versions of transformers before 5
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,
     }  # fmt: skip
-    if config.rotary.scaling == RotaryScaling.dynamic:  # there the length it grows from has this name
-        fields["max_position_embeddings"] = config.rotary.original_length
+    if config.rotary.scaling == RotaryScaling.dynamic:
+        fields["max_position_embeddings"] = config.rotary.longest
     if config.rotary.scaling == RotaryScaling.yarn:  # transformers before 4.56 takes the factor from this
         fields["max_position_embeddings"] = round(config.rotary.factor * config.rotary.original_length)
     own = {
@@ -196,8 +194,9 @@ def to_config_json(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
 
 def _to_rope_parameters(config: ModelConfig) -> dict[str, Any]:
     rotary = config.rotary
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.theta}
-    if rotary.scaling == RotaryScaling.none:
+    # transformers' own dynamic scaling changes frequencies with the length of a text, and it has no ntk
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": stretched_theta(rotary, config.head_dim)}
+    if rotary.scaling in (RotaryScaling.none, RotaryScaling.ntk, RotaryScaling.dynamic):
         return found
     found |= {"rope_type": str(rotary.scaling), "factor": rotary.factor}
     if rotary.scaling == RotaryScaling.llama3:

@@ -51,12 +51,13 @@ def export_hugging_face(
     """
     manifest = read_manifest(checkpoint)
     model, sequence_length = model_of(manifest)
-    fields = to_config_json(model, sequence_length) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    context = max(sequence_length, manifest["facts"].get("context", 0))
+    fields = to_config_json(model, context) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     kept = checkpoint.resolve().parent.parent / "tokenizer.json"
     beside = {}
     if tokenizer_file is not None or kept.exists():
         end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
-        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, sequence_length)
+        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, context)
         fields |= names
         template = kept.with_name(CHAT_TEMPLATE)
         if tokenizer_file is None and template.exists():
@@ -66,7 +67,7 @@ def export_hugging_face(
 
 
 def _tokenizer_files(
-    file: Path, end: int | None, end_token: str | None, sequence_length: int
+    file: Path, end: int | None, end_token: str | None, context: int
 ) -> tuple[dict[str, int], dict[str, str]]:
     """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
     tokenizer = open_tokenizer(file)
@@ -75,7 +76,7 @@ def _tokenizer_files(
         ids["bos_token_id"] = begin[0]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # as tokenizer.json says it, whatever the model is
-        "model_max_length": sequence_length,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
     config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in ids.items()}

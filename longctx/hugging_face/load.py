@@ -23,8 +23,10 @@ ROWS = 4096  # of a matrix, compared at a time
 PREFIXES = ("", "transformer.", "model.")  # that a file made from the bare model leaves out
 
 
-def start_from_pretrained(model: nn.Module, config: ModelConfig, runtime: Runtime) -> None:
+def start_from_pretrained(model: nn.Module, config: ModelConfig, runtime: Runtime) -> int:
     """Fills `model` with the weights of `model.init_from`; every rank reads its own part of the files. Collective.
+
+    Returns the tokens of the context that the weights were made for; 0: their `config.json` does not say it.
 
     Raises `UserError` on all ranks if the files cannot be read on one, or are those of a model of another shape.
     """
@@ -34,6 +36,7 @@ def start_from_pretrained(model: nn.Module, config: ModelConfig, runtime: Runtim
     runtime.run_on_all_ranks(lambda: weights.load(model, config))
     other = f"; its rotary positions had {' '.join(rotary)}" if rotary else ""
     runtime.say(f"started with the weights of {folder}{other}")
+    return weights.context
 
 
 class PretrainedWeights:
@@ -43,6 +46,7 @@ class PretrainedWeights:
         """Raises `PretrainedError` naming the file and what is wrong."""
         self.folder = folder
         fields = _read_json(folder / "config.json", "name a folder that transformers' save_pretrained has written")
+        self.context = int(fields.get("max_position_embeddings") or 0)
         self.config: dict[str, Any] = from_config_json(fields, str(folder / "config.json"))
         self.files: dict[str, Path] = {}  # of each tensor
         for path in self._paths():

@@ -13,13 +13,7 @@ from longctx.config import RotaryConfig, RotaryScaling
 def frequencies(rotary: RotaryConfig, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Radians a token of each pair of dimensions: float64, (head_dim / 2,)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-    theta = rotary.theta
-    if rotary.scaling == RotaryScaling.ntk:  # bloc97 2023: a larger base, so that only slow dimensions stretch
-        theta *= rotary.factor ** (head_dim / (head_dim - 2))
-    if rotary.scaling == RotaryScaling.dynamic and rotary.longest > rotary.original_length:  # emozilla 2023
-        stretch = rotary.factor * rotary.longest / rotary.original_length - (rotary.factor - 1)
-        theta *= stretch ** (head_dim / (head_dim - 2))
-    base = theta**-exponent
+    base = stretched_theta(rotary, head_dim) ** -exponent
     if rotary.scaling == RotaryScaling.linear:  # Chen et al. 2023, position interpolation
         return base / rotary.factor
     if rotary.scaling == RotaryScaling.llama3:
@@ -27,6 +21,16 @@ def frequencies(rotary: RotaryConfig, head_dim: int, device: torch.device | str 
     if rotary.scaling == RotaryScaling.yarn:
         return _yarn(base, rotary, head_dim)
     return base
+
+
+def stretched_theta(rotary: RotaryConfig, head_dim: int) -> float:
+    """Theta, or the larger one of scalings that are nothing else (bloc97 2023, ntk: only slow dimensions stretch)."""
+    if rotary.scaling == RotaryScaling.ntk:
+        return rotary.theta * rotary.factor ** (head_dim / (head_dim - 2))
+    if rotary.scaling == RotaryScaling.dynamic and rotary.longest > rotary.original_length:  # emozilla 2023
+        stretch = rotary.factor * rotary.longest / rotary.original_length - (rotary.factor - 1)
+        return rotary.theta * stretch ** (head_dim / (head_dim - 2))
+    return rotary.theta
 
 
 def _llama3(base: Tensor, rotary: RotaryConfig) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from corpora import byte_tokenizer, documents_of, prepared
 from in_process import output_of
 from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, RotaryScaling
+from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
 from longctx.hugging_face.load import PretrainedWeights
@@ -170,6 +172,20 @@ def test_a_checkpoint_goes_before_the_weights(tmp_path, corpus, capsys):
         assert torch.equal(trainer.parameters["final_norm.weight"].full_tensor(), trained.full_tensor())
 
 
+def test_what_is_trained_on_short_sequences_keeps_its_context(tmp_path, corpus):
+    """Weights made for 64 tokens, trained in sequences of 32 and resumed: exports are for 64."""
+    make(tmp_path / "hf", "qwen3")
+    config = small_config(tmp_path, corpus, model=config_of(tmp_path / "hf"), data__sequence_length=32)
+    config.model.init_from, config.optim.steps = str(tmp_path / "hf"), 3
+    train(config)
+    config.optim.steps = 4
+    train(config)
+    export = "export", str(config.run_folder / "checkpoints" / "step_4"), "--output", str(tmp_path / "out")
+    output_of(CONVERT, *export)
+    fields = [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")]
+    assert fields[0]["max_position_embeddings"] == fields[1]["model_max_length"] == 64
+
+
 def test_the_preset_is_printed(tmp_path):
     make(tmp_path / "hf", "llama")
     printed = output_of(CONVERT, "config", str(tmp_path / "hf"))
@@ -221,6 +237,29 @@ def test_damage_is_named(tmp_path, corpus, damage, message):
     config.model.init_from = str(tmp_path / "hf")
     damage(tmp_path / "hf")
     with pytest.raises(UserError, match=message), trainer_of(config):
+        pass
+
+
+def test_text_of_another_tokenizer_is_refused(tmp_path, corpus):
+    """By the weights of `model.init_from`, and by a branch; tokens that one of them lacks are no difference."""
+    make(tmp_path / "hf", "llama")
+    config = small_config(tmp_path, corpus, model=config_of(tmp_path / "hf"))
+    config.model.init_from = str(tmp_path / "hf")
+    tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    with trainer_of(config) as trainer:
+        trainer.save()
+    byte_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    message = (
+        r"tokenizer.json: id \d+ is '.+', and '.+' in .*hf/tokenizer.json, the tokenizer of the weights .*--tokenizer"
+    )
+    with pytest.raises(UserError, match=message), trainer_of(config):
+        pass
+    prepared(tmp_path / "bytes", ["def f(x):\n    return x\n" * 40] * 8, tmp_path / "hf" / "tokenizer.json")
+    start = str(tmp_path / "test" / "checkpoints" / "step_0")
+    branch = small_config(tmp_path, tmp_path / "bytes", model=config.model, name="branch", checkpoint__resume=start)
+    with pytest.raises(UserError, match=r"id \d+ is '.+', and '.+' in .*test/tokenizer.json"), trainer_of(branch):
         pass
 
 
@@ -323,6 +362,18 @@ def test_rotary_scalings_are_those_of_transformers(name, is_old):
     assert (rotary.scaling == RotaryScaling.none) == (kind == "default")
 
 
+@pytest.mark.parametrize("scaling", [RotaryScaling.dynamic, RotaryScaling.ntk])
+def test_a_larger_theta_is_written_as_one(scaling):
+    """Exact at every length; transformers' own dynamic scaling goes by the length of each text."""
+    rotary = RotaryConfig(scaling=scaling, factor=4.0, original_length=2048, longest=8192)
+    config = ModelConfig(rotary=rotary)
+    fields = to_config_json(config, 8192)
+    assert fields["max_position_embeddings"] == 8192
+    assert fields["rope_parameters"]["rope_type"] == "default"
+    read = RotaryConfig(**from_config_json(fields, "here")["rotary"])
+    assert torch.equal(frequencies(read, config.head_dim), frequencies(rotary, config.head_dim))
+
+
 def open_in_run(folder: Path, model: ModelConfig) -> None:
     PretrainedWeights(folder).check(model)
 
@@ -374,7 +425,7 @@ def test_quantized_weights_are_refused(tmp_path):
 def test_yarn_is_written_so_that_every_version_reads_it_alike():
     """transformers before 4.56 takes the factor from max_position_embeddings over the original length."""
     rotary = RotaryConfig(scaling=RotaryScaling.yarn, factor=4.0, original_length=32768)
-    fields = to_config_json(ModelConfig(rotary=rotary), sequence_length=65536)
+    fields = to_config_json(ModelConfig(rotary=rotary), 65536)
     assert fields["max_position_embeddings"] == 131072
     for written in (fields["rope_scaling"], fields["rope_parameters"]):
         assert written["attention_factor"] == pytest.approx(1.1386294361119891)
