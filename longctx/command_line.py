@@ -106,6 +106,12 @@ def _as_from_here(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
+def config_folder(words: list[str]) -> list[str]:
+    """Those words of a command line that name a folder of presets and recipes: `--config-dir FOLDER`."""
+    places = [i for i, word in enumerate(words) if word.partition("=")[0] in ("--config-dir", "-cd")]
+    return [part for i in places for part in words[i : i + (1 if "=" in words[i] else 2)]]
+
+
 def resume_command(config: Config, overrides: list[str], world_size: int, **changes: str) -> str:
     """What to type, in any folder and on each machine, to go on with this run.
 
@@ -121,7 +127,8 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
     kept = [w for w in overrides if w.partition("=")[0].lstrip("+") not in (*given, "optim.steps", "checkpoint.resume")]
     given.setdefault("optim.steps", str(config.optim.steps))
     words = [f"{key}={value if _is_plain(value) else quoted(value)}" for key, value in given.items()]
-    return f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join([*launcher, *script(), *kept, *words])}"
+    command = shlex.join([*launcher, *script(), *config_folder(sys.argv), *kept, *words])
+    return f"cd {shlex.quote(str(Path.cwd()))} && {command}"
 
 
 def meeting_of(machines: int, first: str) -> list[str]:

@@ -19,7 +19,7 @@ from longctx.files import replace_file
 from longctx.metrics_file import is_number, read_row
 from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.run_record import RunRecord
-from longctx.wandb_log import WandbThread, wandb_mode
+from longctx.wandb_log import WandbThread, forget_run_id, wandb_mode
 
 SILENCE_S = 60  # inside a step, after which its progress is printed
 STEPS_OF_P95, STEPS_OF_MEDIAN = 100, 500
@@ -39,7 +39,8 @@ class Metrics:
         is_on_gpus = facts["device"] != "CPU"  # ranks on CPUs share one machine, whose speed is that of all
         self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
-        self.history = History(run.folder / "history.json", self._last_step(), start)
+        last_step = self._last_step()
+        self.history = History(run.folder / "history.json", last_step, start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
@@ -51,6 +52,8 @@ class Metrics:
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
         self.record = RunRecord(run, facts)
+        if last_step is not None and last_step > start and self.record.is_changed():
+            forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
         if start < steps:  # else the record is that of the start that trained
             self.record.begin()
         mode = wandb_mode(self.logging)

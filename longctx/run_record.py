@@ -13,7 +13,7 @@ import yaml
 from longctx.files import replace_file
 from longctx.run_info import RunInfo
 
-FILE = "run.json"
+FILE, CONFIG = "run.json", "config.yaml"
 
 
 def shown_configuration(run: RunInfo) -> dict[str, Any]:
@@ -66,10 +66,15 @@ class RunRecord:
         }  # fmt: skip
         self.run, self.has_begun = run, False
 
+    def is_changed(self) -> bool:
+        """Whether the last start of the run had another configuration."""
+        path = self.run.folder / CONFIG
+        return path.exists() and path.read_text() != self.run.config_yaml
+
     def begin(self) -> None:
         """Writes what is known before the first step."""
         self.has_begun = True
-        replace_file(self.run.folder / "config.yaml", self.run.config_yaml.encode())
+        replace_file(self.run.folder / CONFIG, self.run.config_yaml.encode())
         replace_file(self.run.folder / "overrides.yaml", yaml.safe_dump(self.run.overrides).encode())
         self.write()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 
 import torch
@@ -24,8 +25,8 @@ LONG_STEP_S = 60  # of which the user is told before
 
 # dense bfloat16 TFLOP/s of one device without sparsity, by a part of its name, from the makers' data sheets
 PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 311.9, "L40S": 362.1,
-    "RTX 4090": 165.2, "MI300X": 1307.4,
+    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4, "H100 PCIe": 756.0,
+    "H100 NVL": 835.5, "H100": 989.4, "A100": 311.9, "L40S": 362.1, "RTX 4090": 165.2, "MI300X": 1307.4,
 }  # fmt: skip
 
 
@@ -33,7 +34,9 @@ def peak_tflops(device_name: str, given: float | None) -> float | None:
     """The rate MFU is a share of: the one given, else that of the device's data sheet, else None."""
     if given is not None:
         return given
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+    if "Laptop" in device_name:  # whose chip is another one
+        return None
+    return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 class Throughput:

@@ -34,7 +34,15 @@ except ModuleNotFoundError as error:
     )
 
 from longctx import slurm
-from longctx.command_line import as_typed, help_of_keys, name_of_job, quoted, refuse_foreign_launchers, script
+from longctx.command_line import (
+    as_typed,
+    config_folder,
+    help_of_keys,
+    name_of_job,
+    quoted,
+    refuse_foreign_launchers,
+    script,
+)
 from longctx.config import Config
 from longctx.errors import ConfigError, UserError
 from longctx.suggest import all_keys, explain_unknown_key, text_keys
@@ -140,9 +148,7 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
         ranks += ["--rdzv-id", job.job_id, "--rdzv-endpoint", f"{job.hostnames[0]}:{port}"]
     else:
         ranks.append("--standalone")
-    typed_words = json.loads(os.environ.get(COMMAND_LINE, "[]"))
-    places = [i for i, word in enumerate(typed_words) if word.startswith(("--config-dir", "-cd"))]
-    where = [part for i in places for part in typed_words[i : i + (1 if "=" in typed_words[i] else 2)]]
+    where = config_folder(json.loads(os.environ.get(COMMAND_LINE, "[]")))
     kept = [word for word in overrides if not word.startswith("name=")]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks, *script()]
     command += [*where, *kept, f"name={quoted(composed.name)}"]

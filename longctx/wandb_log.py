@@ -35,6 +35,7 @@ from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.summary import Figures
 
 FINISH_S = 5.0  # what a run may take to end beside waiting for the server
+RUN_ID = "wandb_id"  # file in a run's folder
 PROBE_S = 5.0  # how long a server may take to answer, when it is asked whether it is there
 Action = Callable[[Any], None]  # what is done with wandb's run
 CURVES = {  # of a validation, by the prefix of their scalars: title, and what the axes are
@@ -115,7 +116,9 @@ class WandbThread:
             self.problem = f"no answer within {seconds:g} s"
         if self.problem:
             how = f"; to send what it has not taken: {self.sync}" if self.sync else ""
-            self.say(f"wandb ({self.mode}): {self.problem}; every number is in {self.run.metrics_file}{how}")
+            waiting = self.queue.qsize() - 1  # the last is the end; a table that its server does not take stops wandb
+            alone = f" ({waiting} of its last lines there alone)" if waiting > 0 else ""
+            self.say(f"wandb ({self.mode}): {self.problem}; every number is in {self.run.metrics_file}{alone}{how}")
 
     # the thread -----------------------------------------------------------------------------------------------------
 
@@ -163,6 +166,7 @@ class WandbThread:
 
             opentelemetry_proxy.disable()  # its reports on itself, which wait for a silent server when the process ends
         logging, folder = self.logging, self.run.folder
+        is_new = not (folder / RUN_ID).exists()
         settings = wandb.Settings(
             init_timeout=logging.wandb_timeout_seconds, finish_timeout=logging.wandb_timeout_seconds,
             finish_timeout_raises=True, silent=True, console="off", x_disable_stats=not logging.wandb_system_metrics,
@@ -198,7 +202,7 @@ class WandbThread:
         self._tell(self.how_to_see_it())
         for row in self.earlier:
             self.figures.add(row)
-            if self.mode == "offline":
+            if self.mode == "offline" or is_new:
                 wandb_run.log(_shown(row), step=int(row["step"]))
         self.earlier = []
         return wandb_run
@@ -255,9 +259,14 @@ def _shown(values: dict[str, float]) -> dict[str, Any]:
     return found
 
 
+def forget_run_id(folder: Path) -> None:
+    """The next start is another run on W&B, which is given all that this one has logged: W&B changes no step again."""
+    (folder / RUN_ID).unlink(missing_ok=True)
+
+
 def _run_id(folder: Path) -> str:
     """One wandb run for a run folder, however often it resumes; of a trial of a sweep the one that its agent gives."""
-    path = folder / "wandb_id"
+    path = folder / RUN_ID
     if not path.exists():
         of_trial = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         replace_file(path, (of_trial or f"{time.time_ns():x}").encode())

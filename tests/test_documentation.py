@@ -57,8 +57,11 @@ def test_links_lead_somewhere():
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index, page.name
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    for page in pages - {"index"}:
+        assert f"({page}.md)" in index, page
+    contents = set((ROOT / "docs" / "contents.rst").read_text().split())
+    assert pages <= contents, pages - contents
 
 
 def test_readme_is_short():

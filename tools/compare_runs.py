@@ -138,7 +138,8 @@ def unequal(runs: list[Run], tolerance: float) -> str | None:
         if first.keys() != other.keys():
             return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
         for step, loss in first.items():
-            if not math.isclose(loss, other[step], rel_tol=tolerance) and not math.isnan(loss + other[step]):
+            are_unknown = math.isnan(loss) and math.isnan(other[step])  # steps that were skipped
+            if not math.isclose(loss, other[step], rel_tol=tolerance) and not are_unknown:
                 return (
                     f"step {step:.0f}: {runs[0].name} has loss {loss!r}, {run.name} {other[step]!r}, "
                     f"{abs(other[step] - loss) / abs(loss or 1):.1e} apart; --tolerance is {tolerance:g}"

@@ -120,7 +120,8 @@ def _refuse_wider_ids(path: Path, ids: np.ndarray) -> None:
 
 
 class MegatronFolder:
-    """Megatron's `*.idx` and `*.bin`; files whose name has a word beginning with `val` are the validation split."""
+    """Megatron's `*.idx` and `*.bin`: those with a word `valid` or `validation` in their name are the validation split,
+    and those with a word `test` are left out."""
 
     document_begin: list[int] | None = None
     chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
@@ -128,7 +129,8 @@ class MegatronFolder:
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
-        self.end_of_document, self.notes = given.end_of_document, []
+        self.end_of_document = given.end_of_document
+        self.notes: list[str] = []
         self.paths = sorted(folder.glob("*.idx"))
         shards: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "validation": []}
         for number, path in enumerate(self.paths):
@@ -136,11 +138,15 @@ class MegatronFolder:
             if number % ranks == rank:
                 check_document_ends(path, ends, len(ids))
                 check_ids(path.with_suffix(".bin"), ids, vocab_size)
-            words = path.stem.replace("-", "_").replace(".", "_").split("_")
-            split = "validation" if any(word.startswith("val") for word in words) else "train"
-            shards[split].append((ids, ends))
+            words = set(path.stem.replace("-", "_").replace(".", "_").split("_"))
+            if "test" in words:
+                self.notes.append(f"{path}: left out, by its name it is to test with")
+                continue
+            shards["validation" if words & {"val", "valid", "validation"} else "train"].append((ids, ends))
         if not shards["train"]:
-            raise DataError(f"{folder}: every *.idx is a validation file by its name; none is left to train on")
+            raise DataError(
+                f"{folder}: every *.idx is one to validate or test with by its name; none to train on is left"
+            )
         self.splits = {s: TokenSplit([ids for ids, _ in p], [ends for _, ends in p]) for s, p in shards.items()}
         self._fingerprint = _fingerprint([path.with_suffix(kind) for path in self.paths for kind in (".idx", ".bin")])
 

@@ -344,6 +344,10 @@ def _text_parts(path: Path) -> Iterator[str]:
         with _open(path) as file:
             while part := file.read(WHOLE_TEXT):
                 part += file.readline()
+                if (nul := part.find(b"\0")) >= 0:
+                    raise UnreadableError(
+                        f"{path}: byte {offset + nul} is 0, so this is no text: unpack an archive (tar), convert UTF-16"
+                    )
                 yield (part if offset else part.removeprefix(BOM)).decode("utf-8")
                 offset += len(part)
     except UnicodeDecodeError as error:

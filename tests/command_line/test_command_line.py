@@ -299,6 +299,14 @@ def test_names_with_signs_are_quoted_in_the_command(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("words", [["--config-dir", "own"], ["--config-dir=own"], ["-cd", "own"]])
+def test_a_folder_of_own_presets_is_in_the_command(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "model=mine", "--cfg", "job"])
+    resume = shlex.split(resume_command(composed("recipe=gpt_tiny"), ["model=mine"], 1))
+    place = resume.index(words[0])
+    assert resume[place : place + len(words) + 1] == [*words, "model=mine"]
+
+
 # memory --------------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,11 @@ def test_equal_losses_are_asserted(tmp_path):
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "c"), "--assert-equal")
     assert result.returncode == 1
     assert "not equal: step 2: a has loss 3.0, c 3.1, 3.3e-02 apart; --tolerance is 1e-05" in result.stderr
+    for name, losses in (("e", [4.0, None]), ("f", [4.0, None])):  # whose last step was skipped
+        made_run(tmp_path / name, 1e-3, 1000, losses)
+    assert compare(tmp_path, str(tmp_path / "e"), str(tmp_path / "f"), "--assert-equal").returncode == 0
+    result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "e"), "--assert-equal")
+    assert "not equal: step 2: a has loss 3.0, e nan" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "d"), "--assert-equal")
     assert "not equal: a has 2 steps, d 1; they must be the same ones" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "nothing"))

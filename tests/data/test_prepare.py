@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -119,6 +120,21 @@ def test_a_large_text_is_cut_behind_lines(tmp_path, monkeypatch):
         texts_of(find_pieces([tmp_path / "a.txt"]))
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_is_no_text(tmp_path, mode):
+    """Its headers are valid UTF-8, so all of its files would be one text with them."""
+    (tmp_path / "a.txt").write_text("one text\n")
+    name = "books.tar" + (".gz" if mode == "w:gz" else "")
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / name, mode) as archive:
+        archive.add(tmp_path / "a.txt", "a.txt")
+    with pytest.raises(DataError, match=rf"{name}: byte \d+ is 0, so this is no text: unpack an archive \(tar\)"):
+        texts_of(find_pieces([tmp_path / "in"]))
+    (tmp_path / "wide.txt").write_bytes("one text".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"wide.txt: byte 1 is 0, so this is no text: .*convert UTF-16"):
+        texts_of(find_pieces([tmp_path / "wide.txt"]))
+
+
 def test_what_json_can_hold_and_text_cannot(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00 é"}\n')
     assert texts_of(find_pieces([tmp_path / "a.jsonl"])) == ["a\ufffd b \U0001f600 é"]
@@ -199,7 +215,7 @@ def test_two_at_once_are_refused(tmp_path):
 def test_a_killed_preparation_goes_on(tmp_path):
     """Killed again and again, with its processes: the end is what it would have been. LONGCTX_KILLS=20: so often."""
     kills = min(20, int(os.environ.get("LONGCTX_KILLS", "1")))
-    texts = [f"def f{i}(x):\n    return x + {i}\n" * 2000 for i in range(60 + 12 * kills)]
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * 2000 for i in range(72 * kills)]
     write_jsonl(tmp_path / "a.jsonl", texts)
     prepare(find_pieces([tmp_path / "a.jsonl"]), tmp_path / "expected")
     command = [sys.executable, "tools/prepare_data.py", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]

@@ -11,6 +11,7 @@ from longctx.config import Optimizer
 from longctx.metric_names import METRICS, metric_of, table
 from longctx.metrics_file import read_metrics
 from longctx.summary import summary
+from longctx.throughput import peak_tflops
 from longctx.wandb_log import CURVES
 from runs import ROOT, small_config, train
 
@@ -84,3 +85,17 @@ def test_a_project_is_named_in_full():
     result = run_script(DASHBOARD, "longctx")
     assert result.returncode == 2
     assert "longctx: is not ENTITY/PROJECT; give both, as in https://wandb.ai/ENTITY/PROJECT" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0), ("NVIDIA GH200 480GB", 989.4), ("NVIDIA GB200", 2500.0), ("NVIDIA B200", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", 311.9), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD Instinct MI300X", 1307.4), ("CPU", None),
+    ],
+)  # fmt: skip
+def test_mfu_is_of_the_very_device(device, tflops):
+    assert peak_tflops(device, None) == tflops
+    assert peak_tflops(device, 100.0) == 100.0

@@ -100,6 +100,30 @@ def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
     assert len(ids) == 1
 
 
+def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, monkeypatch):
+    """W&B keeps the first value of a step, so a lower rate after a divergence would not be seen there."""
+    train_step = trainer_module.Trainer.train_step
+
+    def with_error(trainer):
+        if trainer.step == 2:
+            raise UserError("lost")
+        return train_step(trainer)
+
+    config, ids = offline(tmp_path, corpus), []
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", with_error)
+    for _ in range(2):  # the second time with the same numbers
+        with pytest.raises(UserError, match="lost"):
+            train(config)
+        ids.append((config.run_folder / "wandb_id").read_text())
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", train_step)
+    config.optim.lr /= 2
+    train(config)
+    ids.append((config.run_folder / "wandb_id").read_text())
+    assert ids[0] == ids[1] != ids[2]
+    rows = [row for row in history(records(config.run_folder)) if "loss/train" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
 def test_a_run_that_fails_has_failed_and_alerts(tmp_path, corpus, monkeypatch):
     build = trainer_module.parallelize
 
@@ -161,10 +185,12 @@ def test_secrets_of_the_environment_are_not_shown(monkeypatch):
 )
 def test_a_server_that_does_not_answer_costs_nothing(tmp_path, corpus, mood, monkeypatch):
     """It accepts and never answers from the start, or in the middle answers 500 or is gone; or it is well."""
+    steps = 150 if mood in ("500", "dies") else 50  # that last longer than until the server is asked again
     words = [
         "recipe=gpt_tiny", "parallel=auto", "name=a", f"folder={tmp_path}", "data=prepared", f"data.folder={corpus}",
-        "data.sequence_length=64", "model.width=32", "optim.steps=50", "logging.every_steps=1",
-        "logging.wandb_timeout_seconds=2", "validation.sample_tokens=0", "checkpoint.at_end=false",
+        "data.sequence_length=64", "model.width=32", f"optim.steps={steps}", "logging.every_steps=1",
+        "logging.wandb_timeout_seconds=2", "validation.sample_tokens=0", "validation.every_steps=0",
+        "checkpoint.at_end=false",
     ]  # fmt: skip
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # that of wandb in this process
     with WandbServer("silent" if mood == "silent" else "well") as server:
@@ -176,11 +202,12 @@ def test_a_server_that_does_not_answer_costs_nothing(tmp_path, corpus, mood, mon
         assert job.stdout is not None
         for line in job.stdout:
             said.append(line)
-            if line.startswith("step 5/") and mood == "500":
+            is_there = line.startswith(f"wandb: {server.url}/somebody")
+            if is_there and mood == "500":
                 server.mood = "500"
-            if line.startswith("step 5/") and mood == "dies":
+            if is_there and mood == "dies":
                 server.die()
-            if line.startswith("step 50/"):
+            if line.startswith(f"step {steps}/"):
                 last_step_at = time.monotonic()
         assert job.wait() == 0
     assert time.monotonic() - last_step_at < 30  # the timeout, and what a run does after its last step
@@ -197,11 +224,11 @@ def test_a_server_that_does_not_answer_costs_nothing(tmp_path, corpus, mood, mon
         assert f"wandb: {server.url}/somebody/longctx/runs/" in output
     assert (f"wandb sync {folder / 'wandb'}" in output) == (mood != "well")
     if mood == "well":
-        assert [row["step"] for row in server.logged if "loss/train" in row] == list(range(1, 51))
-    assert [row["step"] for row in history(records(folder)) if "loss/train" in row] == list(range(1, 51))
-    steps = [row["perf/step_s"] for row in read_metrics(folder / "metrics.jsonl") if "perf/step_s" in row]
-    assert len(steps) == 50
-    assert max(steps[1:]) < statistics.median(steps) + 1.5  # none has waited for a timeout of two seconds
+        assert [row["step"] for row in server.logged if "loss/train" in row] == list(range(1, steps + 1))
+    assert [row["step"] for row in history(records(folder)) if "loss/train" in row] == list(range(1, steps + 1))
+    seconds = [row["perf/step_s"] for row in read_metrics(folder / "metrics.jsonl") if "perf/step_s" in row]
+    assert len(seconds) == steps
+    assert max(seconds[1:]) < statistics.median(seconds) + 1.5  # none has waited for a timeout of two seconds
 
 
 # which server, and whether -------------------------------------------------------------------------------------------
