@@ -4,10 +4,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NAME ?= gpt_tiny-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help train test test-all lint docs
+.PHONY: help install train test test-all lint docs
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+install: .venv/.run ## sets up .venv and nothing else
 
 # on the largest power of two of the GPUs, which divides the sequence; else on two CPU processes
 train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run)
