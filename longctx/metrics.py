@@ -39,8 +39,7 @@ class Metrics:
         is_on_gpus = facts["device"] != "CPU"  # ranks on CPUs share one machine, whose speed is that of all
         self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
-        last_step = self._last_step()
-        self.history = History(run.folder / "history.json", last_step, start)
+        self.history = History(run.folder / "history.json", self._last_step(), start)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
@@ -52,8 +51,9 @@ class Metrics:
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
         self.record = RunRecord(run, facts)
-        if last_step is not None and last_step > start and self.record.is_changed():
+        if self.history.logged > start and self.record.is_changed():
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
+            self.history.forget_steps_after(start)
         if start < steps:  # else the record is that of the start that trained
             self.record.begin()
         mode = wandb_mode(self.logging)
@@ -198,14 +198,24 @@ class History:
 
     def __init__(self, path: Path, last_step: int | None, start: int) -> None:
         """A start at step `start`, after one that had logged `last_step`; None: this is the first."""
-        self.started_at, self.restarts, self.lost_steps = time.time(), 0, 0
+        self.path, self.started_at, self.restarts, self.lost_steps = path, time.time(), 0, 0
+        self.logged = 0  # the last step that W&B has seen
         if last_step is not None:
             earlier = _read_history(path)
             self.started_at = earlier.get("started_at", self.started_at)
             self.restarts = int(earlier.get("restarts", 0)) + 1
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
-        facts = {"started_at": self.started_at, "restarts": self.restarts, "lost_steps": self.lost_steps}
-        replace_file(path, json.dumps(facts).encode() + b"\n")
+            self.logged = max(last_step, int(earlier.get("logged", 0)))
+        self._write()
+
+    def _write(self) -> None:
+        names = "started_at", "restarts", "lost_steps", "logged"
+        replace_file(self.path, json.dumps({name: getattr(self, name) for name in names}).encode() + b"\n")
+
+    def forget_steps_after(self, start: int) -> None:
+        """What is logged from here on goes to another run of W&B, which has seen nothing later than `start`."""
+        self.logged = start
+        self._write()
 
     def values(self, trained_s: float) -> dict[str, float]:
         """`trained_s`: seconds of all steps up to now that counted, those before a restart included.

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from longctx.config import Config, warmup_steps
 from longctx.errors import UserError
 
+WINDOWS = "windows"  # key of a checkpoint's facts on its data: how text is cut into sequences
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
 WHOLE = ("data.mixture", "data.curriculum")  # whose keys are the user's: compared as one value
 # of the model: how it is computed, or how it began
@@ -38,14 +39,20 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
     return f"changed since {path}: {in_words(changed)}{again}" if changed else None
 
 
-def check_order(path: Path, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises `UserError` if what decides which sequence comes when is not as it was saved at `path`."""
+def is_same_order(path: Path, saved: dict[str, Any], here: dict[str, Any], is_own: bool) -> bool:
+    """Whether what decides which sequence comes when is as it was saved at `path`.
+
+    Raises `UserError` if it is not and the run is that of the checkpoint (`is_own`), rather than a branch of it.
+    """
     changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
-    if changed:
+    if changed and is_own:
+        if WINDOWS in here and WINDOWS not in saved:
+            changed = ["an earlier version of longctx cut text otherwise"]
         raise UserError(
             f"{path} was trained on another order of sequences: {'; '.join(changed)}. Some would be read twice and "
             f"some never; restore it, or start a run with another name and checkpoint.resume={path}"
         )
+    return not changed
 
 
 def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from longctx import resume
 from longctx.files import replace_file
 from longctx.run_info import RunInfo
 
@@ -67,9 +68,12 @@ class RunRecord:
         self.run, self.has_begun = run, False
 
     def is_changed(self) -> bool:
-        """Whether the last start of the run had another configuration."""
+        """Whether the last start of the run had a configuration that trains otherwise."""
         path = self.run.folder / CONFIG
-        return path.exists() and path.read_text() != self.run.config_yaml
+        if not path.exists():
+            return False
+        changed = resume.changes(path.read_text(encoding="utf-8"), self.run.config_yaml)
+        return any(not key.startswith(("logging.", "checkpoint.", "validation.")) for key in changed)
 
     def begin(self) -> None:
         """Writes what is known before the first step."""

@@ -32,7 +32,7 @@ class Progress:
     step: int = 0  # steps taken, skipped ones included
     consumed: int = 0  # sequences of this order of the data that were read, over all ranks
     tokens: int = 0  # read, over all ranks, those of the run of which this is a branch too
-    context: int = 0  # tokens that the weights were made for which the run started from; 0: not known, or none
+    context: int = 0  # tokens that the weights have been trained for, before this start too; 0: not known
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_row: int = 0
     trained_s: float = 0.0  # in steps that counted, over all starts of the run
@@ -111,7 +111,7 @@ class Saving:
         """All that decides which sequence is number 0, 1, 2 ..."""
         data = self.run.config.data
         copies = f" with {data.copies} copies" if data.copies else ""
-        windows = {"windows": "up to the last token, conversations whole"} if self.tokens else {}
+        windows = {resume.WINDOWS: "to the last token, conversations whole"} if self.tokens else {}
         return windows | {
             "corpus": self.tokens.fingerprint() + copies if self.tokens else str(data.recall),
             "seed": self.run.config.seed,
@@ -175,16 +175,14 @@ class Saving:
         path, manifest = newest
         facts = manifest["facts"]
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
-        if is_own:
-            resume.check_order(path, facts["data"], self.data_order())
+        is_same_order = resume.is_same_order(path, facts["data"], self.data_order(), is_own)
         if message := resume.compare(path, manifest, self.run.config, self.run.config_yaml, is_own):
             self.runtime.say(message)
         self.checkpoints.load(path, manifest, self.state())
         progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
         progress.tokens = facts.get("tokens", progress.consumed * facts["data"]["data.sequence_length"])
-        progress.context = facts.get("context", 0)
-        is_reordered = facts["data"] != self.data_order()  # which only a branch may have
-        if is_reordered:
+        progress.context = max(facts.get("context", 0), facts["data"]["data.sequence_length"])
+        if not is_same_order:
             progress.consumed = 0
         progress.skipped, self.optimizer.updates = int(facts["skipped"]), int(facts["updates"])
         if is_own:
@@ -196,6 +194,10 @@ class Saving:
         self.saved_step = progress.step if is_own else None
         self.runtime.say(
             f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read"
-            + ("; the data comes in another order here and is read from its first sequence on" if is_reordered else "")
+            + (
+                "; the data comes in another order here and is read from its first sequence on"
+                if not is_same_order
+                else ""
+            )
         )
         return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}

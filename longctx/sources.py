@@ -11,7 +11,7 @@ from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
-from longctx.data.tokenizer import as_trained, check_same_ids
+from longctx.data.tokenizer import as_trained, check_same_ids, kept_tokenizer
 from longctx.errors import DataError
 from longctx.runtime import Runtime
 
@@ -52,14 +52,15 @@ def check_tokenizers(config: Config, tokens: Mixture | None, runtime: Runtime) -
 
     Collective. Nothing is checked where text or weights come without a tokenizer.
     """
-    ours = tokens.tokenizer_file if tokens else None
-    if ours is None:
+    if tokens is None or tokens.tokenizer_file is None:
         return
-    folders = [Path(config.model.init_from).expanduser()] if config.model.init_from else []
-    if config.checkpoint.resume not in ("auto", "never"):  # <run>/checkpoints/<step>
-        folders.append(Path(config.checkpoint.resume).resolve().parent.parent)
-    for file in (folder / "tokenizer.json" for folder in folders):
-        runtime.run_on_rank_0(lambda file=file: check_same_ids(ours, file) if file.is_file() else None)
+    ours = tokens.tokenizer_file
+    frame = [*(tokens.document_begin or []), tokens.end_of_document]
+    files = [Path(config.model.init_from).expanduser() / "tokenizer.json"] if config.model.init_from else []
+    if config.checkpoint.resume not in ("auto", "never"):
+        files.append(kept_tokenizer(Path(config.checkpoint.resume)))
+    for file in files:
+        runtime.run_on_rank_0(lambda file=file: check_same_ids(ours, file, frame) if file.is_file() else None)
 
 
 def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> None:

@@ -34,7 +34,7 @@ def peak_tflops(device_name: str, given: float | None) -> float | None:
     """The rate MFU is a share of: the one given, else that of the device's data sheet, else None."""
     if given is not None:
         return given
-    if "Laptop" in device_name:  # whose chip is another one
+    if re.search(r"Laptop|MIG|\bD\b", device_name):  # another chip, a part of one, a slower one for China
         return None
     return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
 

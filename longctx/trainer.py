@@ -60,7 +60,6 @@ class Trainer:
         config, runtime, progress = self.config, self.runtime, self.progress
         self.tokens = open_tokens(config, runtime)
         check_tokenizers(config, self.tokens, runtime)
-        runtime.run_on_rank_0(lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime))
         self.mesh = make_mesh(config.parallel, runtime.world_size, runtime.device.type)
         self.loader = Loader(training_source(config, self.tokens), config.data, self.mesh.reader, self.mesh.readers)
         compute = getattr(torch, config.precision.compute)
@@ -76,7 +75,8 @@ class Trainer:
         self.throughput = Throughput(config, self.mesh, self.context_parallel, runtime)
         self.validation = Validation(config, self.tokens, self.model, self.mesh, runtime)
 
-        is_known_layout = self.saving.resume()
+        is_known_layout = self.saving.resume()  # which may refuse what is asked for, with nothing of the run changed
+        runtime.run_on_rank_0(lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime))
         if progress.step == 0 and config.model.init_from:
             progress.context = start_from_pretrained(self.model, config.model, runtime)
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:

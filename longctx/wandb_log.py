@@ -116,9 +116,7 @@ class WandbThread:
             self.problem = f"no answer within {seconds:g} s"
         if self.problem:
             how = f"; to send what it has not taken: {self.sync}" if self.sync else ""
-            waiting = self.queue.qsize() - 1  # the last is the end; a table that its server does not take stops wandb
-            alone = f" ({waiting} of its last lines there alone)" if waiting > 0 else ""
-            self.say(f"wandb ({self.mode}): {self.problem}; every number is in {self.run.metrics_file}{alone}{how}")
+            self.say(f"wandb ({self.mode}): {self.problem}; every number is in {self.run.metrics_file}{how}")
 
     # the thread -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +263,7 @@ def forget_run_id(folder: Path) -> None:
 
 
 def _run_id(folder: Path) -> str:
-    """One wandb run for a run folder, however often it resumes; of a trial of a sweep the one that its agent gives."""
+    """One wandb run for a run folder, until `forget_run_id`; of a trial of a sweep the one that its agent gives."""
     path = folder / RUN_ID
     if not path.exists():
         of_trial = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None

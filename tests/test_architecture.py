@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "files", "host_memory", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime", "step_time"},
-    "run_record": {"files", "run_info"},
+    "run_record": {"files", "resume", "run_info"},
     "wandb_log": {"config", "errors", "files", "metric_names", "metrics_file", "run_info", "summary"},
     "metrics": {"console", "files", "metrics_file", "run_info", "run_record", "wandb_log"},
     "report": {"metric_names", "metrics_file", "page", "run_record", "step_time", "summary"},

@@ -277,13 +277,13 @@ def measure(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> 
         q, k, v, dout = random_inputs(case, device, dtype)
         flops = case.flops(device)
         with torch.no_grad():
-            row["forward_ms"] = benchmarking.median_ms(lambda: call(q, k, v), device)
+            row["forward_ms"] = benchmarking.median_ms(lambda: call(q, k, v), device, benchmarking.ROUND_S)
         out = call(q, k, v)
 
         def backward() -> None:
             torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
-        row["backward_ms"] = benchmarking.median_ms(backward, device)
+        row["backward_ms"] = benchmarking.median_ms(backward, device, benchmarking.ROUND_S)
         row["peak_gib"] = benchmarking.peak_gib(lambda: torch.autograd.grad(call(q, k, v), (q, k, v), dout), device)
         row["forward_tflops"] = flops / row["forward_ms"] / 1e9
         row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9

@@ -330,19 +330,18 @@ def timed(row: Row, name: str, call: Call, case: Case, device: torch.device, dty
         torch.autograd.grad(outputs, taken, [torch.ones_like(y) for y in outputs])
 
     step()  # compiles
-    peak_gib, step_ms = benchmarking.peak_gib(step, device), benchmarking.median_ms(step, device)
+    median_ms = partial(benchmarking.median_ms, device=device, seconds=benchmarking.ROUND_S)
+    peak_gib, step_ms = benchmarking.peak_gib(step, device), median_ms(step)
     if overwrites:  # the copy that a step writes over is not the op's
-        step_ms -= benchmarking.median_ms(lambda: [x.detach().clone() for x in inputs], device)
+        step_ms -= median_ms(lambda: [x.detach().clone() for x in inputs])
         peak_gib = None if peak_gib is None else peak_gib - sum(x.nbytes for x in inputs) / 2**30
     row |= {"peak_gib": peak_gib, "step_ms": step_ms}
     if case.op not in LOSSES and not overwrites:
         with torch.no_grad():
-            forward_ms = benchmarking.median_ms(lambda: call(*inputs, *constants), device)
+            forward_ms = median_ms(lambda: call(*inputs, *constants))
         outputs = call(*inputs, *constants)
         of_outputs = [torch.ones_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
-        backward_ms = benchmarking.median_ms(
-            lambda: torch.autograd.grad(outputs, inputs, of_outputs, retain_graph=True), device
-        )
+        backward_ms = median_ms(lambda: torch.autograd.grad(outputs, inputs, of_outputs, retain_graph=True))
         row |= {"forward_ms": forward_ms, "backward_ms": backward_ms}
         if op.passes[0]:
             row["forward_tb_per_s"] = op.passes[0] * bytes_of_pass / forward_ms / 1e9

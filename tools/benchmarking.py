@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+ROUND_S = 0.4  # that a figure is measured for in one of several rounds
+
 Row = dict[str, str | float | None]
 
 
@@ -65,6 +67,8 @@ def run(
             f"TRITON_INTERPRET=1 python tools/bench_{report.name}.py --divide 4096"
         )
     chosen = [divided(case, arguments.divide) for case in named(cases, arguments.cases)]
+    if arguments.rounds < 1:
+        sys.exit(f"--rounds {arguments.rounds}: must be 1 or more")
     if not chosen:
         there = ", ".join(case.name for case in cases)
         sys.exit(f"no case has one of {arguments.cases!r} in its name; there are {there}")
@@ -89,15 +93,16 @@ def run(
 
 
 def median_row(measured: list[Row]) -> Row:
-    """The median of each figure over several rounds; the reason, if one of them has an error."""
+    """The median of each figure over several rounds, of errors to float64 the largest; the reason, if one failed."""
     for row in measured:
         if "error" in row:
             return row
-    return {key: _median([row[key] for row in measured]) for key in measured[0]}
-
-
-def _median(values: list[Any]) -> float | None:
-    return None if None in values else statistics.median(values)
+    found: Row = {}
+    for key in measured[0]:
+        values: list[Any] = [row[key] for row in measured]
+        of_all = max if key == "error_to_float64" else statistics.median
+        found[key] = None if None in values else of_all(values)
+    return found
 
 
 def named(cases: Sequence[Any], parts: str) -> list[Any]:
@@ -121,7 +126,7 @@ def document_starts(lengths: list[int]) -> torch.Tensor:
     return (tokens.cumsum(0) - tokens).repeat_interleave(tokens).unsqueeze(0)
 
 
-def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.4) -> float:
+def median_ms(call: Callable[[], object], device: torch.device, seconds: float = 1.0) -> float:
     """Median time of a call: on a GPU of 5 to 50 calls in some `seconds`, after three to warm up; elsewhere of one."""
     if device.type != "cuda":
         start = time.perf_counter()

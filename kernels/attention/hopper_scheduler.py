@@ -1,8 +1,9 @@
 """The dynamic tile scheduler of the persistent Hopper kernels, rings of mbarriers, and TMA descriptors.
 
 An item (work tile) is a block of rows (forward) or of keys (backward) of one head of one sequence. One program (CTA)
-runs on each streaming multiprocessor; its producer warp takes the next item with an atomic counter, longest items
-first, and tells the consumer warpgroups which one it is through a mailbox of two slots in shared memory.
+runs on each streaming multiprocessor; its producer warp takes the next item with an atomic counter, in an
+order that `tiles.py` makes, and tells the consumer warpgroups which one it is through a mailbox of two slots in shared
+memory.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false

@@ -68,8 +68,8 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
 def by_position(mask: KeyIntervals, batch: int, block_k: int, last_first: bool) -> Tensor:
     """The blocks of keys of all sequences, numbered as in `longest_first`, the first or last of each sequence first.
 
-    What sees the same rows is worked on together, and finds them in the cache. In causal documents the first block of
-    keys is also seen by most rows.
+    Blocks that see the same rows come soon after each other (beside each other, but for the other sequences), and find
+    them in the cache. In causal documents the first block of keys is also seen by most rows.
     """
     blocks = -(-mask.n_keys // block_k)
     number = torch.arange(batch * blocks, dtype=torch.int32, device=contiguous_bounds(mask)[0].device)

@@ -7,6 +7,7 @@ Nothing is converted. Where such files lack what a run can use (a tokenizer, whe
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def _refuse_wider_ids(path: Path, ids: np.ndarray) -> None:
 
 
 class MegatronFolder:
-    """Megatron's `*.idx` and `*.bin`: those with a word `valid` or `validation` in their name are the validation split,
-    and those with a word `test` are left out."""
+    """Megatron's `*.idx` and `*.bin`, by a word in their name: `val`, `valid` or `validation` is the validation split,
+    `test` is left out; numbers may follow."""
 
     document_begin: list[int] | None = None
     chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
@@ -130,19 +131,16 @@ class MegatronFolder:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
         self.end_of_document = given.end_of_document
-        self.notes: list[str] = []
-        self.paths = sorted(folder.glob("*.idx"))
+        kinds = {path: _split_of(path) for path in sorted(folder.glob("*.idx"))}
+        self.notes = [f"{path}: left out, by its name it is to test with" for path in kinds if kinds[path] == "test"]
+        self.paths = [path for path in kinds if kinds[path] != "test"]
         shards: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "validation": []}
         for number, path in enumerate(self.paths):
             ids, ends = read_megatron(path)
             if number % ranks == rank:
                 check_document_ends(path, ends, len(ids))
                 check_ids(path.with_suffix(".bin"), ids, vocab_size)
-            words = set(path.stem.replace("-", "_").replace(".", "_").split("_"))
-            if "test" in words:
-                self.notes.append(f"{path}: left out, by its name it is to test with")
-                continue
-            shards["validation" if words & {"val", "valid", "validation"} else "train"].append((ids, ends))
+            shards[kinds[path]].append((ids, ends))
         if not shards["train"]:
             raise DataError(
                 f"{folder}: every *.idx is one to validate or test with by its name; none to train on is left"
@@ -153,6 +151,16 @@ class MegatronFolder:
     def fingerprint(self) -> str:
         """Of the files' sizes and both ends of their content."""
         return self._fingerprint
+
+
+def _split_of(index: Path) -> str:
+    """`train`, `validation` or `test`, by the words of a file's name."""
+    for word in re.split(r"[-_.]", index.stem):
+        if re.fullmatch(r"val(id(ation)?)?\d*", word):
+            return "validation"
+        if re.fullmatch(r"test\d*", word):
+            return "test"
+    return "train"
 
 
 def read_megatron(index: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -74,10 +74,14 @@ class TokenWindows:
         if len(split) <= self.length:
             shorter = f" or set data.sequence_length={len(split) - 1} or less" if len(split) > 1 else ""
             raise DataError(f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text{shorter}")
-        self.cuts: Cuts = EqualCuts(len(split), self.length)
-        if split.is_partly_trained:
-            self.cuts = WholeDocuments(split.all_document_ends(), self.length)
+        self.cuts: Cuts
+        if split.is_partly_trained and self.separate_documents:
+            self.cuts = WholeDocuments(split.all_document_ends(), self.length, split.is_any_trained)
+        else:
+            self.cuts = EqualCuts(len(split), self.length)
         self.windows = len(self.cuts)
+        if not self.windows:
+            raise DataError(f"{where}: none of its tokens is trained on; prepare it again")
 
     def window(self, number: int) -> Sequence:
         begin, end = self.cuts[number]
@@ -100,11 +104,14 @@ class ShuffledTokens(TokenWindows):
 
 
 class SpacedTokens(TokenWindows):
-    """Validation order: windows spread evenly over the split, the same ones each time; if there are fewer, again."""
+    """Validation order: windows spread evenly over the split, the same ones each time.
 
-    def __init__(self, split: TokenSplit, data: DataConfig, sequences: int, where: str) -> None:
+    `repeats`: where there are fewer than `sequences`, they come more than once.
+    """
+
+    def __init__(self, split: TokenSplit, data: DataConfig, sequences: int, where: str, repeats: bool) -> None:
         super().__init__(split, data, where)
-        self.size = sequences
+        self.size = sequences if repeats else min(sequences, self.windows)
 
     def sequence(self, number: int) -> Sequence:
         return self.window(number % self.size * self.windows // self.size)

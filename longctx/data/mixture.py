@@ -76,19 +76,17 @@ class Mixture:
         A corpus of a mixture that has fewer gives them more than once, so that the weights stay; one alone gives fewer.
         """
         counts = shares(self.weights, max(sequences, len(self.corpora)))
-        sources, notes = [], []
+        sources, notes, is_mixed = [], [], len(self.corpora) > 1
         for corpus, count in zip(self.corpora, counts, strict=True):
             where = f"{corpus.folder}, validation split"
             try:
-                source = SpacedTokens(corpus.splits["validation"], data, count, where)
+                source = SpacedTokens(corpus.splits["validation"], data, count, where, repeats=is_mixed)
             except DataError as error:
                 notes.append(f"no validation: {error}")
                 continue
             if source.windows < count:
-                use = "which come more than once" if len(self.corpora) > 1 else "so fewer are read"
+                use = "which come more than once" if is_mixed else "so fewer are read"
                 notes.append(f"{where}: {count} sequences are to be read and there are {source.windows}, {use}")
-            if len(self.corpora) == 1:
-                source.size = min(count, source.windows)
             sources.append(source)
         return ChainedTokens(sources) if sources else None, notes
 

@@ -100,17 +100,23 @@ def find_end_of_document(
     )
 
 
-def check_same_ids(file: Path, of_weights: Path) -> None:
+def kept_tokenizer(checkpoint: Path) -> Path:
+    """The tokenizer.json that the run of a checkpoint (<run>/checkpoints/<step>) keeps in its folder, if it has one."""
+    return checkpoint.resolve().parent.parent / "tokenizer.json"
+
+
+def check_same_ids(file: Path, of_weights: Path, frame: list[int]) -> None:
     """Raises `DataError` if an id is one token in `file`, a corpus's tokenizer.json, and another in that of a model.
 
-    Either may have tokens that the other lacks: added ones, say.
+    Either may have tokens that the other lacks, and of added ones, which a text need not have, only those of `frame`
+    are compared: the ids around documents.
     """
-    ours, theirs = (open_tokenizer(path).get_vocab() for path in (file, of_weights))
-    token_of = {token_id: token for token, token_id in theirs.items()}
-    for token, token_id in ours.items():
-        if (there := token_of.get(token_id, token)) != token:
+    ours, theirs = open_tokenizer(file), open_tokenizer(of_weights)
+    for token_id in sorted({*ours.get_vocab(with_added_tokens=False).values(), *frame}):
+        here, there = ours.id_to_token(token_id), theirs.id_to_token(token_id)
+        if here != there and None not in (here, there):
             raise DataError(
-                f"{file}: id {token_id} is {token!r}, and {there!r} in {of_weights}, the tokenizer of the weights to "
+                f"{file}: id {token_id} is {here!r}, and {there!r} in {of_weights}, the tokenizer of the weights to "
                 f"start from: prepare the text with it (tools/prepare_data.py TEXTS --tokenizer {of_weights} --output "
                 "FOLDER, then data=prepared data.folder=FOLDER). If the weights are to learn another vocabulary, move "
                 "that file away"

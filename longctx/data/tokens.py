@@ -120,6 +120,10 @@ class TokenSplit:
         """Whether there are tokens that are not trained on: those of conversations that are no answers."""
         return any(bits is not None for bits in self.trained)
 
+    def is_any_trained(self, begin: int, end: int) -> bool:
+        """Whether any of the tokens begin + 1 to end is trained on."""
+        return end > begin and bool(self.read(begin + 1, end - begin)[2].any())
+
     def all_document_ends(self) -> np.ndarray:
         """Of each document the index in the stream after its last token, int64."""
         shards = zip(self.document_ends, self.first.tolist(), strict=False)

@@ -1,11 +1,12 @@
 """Where a stream of tokens is cut into sequences: each target is that of one sequence, and none is lost.
 
-A cut (begin, end) has the targets begin + 1 to end: each is predicted from the token before it. The tokens of its
-sequence begin at `begin`, or earlier where the stream ends before the sequence does.
+A cut (begin, end) has the targets begin + 1 to end: each is predicted from the token before it. Its sequence has more
+tokens than that where the targets do not fill it: those after `end`, or, at the end of the stream, before `begin`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -20,34 +21,38 @@ class Cuts(Protocol):
 
 
 class EqualCuts:
-    """Of text: as many targets in each, fewer in the last one."""
+    """Of text: as few as can be, with equally many targets, to one: a short one at the end would count as much."""
 
     def __init__(self, tokens: int, length: int) -> None:
-        self.targets, self.length = tokens - 1, length
+        self.targets = tokens - 1
+        self.number = (self.targets + length - 1) // length
 
     def __len__(self) -> int:
-        return (self.targets + self.length - 1) // self.length
+        return self.number
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        begin = number * self.length
-        return begin, min(begin + self.length, self.targets)
+        return number * self.targets // self.number, (number + 1) * self.targets // self.number
 
 
 class WholeDocuments:
     """Of conversations: as many whole documents in each as fit, so that no answer is without its question.
 
-    A document longer than a sequence fills several; what follows it begins in the last of them.
+    A document longer than a sequence fills several; what follows it begins in the last of them. The first token of a
+    document is no target: documents are kept apart.
     """
 
-    def __init__(self, document_ends: np.ndarray, length: int) -> None:
-        """document_ends (documents,), ascending: the index after the last token of each."""
+    def __init__(self, document_ends: np.ndarray, length: int, is_trained: Callable[[int, int], bool]) -> None:
+        """document_ends (documents,), ascending: the index after the last token of each.
+
+        `is_trained(begin, end)`: whether any of the targets begin + 1 to end is trained on; cuts without are left out.
+        """
         cuts, begin, last = [], 0, int(document_ends[-1]) - 1
         while begin < last:
             reach = begin + length
             fitting = int(np.searchsorted(document_ends, reach + 1, "right"))
             border = int(document_ends[fitting - 1]) if fitting else 0
             end, following = (border - 1, border) if border > begin else (reach, reach)
-            if end > begin:  # a document of one token has no target
+            if is_trained(begin, end):
                 cuts.append((begin, end))
             begin = following
         self.cuts = np.array(cuts, dtype=np.int64)

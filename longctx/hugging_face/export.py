@@ -20,7 +20,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from longctx.checkpoint import HEAD, HEAD_BEFORE, CheckpointError, name_in, read_manifest, shape_of, verify_files
 from longctx.config import Config, ModelConfig
 from longctx.data.chat import CHAT_TEMPLATE
-from longctx.data.tokenizer import as_trained, document_begin, find_end_of_document, open_tokenizer
+from longctx.data.tokenizer import (
+    as_trained,
+    document_begin,
+    find_end_of_document,
+    kept_tokenizer,
+    open_tokenizer,
+)
 from longctx.files import readable_as_its_folder
 from longctx.hugging_face.convert import Stored, stored_tensors, to_config_json
 
@@ -51,9 +57,10 @@ def export_hugging_face(
     """
     manifest = read_manifest(checkpoint)
     model, sequence_length = model_of(manifest)
-    context = max(sequence_length, manifest["facts"].get("context", 0))
-    fields = to_config_json(model, context) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    kept = checkpoint.resolve().parent.parent / "tokenizer.json"
+    fields = to_config_json(model, max(sequence_length, manifest["facts"].get("context", 0)))
+    context = fields.get("max_position_embeddings") or fields["n_positions"]
+    fields |= {"torch_dtype": str(dtype).removeprefix("torch.")}
+    kept = kept_tokenizer(checkpoint)
     beside = {}
     if tokenizer_file is not None or kept.exists():
         end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")

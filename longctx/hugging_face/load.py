@@ -46,7 +46,7 @@ class PretrainedWeights:
         """Raises `PretrainedError` naming the file and what is wrong."""
         self.folder = folder
         fields = _read_json(folder / "config.json", "name a folder that transformers' save_pretrained has written")
-        self.context = int(fields.get("max_position_embeddings") or 0)
+        self.context = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 0)
         self.config: dict[str, Any] = from_config_json(fields, str(folder / "config.json"))
         self.files: dict[str, Path] = {}  # of each tensor
         for path in self._paths():

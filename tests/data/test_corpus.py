@@ -44,9 +44,14 @@ def test_megatron(tmp_path, code, dtype):
     assert corpus.tokenizer_file is None
     assert corpus.token_bytes is None
     write_megatron(tmp_path / "c_test_text_document", DOCUMENTS[:1], code, dtype)
+    without = corpus.fingerprint()
+    corpus = open_corpus(tmp_path, VOCAB, DataConfig())
+    assert corpus.fingerprint() == without
     write_megatron(tmp_path / "values_text_document", DOCUMENTS[1:], code, dtype)
+    write_megatron(tmp_path / "x_val1_text_document", DOCUMENTS[:1], code, dtype)
     corpus = open_corpus(tmp_path, VOCAB, DataConfig())
     assert documents_of(corpus.splits["train"]) == DOCUMENTS + DOCUMENTS[1:]
+    assert documents_of(corpus.splits["validation"]) == DOCUMENTS[:2] + DOCUMENTS[:1]
     assert corpus.notes == [f"{tmp_path}/c_test_text_document.idx: left out, by its name it is to test with"]
     before = corpus.fingerprint()
     write_megatron(tmp_path / "a_text_document", [[5, 6, 6, 2], *DOCUMENTS[1:]], code, dtype)

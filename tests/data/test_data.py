@@ -252,8 +252,13 @@ def test_an_epoch_has_each_target_once(lengths, length, per_shard):
     source = ShuffledTokens(split_of(lengths, per_shard), DataConfig(sequence_length=length), seed=3, where="here")
     sequences = [source.sequence(n) for n in range(source.size)]
     for sequence in sequences:
-        is_target = sequence.targets != IGNORE_INDEX
         assert len(sequence.tokens) == length
+    targets = [int((sequence.targets != IGNORE_INDEX).sum()) for sequence in sequences]
+    first_tokens = len(lengths) - 1  # which are no targets
+    assert len(sequences) == -(-(sum(lengths) - 1) // length)
+    assert max(targets) - min(targets) <= 1 + first_tokens
+    for sequence in sequences:
+        is_target = sequence.targets != IGNORE_INDEX
         assert np.array_equal(sequence.targets[is_target], sequence.tokens[is_target] + 1)
     seen = sorted(t for sequence in sequences for t in sequence.targets[sequence.targets != IGNORE_INDEX])
     assert seen == sorted(set(range(sum(lengths))) - {0, *np.cumsum(lengths)})
@@ -290,7 +295,7 @@ def test_too_little_text(corpus):
 
 def test_validation_is_spread_over_the_split(corpus):
     split = TokenFolder(corpus, VOCAB).splits["train"]
-    source = SpacedTokens(split, DataConfig(sequence_length=4), 3, "here")
+    source = SpacedTokens(split, DataConfig(sequence_length=4), 3, "here", repeats=True)
     assert source.size == 3
     for number, window in ((0, 0), (1, source.windows // 3), (2, 2 * source.windows // 3), (3, 0)):
         assert np.array_equal(source.sequence(number).tokens, split.read(4 * window, 4)[0])

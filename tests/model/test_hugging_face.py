@@ -28,6 +28,7 @@ from corpora import byte_tokenizer, documents_of, prepared
 from in_process import output_of
 from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, RotaryScaling
 from longctx.data.prepare import BUILTIN_TOKENIZER
+from longctx.data.tokenizer import check_same_ids
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
 from longctx.hugging_face.load import PretrainedWeights
@@ -184,6 +185,12 @@ def test_what_is_trained_on_short_sequences_keeps_its_context(tmp_path, corpus):
     output_of(CONVERT, *export)
     fields = [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")]
     assert fields[0]["max_position_embeddings"] == fields[1]["model_max_length"] == 64
+    shorter = {"name": "branch", "data__sequence_length": 16, "optim__steps": 5}
+    start = str(config.run_folder / "checkpoints" / "step_4")
+    branch = small_config(tmp_path, corpus, model=config.model, checkpoint__resume=start, **shorter)
+    branch.model.init_from = ""
+    with trainer_of(branch) as trainer:
+        assert trainer.progress.context == 64
 
 
 def test_the_preset_is_printed(tmp_path):
@@ -250,6 +257,10 @@ def test_text_of_another_tokenizer_is_refused(tmp_path, corpus):
     tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
     with trainer_of(config) as trainer:
         trainer.save()
+    renamed = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    renamed["added_tokens"][-1]["content"] = "<another name>"  # no text has it
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(renamed))
+    check_same_ids(BUILTIN_TOKENIZER, tmp_path / "hf" / "tokenizer.json", [0])
     byte_tokenizer(tmp_path / "hf" / "tokenizer.json")
     message = (
         r"tokenizer.json: id \d+ is '.+', and '.+' in .*hf/tokenizer.json, the tokenizer of the weights .*--tokenizer"
@@ -365,10 +376,10 @@ def test_rotary_scalings_are_those_of_transformers(name, is_old):
 @pytest.mark.parametrize("scaling", [RotaryScaling.dynamic, RotaryScaling.ntk])
 def test_a_larger_theta_is_written_as_one(scaling):
     """Exact at every length; transformers' own dynamic scaling goes by the length of each text."""
-    rotary = RotaryConfig(scaling=scaling, factor=4.0, original_length=2048, longest=8192)
+    rotary = RotaryConfig(scaling=scaling, factor=4.0, original_length=2048, longest=16384)
     config = ModelConfig(rotary=rotary)
     fields = to_config_json(config, 8192)
-    assert fields["max_position_embeddings"] == 8192
+    assert fields["max_position_embeddings"] == (16384 if scaling == RotaryScaling.dynamic else 8192)
     assert fields["rope_parameters"]["rope_type"] == "default"
     read = RotaryConfig(**from_config_json(fields, "here")["rotary"])
     assert torch.equal(frequencies(read, config.head_dim), frequencies(rotary, config.head_dim))

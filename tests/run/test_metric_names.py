@@ -93,6 +93,7 @@ def test_a_project_is_named_in_full():
         ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5), ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756.0), ("NVIDIA GH200 480GB", 989.4), ("NVIDIA GB200", 2500.0), ("NVIDIA B200", 2250.0),
         ("NVIDIA A100-SXM4-80GB", 311.9), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("AMD Instinct MI300X", 1307.4), ("CPU", None),
     ],
 )  # fmt: skip

@@ -101,27 +101,38 @@ def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
 
 
 def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, monkeypatch):
-    """W&B keeps the first value of a step, so a lower rate after a divergence would not be seen there."""
+    """W&B keeps the first value of a step, so a lower rate after a divergence would not be seen there.
+
+    Also if another start came between, which logged nothing; the new run is given the steps that stay.
+    """
     train_step = trainer_module.Trainer.train_step
 
-    def with_error(trainer):
-        if trainer.step == 2:
-            raise UserError("lost")
-        return train_step(trainer)
+    def ending_at(step):
+        def with_error(trainer):
+            if trainer.step == step:
+                raise UserError("lost")
+            return train_step(trainer)
 
-    config, ids = offline(tmp_path, corpus), []
-    monkeypatch.setattr(trainer_module.Trainer, "train_step", with_error)
-    for _ in range(2):  # the second time with the same numbers
-        with pytest.raises(UserError, match="lost"):
-            train(config)
+        return with_error
+
+    config, ids = offline(tmp_path, corpus, checkpoint__every_steps=3), []
+    config.logging.wandb = WandbMode.online
+    with WandbServer("well") as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        for step in (5, 3):  # behind the checkpoint of step 3, and at it
+            monkeypatch.setattr(trainer_module.Trainer, "train_step", ending_at(step))
+            with pytest.raises(UserError, match="lost"):
+                train(config)
+            ids.append((config.run_folder / "wandb_id").read_text())
+        monkeypatch.setattr(trainer_module.Trainer, "train_step", train_step)
+        config.optim.lr /= 2
+        before = len(server.logged)
+        train(config)
         ids.append((config.run_folder / "wandb_id").read_text())
-    monkeypatch.setattr(trainer_module.Trainer, "train_step", train_step)
-    config.optim.lr /= 2
-    train(config)
-    ids.append((config.run_folder / "wandb_id").read_text())
+        steps = [row["step"] for row in server.logged[before:] if "loss/train" in row]
     assert ids[0] == ids[1] != ids[2]
-    rows = [row for row in history(records(config.run_folder)) if "loss/train" in row]
-    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert steps == list(range(1, 9))
 
 
 def test_a_run_that_fails_has_failed_and_alerts(tmp_path, corpus, monkeypatch):
