@@ -182,7 +182,7 @@ class _MLP(torch.autograd.Function):
         if dy is None:
             return dresidual, *(None for _ in range(7))
         rows, dy = flat(x), flat(dy)
-        if before is None:
+        if before is None or torch.is_grad_enabled():  # it has a graph of its own, for second derivatives
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
         if ctx.implementation == "reference":

@@ -30,6 +30,13 @@ def unsupported(x: Tensor) -> str | None:
     return None
 
 
+def is_recording() -> bool:
+    """Whether calls are traced by torch.compile or captured as a CUDA graph: values are not there to be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Major and minor compute capability."""
     if torch.compiler.is_compiling():  # torch.compile asks once, and warns users of caches

@@ -49,7 +49,9 @@ def rotary_reference(
 ) -> Tensor:
     """Turns pairs of dims of x (batch, sequence, heads, head_dim); shapes and pairs as in `longctx.kernels.rotary`."""
     if positions is not None:
-        cos, sin = cos[positions], sin[positions]
+        is_inside = ((positions >= 0) & (positions < len(cos))).unsqueeze(-1)
+        place = positions.clamp(0, len(cos) - 1)
+        cos, sin = (torch.where(is_inside, table[place], torch.nan) for table in (cos, sin))
     rotary_dim = 2 * cos.shape[-1]
     turned, rest = x[..., :rotary_dim].to(accumulation_dtype(x.dtype)), x[..., rotary_dim:]
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)

@@ -192,12 +192,6 @@ class Saving:
         progress.device_s = facts.get("device_s", facts["trained_s"] * facts["layout"]["world_size"])
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None
-        self.runtime.say(
-            f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read"
-            + (
-                "; the data comes in another order here and is read from its first sequence on"
-                if not is_same_order
-                else ""
-            )
-        )
+        anew = "" if is_same_order else "; the data comes in another order here and is read from its first sequence on"
+        self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read{anew}")
         return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}

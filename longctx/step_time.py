@@ -35,7 +35,8 @@ def flops(config: Config) -> tuple[float, float]:
     """Of a step of all ranks, forward: attention's, if each sequence is one document, and those of the products."""
     model, data = config.model, config.data
     length, tokens = data.sequence_length, data.sequence_length * data.sequences_per_step
-    pairs = sum(length**2 / 2 if not w or w >= length else w * length for w in layer_windows(model))
+    windows = (min(w or length, length) for w in layer_windows(model))
+    pairs = sum(w * length - w**2 / 2 for w in windows)  # the first w tokens see fewer than w keys
     attention = 4.0 * model.heads * model.head_dim * pairs * data.sequences_per_step
     return attention, 2.0 * matmul_parameters(model) * tokens
 

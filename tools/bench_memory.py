@@ -94,12 +94,13 @@ def measured(
             torch.cuda.reset_peak_memory_stats()
         seconds.append(step())
     parts = [local_of(p).detach() for p in model.parameters()]
-    bits = sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in parts)
+    bits = torch.stack([part.view(torch.int32).sum(dtype=torch.int64) for part in parts]).sum().cpu()
+    dist.all_reduce(bits)
     allocated = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     slowest = torch.tensor([median(seconds[-TIMED:]), allocated], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     shared = context_parallel.shared_bytes()
-    row = {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{bits:x}"}
+    row = {"ms": 1000 * float(slowest[0]), "GiB": (float(slowest[1]) + shared) / plan.GIB, "bits": f"{int(bits):x}"}
     if timeline is not None:
         row |= profiled(step, timeline, run)
     context_parallel.close()
@@ -174,7 +175,8 @@ def expected(config: Config, run: Runtime) -> benchmarking.Row:
     rates = step_time.rates_of_device(run.device_name)
     seconds = step_time.seconds(config, run.world_size, rates) if rates and step_time.is_timed(config) else {}
     return {
-        "GiB expected": plan.memory(config, run.world_size).total / plan.GIB,
+        "GiB expected": plan.memory(config, run.world_size, strategy_for(run.ranks_of_a_machine)(config)).total
+        / plan.GIB,
         "ms expected": 1000 * sum(seconds.values()),
     }
 

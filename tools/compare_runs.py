@@ -132,11 +132,16 @@ def curves(runs: list[Run]) -> list[Chart]:
 
 
 def unequal(runs: list[Run], tolerance: float) -> str | None:
-    """The first step whose training loss is not that of the first run, up to a relative `tolerance`; None: all are."""
+    """The first step whose training loss is not that of the first run, up to a relative `tolerance`; None: all are.
+
+    Runs of which no loss is known are not equal.
+    """
     first, *others = ({row["step"]: row["loss/train"] for row in run.rows if "loss/train" in row} for run in runs)
     for run, other in zip(runs[1:], others, strict=True):
         if first.keys() != other.keys():
             return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
+        if not any(map(math.isfinite, first.values())):
+            return f"{runs[0].name} and {run.name}: no step has a training loss that is finite, so none was compared"
         for step, loss in first.items():
             are_unknown = math.isnan(loss) and math.isnan(other[step])  # steps that were skipped
             if not math.isclose(loss, other[step], rel_tol=tolerance) and not are_unknown:

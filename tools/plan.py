@@ -177,7 +177,8 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
         memory = plan.memory(changed, gpus, choice)
         auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
         of_host = sum(plan.host_memory(changed, gpus).values())
-        fits = memory.total <= usable and (not machines.host_gib or of_host <= machines.host_bytes_of_a_rank)
+        host_bytes = remedies.USABLE_OF_HOST * machines.host_bytes_of_a_rank
+        fits = memory.total <= usable and (not machines.host_gib or of_host <= host_bytes)
         found.append(
             Plan(
                 said, str(choice.strategy), memory, seconds, tokens / seconds, mfu, longest, choice == auto,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longctx.kernels import hardware
 from longctx.kernels.attention.mask_cache import cached_per_mask
 
 
@@ -220,7 +221,7 @@ def sequence_of_rows(cu_seqlens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
 
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     """Raises ValueError unless `bound` (rows, n) stays in 0..limit and never decreases along a row."""
-    if torch.compiler.is_compiling() or bound.numel() == 0:
+    if hardware.is_recording() or bound.numel() == 0:
         return
     decreases = (bound[:, 1:] < bound[:, :-1]).any()
     least, most, decreasing = torch.stack((bound.min(), bound.max(), decreases.to(bound.dtype))).tolist()
@@ -238,7 +239,7 @@ def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n
                 f"{name} {tuple(offsets.shape)} {offsets.dtype}: must be (sequences + 1,) torch.int32 with 1 or more"
             )
         _check_ascending(name, offsets.unsqueeze(0), tokens)
-        if not torch.compiler.is_compiling() and (first := int(offsets[0])):
+        if not hardware.is_recording() and (first := int(offsets[0])):
             raise ValueError(f"{name} starts at {first}, must start at 0")
     if cu_seqlens_q.numel() != cu_seqlens_k.numel() or cu_seqlens_q.device != cu_seqlens_k.device:
         raise ValueError(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from longctx.kernels import hardware
+
 T = TypeVar("T")
 Tensors = tuple[Tensor | None, ...]
 
@@ -39,7 +41,7 @@ class CachedPerMask(Generic[T]):
         self._kept(mask, (), lambda: result)
 
     def _kept(self, mask: Mask | Tensors, arguments: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
-        if torch.compiler.is_compiling():  # a traced tensor has no identity
+        if hardware.is_recording():  # a traced tensor has no identity, and a CUDA graph is replayed for other values
             return compute()
         tensors, sizes = (mask, None) if isinstance(mask, tuple) else mask.identity()
         if isinstance(mask, tuple) and any(x is not None and x.is_inference() for x in tensors):

@@ -3,6 +3,7 @@
     from longctx.kernels.compat.flash_attn import flash_attn_func  # instead of: from flash_attn import ...
 
 Beside them the older names `flash_attn_unpadded_*` and the modules `FlashSelfAttention` and `FlashCrossAttention`.
+These mask as 2.1 and later do: of unequal lengths the last query sees the last key (before: the first the first).
 What is different: float32 is taken too, any head dim up to 256; `softmax_lse` has a gradient and is -inf where a row
 sees no key; softmax_scale must be above 0; the right limit of a window holds also where the keys are fewer. With
 dropout, `S_dmask` is the softmax itself, negative where an entry was dropped, and not rounded up to tiles.
@@ -115,7 +116,8 @@ def flash_attn_varlen_func(
 
     Sequence s has the rows cu_seqlens_q[s]:cu_seqlens_q[s + 1] and the keys cu_seqlens_k[s]:cu_seqlens_k[s + 1], both
     int32; rows past the last have out 0. The offsets are checked once, which waits for the device, and not again as
-    long as the same tensors are passed. `alibi_slopes` (heads,) or (sequences, heads).
+    long as the same tensors are passed: write to them through torch, or pass new ones. `alibi_slopes` (heads,) or
+    (sequences, heads).
 
     Returns out like q; with `return_attn_probs` also softmax_lse (heads, total_q), and S_dmask (sequences, heads,
     max_seqlen_q, max_seqlen_k) if there is dropout.

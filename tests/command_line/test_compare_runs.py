@@ -64,6 +64,10 @@ def test_equal_losses_are_asserted(tmp_path):
     assert compare(tmp_path, str(tmp_path / "e"), str(tmp_path / "f"), "--assert-equal").returncode == 0
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "e"), "--assert-equal")
     assert "not equal: step 2: a has loss 3.0, e nan" in result.stderr
+    for name in ("g", "h"):  # which has trained nothing
+        made_run(tmp_path / name, 1e-3, 1000, [None])
+    result = compare(tmp_path, str(tmp_path / "g"), str(tmp_path / "h"), "--assert-equal")
+    assert "g and h: no step has a training loss that is finite, so none was compared" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "d"), "--assert-equal")
     assert "not equal: a has 2 steps, d 1; they must be the same ones" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "nothing"))

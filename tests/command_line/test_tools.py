@@ -219,6 +219,21 @@ def test_plan_says_what_it_lacks(words, said, monkeypatch):
     assert said in str(caught.value)
 
 
+def test_a_plan_that_a_run_would_refuse_for_its_host_memory_does_not_fit():
+    """A run may take 92 % of what is there."""
+    words = [
+        "recipe=llama3_8b_128k", "parallel.context=8", "parallel.offload_optimizer=true",
+        "checkpoint.asynchronous=false",
+    ]  # fmt: skip
+    config, tool = composed(*words), load_tool("plan")
+    needed = sum(plan.host_memory(config, 8).values()) * 8 / plan.GIB
+    rates, fits = tool.step_time.rates("h200"), []
+    for host_gib in (needed / 0.91, needed / 0.95):
+        found = tool.plans(config, words, tool.Machines(8, 8, "h200", host_gib), rates, 130 * plan.GIB)
+        fits.append(any(one.fits for one in found if one.kept == "attention_saved, optimizer on host"))
+    assert fits == [True, False]
+
+
 def test_plan_of_what_cannot_fit():
     result = run_tool("plan", "recipe=llama3_8b_1m", "gpus=1", "parallel.recompute=full")
     assert result.returncode == 0

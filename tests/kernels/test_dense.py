@@ -78,6 +78,24 @@ def test_what_is_kept_for_the_backward_pass():
         assert kept == expected
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_second_derivatives_of_the_reference(recompute):
+    """Of a gradient penalty, whose terms go through the GELU's input too."""
+    inputs = [random(5, 8).double(), random(12, 8).double(), random(6, 12).double(), random(12).double()]
+
+    def penalty(mlp):
+        given = [t.detach().clone().requires_grad_() for t in inputs]
+        (slope,) = torch.autograd.grad(mlp(*given).pow(2).sum(), given[0], create_graph=True)
+        return torch.autograd.grad(slope.pow(2).sum(), given)
+
+    def plain(x, weight1, weight2, bias1):
+        return F.gelu(x @ weight1.T + bias1, approximate="tanh") @ weight2.T
+
+    ours = penalty(lambda *t: fused_mlp(*t, recompute=recompute, implementation="reference"))
+    for mine, true in zip(ours, penalty(plain), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_layers(implementation):
     torch.manual_seed(0)

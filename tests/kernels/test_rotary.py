@@ -73,8 +73,9 @@ def test_positions_with_gaps_and_outside():
     q, many = random(1, 8, 4, 16), torch.arange(16, device=DEVICE).unsqueeze(0)
     turned = apply_rotary(q, cos[0], sin[0], positions=many[:, ::2], implementation="triton")
     torch.testing.assert_close(turned, rotary.rotary_reference(q, cos[0], sin[0], many[:, ::2]), rtol=0, atol=1e-6)
-    outside = apply_rotary(q, cos[0, :4], sin[0, :4], positions=many[:, ::2], implementation="triton")
-    assert outside.isnan().flatten(2).all(-1).tolist() == [[False, False] + [True] * 6]
+    for implementation in ("triton", "reference"):
+        outside = apply_rotary(q, cos[0, :4], sin[0, :4], positions=many[:, ::2] - 2, implementation=implementation)
+        assert outside.isnan().flatten(2).all(-1).tolist() == [[True, False, False] + [True] * 5]
 
 
 def test_heads_far_apart():

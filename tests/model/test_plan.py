@@ -18,6 +18,7 @@ import torch
 from longctx import plan, remedies, run_facts, step_time
 from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
 from longctx.errors import UserError
+from longctx.model.transformer import attention_pairs
 from longctx.run import choose_offload, expected_memory, kept_and_where
 from longctx.runtime import check_memory
 from longctx.strategy import WHOLE_SEQUENCES, Choice, strategy_for
@@ -171,6 +172,15 @@ def test_lengths_are_those_that_train_takes():
     assert remedies.longest(config, 6, strategy_for(6), 20 * GIB) % 12 == 0
     learned = composed("recipe=gpt_32k", "model=gpt2_124m", "data.sequence_length=1024")
     assert remedies.longest(learned, 1, strategy_for(1), 130 * GIB) == 1024
+
+
+@pytest.mark.parametrize("window", [0, 1024, 6144, 8191, 16384])
+def test_attention_of_a_window_is_counted_as_a_run_counts_it(window):
+    config = composed("recipe=llama3_8b_128k", "data.sequence_length=8192", "model.layers=4", f"model.window={window}")
+    pairs = attention_pairs(config.model, torch.arange(8192).unsqueeze(0))
+    attention, _ = step_time.flops(config)
+    exact = 4.0 * config.model.heads * config.model.head_dim * pairs * config.data.sequences_per_step
+    assert attention == pytest.approx(exact, rel=1e-3)
 
 
 def test_heads_that_are_padded_cost_what_they_are_padded_to():

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+from longctx.kernels import hardware
 from longctx.kernels.attention.key_intervals import KeyIntervals
 
 
@@ -42,6 +43,14 @@ def test_the_window_of_a_mask_is_made_once():
 def test_bad_intervals(start, end, message):
     with pytest.raises(ValueError, match=message):
         KeyIntervals.intervals(torch.tensor(start), torch.tensor(end), 3)
+
+
+def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
+    """It is replayed for other values, and its tensors are filled when it is; nor is there anything to be looked at."""
+    monkeypatch.setattr(hardware, "is_recording", lambda: True)
+    first, second = (KeyIntervals.causal(13, 17).with_bounds("cpu") for _ in range(2))
+    assert first.start is not second.start
+    KeyIntervals.intervals(torch.tensor([3, 1]), torch.tensor([4, 4]), 5)  # which decreases
 
 
 def test_masks_of_a_size_share_their_bounds():
