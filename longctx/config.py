@@ -380,7 +380,7 @@ class OptimConfig:
     schedule: Schedule = knob(Schedule.cosine, "of the learning rate after warm-up")
     warmup_steps: int | None = knob(None, "null: a twentieth of the steps, at most 100", least=0)
     decay_fraction: float = knob(0.2, "wsd: the share of the steps in which the rate falls", least=0, most=1)
-    final_lr_fraction: float = knob(0.1, "of lr, at the last step", least=0, most=1)
+    final_lr_fraction: float = knob(0.1, "of lr, to which it falls by the end", least=0, most=1)
     max_skipped_steps: int = knob(10, "so many non-finite steps in a row end the run", least=1)
 
 
