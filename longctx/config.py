@@ -424,6 +424,11 @@ class CheckpointConfig:
     )
     on_usr1: OnUsr1 = knob(OnUsr1.save, "what SIGUSR1 asks for, which batch systems send ahead of a limit")
 
+    @property
+    def branches_from(self) -> str:
+        """The step folder that `resume` names; empty: none."""
+        return "" if self.resume in ("auto", "never") else self.resume
+
 
 @dataclass
 class LoggingConfig:

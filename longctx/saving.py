@@ -160,13 +160,13 @@ class Saving:
         Returns whether there is one that was made by the layout of this run. Collective. Raises `UserError` if there is
         one that this run cannot go on from.
         """
-        given, progress = self.run.config.checkpoint.resume, self.progress
+        checkpoint, progress = self.run.config.checkpoint, self.progress
         newest = self.checkpoints.newest()
-        if given == "never" and newest:
+        if checkpoint.resume == "never" and newest:
             raise UserError(
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
-        if given not in ("auto", "never"):
+        if given := checkpoint.branches_from:
             self.origin = given
             if not newest or newest[1]["facts"]["resumed_from"] != given:  # else a restart: go on where it was
                 newest = Path(given), self.checkpoints.verify(Path(given))

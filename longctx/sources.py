@@ -57,8 +57,8 @@ def check_tokenizers(config: Config, tokens: Mixture | None, runtime: Runtime) -
     ours = tokens.tokenizer_file
     frame = [*(tokens.document_begin or []), tokens.end_of_document]
     files = [Path(config.model.init_from).expanduser() / "tokenizer.json"] if config.model.init_from else []
-    if config.checkpoint.resume not in ("auto", "never"):
-        files.append(kept_tokenizer(Path(config.checkpoint.resume)))
+    if config.checkpoint.branches_from:
+        files.append(kept_tokenizer(Path(config.checkpoint.branches_from)))
     for file in files:
         runtime.run_on_rank_0(lambda file=file: check_same_ids(ours, file, frame) if file.is_file() else None)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,8 +122,8 @@ class TokenSplit:
         return any(bits is not None for bits in self.trained)
 
     def is_any_trained(self, begin: int, end: int) -> bool:
-        """Whether any of the tokens begin + 1 to end is trained on."""
-        return end > begin and bool(self.read(begin + 1, end - begin)[2].any())
+        """Whether any of the tokens begin + 1 to end is trained on. Reads nothing but the bits that say so."""
+        return any(_bits(self.trained[part[0]], *part[1:]).any() for part in self._parts(begin + 1, end - begin))
 
     def all_document_ends(self) -> np.ndarray:
         """Of each document the index in the stream after its last token, int64."""
@@ -136,23 +137,27 @@ class TokenSplit:
         Raises `DataError` if a file has become shorter than it was when it was opened.
         """
         ids, starts, trained = [], [], []
-        for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
-            shard_first = int(self.first[shard])
-            begin, end = max(offset, shard_first), min(offset + count, int(self.first[shard + 1]))
-            if shard_first >= offset + count:
-                break
-            if begin >= end:  # a shard without tokens
-                continue
+        for shard, begin, end in self._parts(offset, count):
             check_still_whole(self.tokens[shard])
             check_still_whole(self.document_ends[shard])
-            ids.append(np.asarray(self.tokens[shard][begin - shard_first : end - shard_first], dtype=np.int64))
-            trained.append(_bits(self.trained[shard], begin - shard_first, end - shard_first))
+            ids.append(np.asarray(self.tokens[shard][begin:end], dtype=np.int64))
+            trained.append(_bits(self.trained[shard], begin, end))
             ends = self.document_ends[shard]
-            low = np.searchsorted(ends, begin - shard_first, "left")
-            high = np.searchsorted(ends, end - shard_first, "right")  # one may end where the shard does
-            starts.append(np.asarray(ends[low:high]) + shard_first - offset)
+            low = np.searchsorted(ends, begin, "left")
+            high = np.searchsorted(ends, end, "right")  # one may end where the shard does
+            starts.append(np.asarray(ends[low:high]) + int(self.first[shard]) - offset)
         starts = np.concatenate(starts)
         return np.concatenate(ids), starts[(starts > 0) & (starts < count)], np.concatenate(trained)
+
+    def _parts(self, offset: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that hold `count` tokens from `offset`, and where in each they begin and end."""
+        for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
+            shard_first = int(self.first[shard])
+            if shard_first >= offset + count:
+                break
+            begin, end = max(offset, shard_first), min(offset + count, int(self.first[shard + 1]))
+            if begin < end:  # else a shard without tokens
+                yield shard, begin - shard_first, end - shard_first
 
 
 def _bits(packed: np.ndarray | None, begin: int, end: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def test_values_on_the_command_line(tmp_path, corpus, rates):
     found = losses(tmp_path)
     assert set(found) == {f"gpt_tiny-lr_{float(rate)}" for rate in rates}
     assert math.isnan(found.pop("gpt_tiny-lr_1e+30"))
-    assert all(4 < loss < 9 for loss in found.values()), found
+    assert all(4.8 < loss < 9 for loss in found.values()), found
     good, bad = tmp_path / "gpt_tiny-lr_0.01", tmp_path / "gpt_tiny-lr_1e+30"
     assert "optim.lr=0.01" in yaml.safe_load((good / "overrides.yaml").read_text())
     assert yaml.safe_load((good / "config.yaml").read_text())["optim"]["lr"] == 0.01
