@@ -44,7 +44,10 @@ from longctx.kernels.attention.hopper_gradients import (
     attention_backward_dq_hopper,
     by_register,
     load_items,
+    loops_of,
     send_gradient,
+    step_of,
+    turn_of,
 )
 from longctx.kernels.attention.hopper_scheduler import (
     addressable,
@@ -60,7 +63,7 @@ from longctx.kernels.attention.hopper_scheduler import (
 )
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from longctx.kernels.attention.tiles import by_position, key_tiles, padded_bounds, row_tiles
+from longctx.kernels.attention.tiles import by_position, key_tiles, padded_bounds, row_tiles, shares_last_rows
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E
 
@@ -84,7 +87,7 @@ def _probabilities(score, exponent, rows, stage, key, is_edge, factor, column: g
 
 @gluon.jit
 def _consumer(
-    box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes,
+    box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, by_tile, sizes,
     NUMBER: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -113,13 +116,13 @@ def _consumer(
         key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, score_layout))
         n_tiles = last - first  # of each query head, whose edges are before `near` and from `far` on
         near, far = full_first - first, full_last - first
-        n_all = n_tiles * group
+        is_by_tile, _, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        outer, inner = gl.to_tensor(0), gl.to_tensor(0)
         dk = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
 
         mbarrier.wait(key_full, turn & 1)
-        place = gl.to_tensor(0)  # of the tile among those of its head
-        for _ in range(0, n_all):
+        for _ in range(0, n_tiles * group):
             # addresses that seem to change are computed, not kept in registers, of which none are left
             zero = done >> 30
             k, v = _of_consumer(keys, NUMBER, zero), _of_consumer(values, NUMBER, zero)
@@ -134,6 +137,7 @@ def _consumer(
             if not EARLY:
                 exponent = exponents.index(stage).load(column)
             # its branch keeps the compiler from hoisting the wait above the exponentials
+            _, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
             is_edge = (place < near) | (place >= far)
             p = _probabilities(score, exponent, rows, stage, key, is_edge, factor, column)
             if EARLY:
@@ -167,7 +171,8 @@ def _consumer(
             dk, dscore_operand = warpgroup_mma_wait(0, deps=(dk, dscore_operand))
             mbarrier.arrive(row_empty.index(stage), count=1)
             done += 1
-            place = gl.where(place + 1 == n_tiles, 0, place + 1)
+            is_end = inner + 1 == n_inner
+            inner, outer = gl.where(is_end, 0, inner + 1), gl.where(is_end, outer + 1, outer)
 
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         if homes is not None:
@@ -194,10 +199,10 @@ def _consumer(
 
 @gluon.jit
 def _adder(
-    dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads, row_blocks,
+    dq_descriptor, box, dq_ring, locks, turns, by_tile, turns_batch, key_blocks, group, n_heads, row_blocks,
     NUMBER: gl.constexpr, DQ_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of two warps that add the tiles of dQ to the others', with `locks` in the order of `turns`.
+    """One of two warps that add the tiles of dQ to the others'; with `locks` as its turn comes (see `turn_of`).
 
     It serves one consumer; or, of two buffers, one, and so both parts of every second tile: until an addition is seen
     by all takes about as long as a tile of head_dim 128.
@@ -212,16 +217,17 @@ def _adder(
         head, visit = read_item(box, turn)
         n_tiles = visit[3] - visit[0]
         batch, key_block = pair // key_blocks, pair % key_blocks
-        for member in range(0, group):
-            query_head = head * group + member
-            for i in range(0, n_tiles):
+        is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        for outer in range(0, n_outer):
+            for inner in range(0, n_inner):
                 if DQ_STAGES == 1 or (done & 1) == NUMBER:
-                    tile = visit[0] + i  # ascending: in the order in which the blocks of keys take their turns
-                    part = ((batch * n_heads + query_head) * row_blocks + tile) * 2
+                    member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+                    tile = visit[0] + place
+                    part = ((batch * n_heads + head * group + member) * row_blocks + tile) * 2
                     buffer, parity = done % DQ_STAGES, phase_of(done, DQ_STAGES)
                     if locks is not None:
-                        place = gl.load(turns + batch * turns_batch + tile * 4 + 3) - 1 - key_block
-                        wait_for(locks + part + FIRST, place, True)
+                        turn_of_keys = turn_of(turns + batch * turns_batch, tile, key_block, by_tile is not None)
+                        wait_for(locks + part + FIRST, turn_of_keys, True)
                     for c in gl.static_range(FIRST, LAST):
                         mbarrier.wait(dq_full.index(c * DQ_STAGES + buffer), parity)
                         reduce_add_to_global(
@@ -242,8 +248,8 @@ def _adder(
 def attention_backward_hopper(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
     exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
-    locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch,
-    n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
+    by_tile, locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch,
+    bounds_batch, n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     DQ_STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -280,19 +286,19 @@ def attention_backward_hopper(
         (dk_batch, dk_row, dk_head),
         (dv_batch, dv_row, dv_head),
     )
-    work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
+    work = order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, group, key_blocks, factor, scale
     gl.warp_specialize(
         [
-            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 0, ACCUMULATE, BLOCK_Q,
-                         BLOCK_D, STAGES, DQ_STAGES)),
-            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, sizes, 1, ACCUMULATE, BLOCK_Q,
-                         BLOCK_D, STAGES, DQ_STAGES)),
+            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, by_tile, sizes, 0, ACCUMULATE,
+                         BLOCK_Q, BLOCK_D, STAGES, DQ_STAGES)),
+            (_consumer, (box, key_ring, row_ring, rows, dscores, dq_ring, keys_at, by_tile, sizes, 1, ACCUMULATE,
+                         BLOCK_Q, BLOCK_D, STAGES, DQ_STAGES)),
             (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
                           ACCUMULATE, BLOCK_Q, 2 * KEYS, STAGES)),
-            (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
+            (_adder, (dq_descriptor, box, dq_ring, locks, turns, by_tile, turns_batch, key_blocks, group, n_heads,
                       row_blocks, 0, DQ_STAGES)),
-            (_adder, (dq_descriptor, box, dq_ring, locks, turns, turns_batch, key_blocks, group, n_heads,
+            (_adder, (dq_descriptor, box, dq_ring, locks, turns, by_tile, turns_batch, key_blocks, group, n_heads,
                       row_blocks, 1, DQ_STAGES)),
         ],
         [4, 1, 1, 1],
@@ -340,8 +346,10 @@ class PartialBackwardOnHopper:
         start, end = padded_bounds(mask, blocks.rows)
         tiles = row_tiles(mask, blocks.rows, block_keys)
         of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
-        # where dQ is added in turns, who is waited for has started before
-        order = by_position(mask, batch, block_keys, options.deterministic)
+        is_down = options.deterministic and heads > kv_heads
+        by_tile = shares_last_rows(mask, batch, blocks.rows, block_keys) if is_down else None
+        # where dQ is added in turns, who is waited for has started before: the order of items is that of turns
+        order = by_position(mask, batch, block_keys, options.deterministic and not is_down)
         together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
         n_items = order.numel() * kv_heads
         n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0
@@ -359,7 +367,7 @@ class PartialBackwardOnHopper:
                 descriptor(self.dout, **tile), dq_parts,
                 *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_sum else (dk, dv))),
                 *(vector_descriptor(x, blocks.rows) for x in (*self.statistics, start, end)),
-                dk, dv, homes, order, tiles, of_rows, zeros[1:] if options.deterministic else None, zeros,
+                dk, dv, homes, order, tiles, of_rows, by_tile, zeros[1:] if options.deterministic else None, zeros,
                 *dk.stride()[:3], *dv.stride()[:3], addressing.shared_stride(tiles), addressing.shared_stride(of_rows),
                 addressing.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
                 together, order.numel() // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,

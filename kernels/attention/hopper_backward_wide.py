@@ -29,8 +29,11 @@ from longctx.kernels.attention.hopper_gradients import (
     add_gradient,
     by_register,
     load_items,
+    loops_of,
     quad_layout,
     send_gradient,
+    step_of,
+    turn_of,
 )
 from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, read_item
 from longctx.kernels.attention.triton_tile import wait_for
@@ -72,7 +75,7 @@ def _consumer(
     queries, douts, query_full, dout_full, row_empty = row_ring
     deltas = rows[1]
     weights, dscores = shares  # p and dS, (K, Q), of both consumers
-    turns, locks, turns_batch = turns_of
+    turns, by_tile, locks, turns_batch = turns_of
     n_keys, head_dim, n_heads, group, key_blocks, row_blocks, factor, scale = sizes
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHARE, 16])
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -95,10 +98,12 @@ def _consumer(
         n_tiles = last - first  # of each query head, whose edges are before `near` and from `far` on
         near, far = full_first - first, full_last - first
         n_all = n_tiles * group
+        base = (batch * n_heads + head * group) * row_blocks + first
+        is_by_tile, _, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        outer, inner = gl.to_tensor(0), gl.to_tensor(0)
         dk = gl.zeros([KEYS, HALF], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, HALF], gl.float32, sum_layout)
-        tile = (batch * n_heads + head * group) * row_blocks + first  # among those of all heads
-        place = gl.to_tensor(0)  # of the tile among those of its head
+        member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
         mbarrier.wait(key_full, turn & 1)
 
         # the first tile's weights and their gradients, which nothing overlaps
@@ -108,7 +113,7 @@ def _consumer(
         mbarrier.wait(dout_full.index(stage), parity, pred=n_all > 0)
         dp = warpgroup_mma(douts.index(stage), v_share.permute((1, 0)), score_zeros, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(1, deps=(score,))
-        p = _probabilities(score, rows, stage, key, (near > 0) | (far == 0), factor, of_row)
+        p = _probabilities(score, rows, stage, key, (place < near) | (place >= far), factor, of_row)
         dp, p = warpgroup_mma_wait(0, deps=(dp, p))
         for i in range(0, n_all):
             stage = done % STAGES
@@ -124,9 +129,10 @@ def _consumer(
             query_half = queries.index(stage).slice(NUMBER * HALF, HALF, dim=1)
             dq = warpgroup_mma(dscore_rows, k_half.slice(0, 64, dim=1), dq_zeros, use_acc=False, is_async=True)
             dv = warpgroup_mma(p_tile, dout_half, dv, is_async=True)
+            tile = base + member * row_blocks + place  # among the tiles of all heads
             part = dq_parts + (tile * 4 + NUMBER * 2).to(gl.int64) * 4096
             if locks is not None:
-                turn_of_keys = gl.load(turns + batch * turns_batch + (first + place) * 4 + 3) - 1 - key_block
+                turn_of_keys = turn_of(turns + batch * turns_batch, first + place, key_block, by_tile is not None)
                 wait_for(locks + tile * 2 + NUMBER, turn_of_keys, True)
             dq = warpgroup_mma_wait(1, deps=(dq,))
             _add_to_global(part, dq)
@@ -151,9 +157,9 @@ def _consumer(
             if locks is not None:
                 threads_meet()
                 gl.atomic_add(locks + tile * 2 + NUMBER, 1, sem="release")
-            is_last = place + 1 == n_tiles
-            tile += gl.where(is_last, row_blocks - n_tiles + 1, 1)
-            place = gl.where(is_last, 0, place + 1)
+            is_end = inner + 1 == n_inner
+            inner, outer = gl.where(is_end, 0, inner + 1), gl.where(is_end, outer + 1, outer)
+            member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
             score = warpgroup_mma_wait(1, deps=(score,))
             is_edge = (place < near) | (place >= far)
             p = _probabilities(score, rows, next_stage, key, is_edge, factor, of_row)
@@ -188,8 +194,8 @@ def _consumer(
 def attention_backward_wide_hopper(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_parts, dk_descriptor, dv_descriptor,
     exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
-    locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch, bounds_batch,
-    n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
+    by_tile, locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch,
+    bounds_batch, n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = query_descriptor.dtype
@@ -217,8 +223,8 @@ def attention_backward_wide_hopper(
     shares = weights, dscores
     dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
     keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides
-    turns_of = turns, locks, turns_batch
-    work = order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks
+    turns_of = turns, by_tile, locks, turns_batch
+    work = order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, n_heads, group, key_blocks, row_blocks, factor, scale
     gl.warp_specialize(
         [

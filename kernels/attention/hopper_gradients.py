@@ -69,6 +69,47 @@ def add_gradient(
     gl.store(pointers, x + gl.load(pointers, mask=inside, other=0.0), mask=inside)
 
 
+# the walk over an item's tiles of rows --------------------------------------------------------------------------------
+# Head after head, each tile of a head in ascending order; given `by_tile`, an int32 for each block of keys
+# (`tiles.shares_last_rows`), in descending order, and where that is not 0 all query heads of the group at each tile.
+
+
+@gluon.jit
+def loops_of(by_tile, pair, n_tiles, group):
+    """Whether an item's outer loop is the one over tiles, or that over query heads; and the lengths of both loops."""
+    is_by_tile, n_outer, n_inner = False, group, n_tiles
+    if by_tile is not None:
+        is_by_tile = gl.load(by_tile + pair) != 0
+        n_outer, n_inner = gl.where(is_by_tile, n_tiles, group), gl.where(is_by_tile, group, n_tiles)
+    return is_by_tile, n_outer, n_inner
+
+
+@gluon.jit
+def step_of(outer, inner, is_by_tile, n_tiles, IS_DOWN: gl.constexpr):
+    """The query head of the group, and the tile among those that the item visits, of a step of both loops."""
+    member, place = gl.where(is_by_tile, inner, outer), gl.where(is_by_tile, outer, inner)
+    if IS_DOWN:
+        place = n_tiles - 1 - place
+    return member, place
+
+
+@gluon.jit
+def turn_of(turns, tile, key_block, IS_DOWN: gl.constexpr):
+    """How many blocks of keys add to a tile of rows before this one, whose items all begin before this one's.
+
+    `turns` holds the blocks of keys that the rows see (`tiles.key_tiles`): on the way down the first adds first, else
+    the last.
+    """
+    if IS_DOWN:
+        turn = key_block - gl.load(turns + tile * 4)
+    else:
+        turn = gl.load(turns + tile * 4 + 3) - 1 - key_block
+    return turn
+
+
+# what moves -----------------------------------------------------------------------------------------------------------
+
+
 @gluon.jit
 def load_items(
     descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
@@ -82,7 +123,7 @@ def load_items(
     keys, values, key_full, key_empty = key_ring
     queries, douts, query_full, dout_full, row_empty = row_ring
     exponents, deltas, starts, ends = rows
-    order, tiles, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
+    order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     item = gl.atomic_add(counter, 1)  # the first one too: who waits for another's turn waits for a program that runs
@@ -97,11 +138,12 @@ def load_items(
             first_key = key_block * BLOCK_K
             tma_load(key_descriptor, [batch, head, first_key, 0], key_full, keys.index(0))
             tma_load(value_descriptor, [batch, head, first_key, 0], key_full, values.index(0))
-            for member in range(0, group):
-                query_head = head * group + member
-                for i in range(0, n_tiles):
+            is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
+            for outer in range(0, n_outer):
+                for inner in range(0, n_inner):
+                    member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+                    query_head, row = head * group + member, (visit[0] + place) * BLOCK_Q
                     stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
-                    row = (visit[0] + i) * BLOCK_Q
                     of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
                     of_batch = batch * bounds_batch + row
                     full = query_full.index(stage)

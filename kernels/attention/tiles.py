@@ -78,6 +78,19 @@ def by_position(mask: KeyIntervals, batch: int, block_k: int, last_first: bool) 
 
 
 @cached_per_mask
+def shares_last_rows(mask: KeyIntervals, batch: int, block_q: int, block_k: int) -> Tensor:
+    """Whether a block of keys and one beside it are seen up to the same tile of rows: int32 0 or 1, (batch * blocks,).
+
+    So it is with a causal mask, inside a document and in full attention; in a window each block is seen further than
+    the one before.
+    """
+    last = row_tiles(mask, block_q, block_k)[..., 3]
+    is_same = last[:, 1:] == last[:, :-1]
+    shares = F.pad(is_same, (1, 0)) | F.pad(is_same, (0, 1))
+    return shares.to(torch.int32).expand(batch, -1).flatten()
+
+
+@cached_per_mask
 def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
     """Start and end for a whole number of blocks of rows; those that do not exist see nothing."""
     start, end = contiguous_bounds(mask)

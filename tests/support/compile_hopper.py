@@ -23,16 +23,16 @@ KERNELS = "attention_forward_hopper", "attention_backward_hopper", "attention_ba
 
 
 def compile_case(
-    head_dim: int, dtype: torch.dtype = torch.bfloat16, into: bool = False, deterministic=False, blocks=False
+    head_dim: int, dtype: torch.dtype = torch.bfloat16, into=False, deterministic=False, blocks=False, kv_heads=2
 ) -> None:
     bound = torch.empty(1, N, dtype=torch.int32, device="meta")
     mask = KeyIntervals(N, N, False, bound, torch.empty_like(bound))
-    q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, 2, 2))
+    q, k, v = (torch.empty(1, N, heads, head_dim, dtype=dtype, device="meta") for heads in (4, kv_heads, kv_heads))
     empty = partial(torch.empty, dtype=torch.float32, device="meta")
     lse, options = empty(1, 4, N), Options(0.1, deterministic=deterministic)
     flags = torch.empty(1, N // 128, dtype=torch.int32, device="meta")
     homes = hopper_backward.GradientTargets(
-        torch.empty(1, dtype=torch.int64, device="meta"), empty((1, N, 2, 2, head_dim))
+        torch.empty(1, dtype=torch.int64, device="meta"), empty((1, N, 2, kv_heads, head_dim))
     )
     gradients = (empty(q.shape), empty(k.shape), empty(v.shape)) if into else None
 
@@ -78,6 +78,8 @@ def main(is_short: bool) -> None:
         compile_case(head_dim, into=True)
         compile_case(head_dim, deterministic=True)
     if not is_short:
+        for head_dim in (64, 128, 256):  # without heads that share keys, dQ's turns go the other way
+            compile_case(head_dim, deterministic=True, kv_heads=4)
         torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
         compile_case(128, torch.float16)
 

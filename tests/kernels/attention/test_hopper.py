@@ -264,6 +264,16 @@ def test_order_of_items():
     assert start[0, 32:].tolist() == end[0, 32:].tolist() == [0] * 8
 
 
+def test_blocks_of_keys_that_are_seen_up_to_the_same_rows():
+    documents = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
+    assert tiles.shares_last_rows(documents, 1, 8, 8).tolist() == [0, 1, 1, 1]
+    assert tiles.shares_last_rows(documents, 2, 8, 8).tolist() == [0, 1, 1, 1] * 2
+    window = KeyIntervals.causal(64).window(16, DEVICE)  # those 24 rows from the end see no further than the end
+    assert tiles.shares_last_rows(window, 1, 8, 8).tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert tiles.shares_last_rows(KeyIntervals.full(20, 24).with_bounds(DEVICE), 1, 8, 8).tolist() == [1, 1, 1]
+    assert tiles.shares_last_rows(KeyIntervals.causal(8).with_bounds(DEVICE), 1, 8, 8).tolist() == [0]
+
+
 def test_heads_together_fit_the_cache_and_divide():
     assert hopper_scheduler.heads_together(8, 16 << 20) == 2
     assert hopper_scheduler.heads_together(6, 10 << 20) == 3
