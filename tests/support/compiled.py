@@ -42,6 +42,8 @@ def kernels_of(script: str, *arguments: str, packages: Path | None = None) -> li
     `packages`: a folder whose packages come before the installed ones. The answer is kept, and given again as long as
     the kernels, these scripts and the compiler are the same.
     """
+    if packages is not None and not packages.exists():  # or the installed Triton would compile, and its answer be kept
+        raise FileNotFoundError(f"no {packages}: `make .venv/{packages.name}` puts it there, as `make test` does first")
     kept = CACHE / f"{_identity(script, arguments, packages)}.jsonl"
     CACHE.mkdir(parents=True, exist_ok=True)
     with kept.with_suffix(".lock").open("w") as lock:

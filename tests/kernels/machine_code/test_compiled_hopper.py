@@ -71,7 +71,7 @@ def test_the_loops_of_the_backward_pass_spill_nothing_or_addresses_alone(kernels
     for kernel in kernels:
         if not is_forward(kernel):
             is_ordered = kernel["deterministic"] and kernel["triton"] == NEWEST
-            most = {64: 12 if kernel["into"] else 0, 128: 0, 256: 71 if is_ordered else 34}[kernel["head_dim"]]
+            most = {64: 12 if kernel["into"] else 0, 128: 0, 256: 72 if is_ordered else 34}[kernel["head_dim"]]
             assert all(loop["spills"] <= most for loop in loops_of_tiles(kernel)), kernel
 
 
