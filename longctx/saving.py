@@ -111,9 +111,10 @@ class Saving:
         """All that decides which sequence is number 0, 1, 2 ..."""
         data = self.run.config.data
         copies = f" with {data.copies} copies" if data.copies else ""
+        packed = ", conversations packed by length" if self.tokens and self.tokens.is_packed(data) else ""
         windows = {resume.WINDOWS: "to the last token, conversations whole"} if self.tokens else {}
         return windows | {
-            "corpus": self.tokens.fingerprint() + copies if self.tokens else str(data.recall),
+            "corpus": self.tokens.fingerprint() + copies + packed if self.tokens else str(data.recall),
             "seed": self.run.config.seed,
             "data.sequence_length": data.sequence_length,
             "data.separate_documents": data.separate_documents,

@@ -17,7 +17,7 @@ from longctx.config import DataConfig, micro_batch
 from longctx.data.packing import Sequence, cut_attention, pack
 from longctx.data.recall import Probe, copies_probe, copies_sequence, recall_probe, recall_sequence
 from longctx.data.tokens import TokenSplit
-from longctx.data.windows import Cuts, EqualCuts, WholeDocuments
+from longctx.data.windows import EqualCuts, PackedDocuments, Windows
 from longctx.errors import DataError
 
 
@@ -64,31 +64,26 @@ def shuffled(number: int, size: int, seed: int, epoch: int) -> int:
             return number
 
 
+def is_packed(split: TokenSplit, data: DataConfig) -> bool:
+    """Whether whole documents are packed into sequences, rather than text cut."""
+    return split.is_partly_trained and data.separate_documents
+
+
 class TokenWindows:
     """A split cut into sequences, each with a token more: the target of its last one. See `windows.py`."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
         """Raises `DataError` if the split is too short for one window; `where` names it."""
-        self.split, self.length = split, data.sequence_length
-        self.separate_documents = data.separate_documents
-        if len(split) <= self.length:
+        length, self.separate_documents = data.sequence_length, data.separate_documents
+        if len(split) <= length:
             shorter = f" or set data.sequence_length={len(split) - 1} or less" if len(split) > 1 else ""
-            raise DataError(f"{where}: {len(split)} tokens, a sequence needs {self.length + 1}; add text{shorter}")
-        self.cuts: Cuts
-        if split.is_partly_trained and self.separate_documents:
-            self.cuts = WholeDocuments(split.all_document_ends(), self.length, split.is_any_trained)
-        else:
-            self.cuts = EqualCuts(len(split), self.length)
-        self.windows = len(self.cuts)
-        if not self.windows:
+            raise DataError(f"{where}: {len(split)} tokens, a sequence needs {length + 1}; add text{shorter}")
+        self.windows: Windows = (PackedDocuments if is_packed(split, data) else EqualCuts)(split, length)
+        if not len(self.windows):
             raise DataError(f"{where}: none of its tokens is trained on; prepare it again")
 
     def window(self, number: int) -> Sequence:
-        begin, end = self.cuts[number]
-        first = min(begin, len(self.split) - 1 - self.length)
-        ids, starts, is_trained = self.split.read(first, self.length + 1)
-        is_trained[: begin + 1 - first] = is_trained[end + 1 - first :] = False  # those are of other windows
-        return pack(ids, starts, is_trained, self.separate_documents)
+        return pack(*self.windows.read(number), self.separate_documents)
 
 
 class ShuffledTokens(TokenWindows):
@@ -96,7 +91,7 @@ class ShuffledTokens(TokenWindows):
 
     def __init__(self, split: TokenSplit, data: DataConfig, seed: int, where: str) -> None:
         super().__init__(split, data, where)
-        self.seed, self.size = seed, self.windows
+        self.seed, self.size = seed, len(self.windows)
 
     def sequence(self, number: int, span: int | None = None) -> Sequence:
         epoch, number = divmod(number, self.size)
@@ -111,10 +106,10 @@ class SpacedTokens(TokenWindows):
 
     def __init__(self, split: TokenSplit, data: DataConfig, sequences: int, where: str, repeats: bool) -> None:
         super().__init__(split, data, where)
-        self.size = sequences if repeats else min(sequences, self.windows)
+        self.size = sequences if repeats else min(sequences, len(self.windows))
 
     def sequence(self, number: int) -> Sequence:
-        return self.window(number % self.size * self.windows // self.size)
+        return self.window(number % self.size * len(self.windows) // self.size)
 
 
 class RecallStream:

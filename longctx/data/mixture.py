@@ -14,7 +14,7 @@ from itertools import accumulate
 import numpy as np
 
 from longctx.config import DataConfig
-from longctx.data.loader import ShuffledTokens, Source, SpacedTokens
+from longctx.data.loader import ShuffledTokens, Source, SpacedTokens, is_packed
 from longctx.data.packing import Sequence
 from longctx.data.tokens import Corpus
 from longctx.errors import DataError
@@ -60,6 +60,10 @@ class Mixture:
         facts = [(corpus.fingerprint(), weight) for corpus, weight in zip(self.corpora, self.weights, strict=True)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
+    def is_packed(self, data: DataConfig) -> bool:
+        """Whether there are conversations to train on, and kept apart; see `windows.py`."""
+        return any(is_packed(corpus.splits["train"], data) for corpus in self.corpora)
+
     def training(self, data: DataConfig, seed: int) -> Source:
         """Raises `DataError` if a corpus is too short for one sequence."""
         sources: list[Source] = [
@@ -84,9 +88,9 @@ class Mixture:
             except DataError as error:
                 notes.append(f"no validation: {error}")
                 continue
-            if source.windows < count:
+            if (there := len(source.windows)) < count:
                 use = "which come more than once" if is_mixed else "so fewer are read"
-                notes.append(f"{where}: {count} sequences are to be read and there are {source.windows}, {use}")
+                notes.append(f"{where}: {count} sequences are to be read and there are {there}, {use}")
             sources.append(source)
         return ChainedTokens(sources) if sources else None, notes
 

@@ -121,14 +121,9 @@ class TokenSplit:
         """Whether there are tokens that are not trained on: those of conversations that are no answers."""
         return any(bits is not None for bits in self.trained)
 
-    def is_any_trained(self, begin: int, end: int) -> bool:
-        """Whether any of the tokens begin + 1 to end is trained on. Reads nothing but the bits that say so."""
-        return any(_bits(self.trained[part[0]], *part[1:]).any() for part in self._parts(begin + 1, end - begin))
-
-    def all_document_ends(self) -> np.ndarray:
-        """Of each document the index in the stream after its last token, int64."""
-        shards = zip(self.document_ends, self.first.tolist(), strict=False)
-        return np.concatenate([np.asarray(ends, dtype=np.int64) + first for ends, first in shards])
+    def trained_of_shard(self, shard: int) -> np.ndarray:
+        """Which tokens of a shard are trained on, bool."""
+        return _bits(self.trained[shard], 0, len(self.tokens[shard]))
 
     def read(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`count` tokens from `offset`: ids (int64), the indices in them where a new document begins, and which are

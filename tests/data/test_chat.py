@@ -14,6 +14,7 @@ from corpora import find_pieces
 from longctx.config import DataConfig
 from longctx.data.chat import Chat, ChatError, ChatTokenizer
 from longctx.data.loader import ShuffledTokens
+from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.tokens import TokenFolder
@@ -144,6 +145,9 @@ def test_only_answers_are_targets(tmp_path, folder):
     assert corpus.chat_prompt == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
     assert corpus.manifest.skipped == 1
     assert "no turn of the assistant" in corpus.manifest.skipped_examples[0]
+    mixture = Mixture([corpus], [1.0])
+    assert mixture.is_packed(DataConfig())
+    assert not mixture.is_packed(DataConfig(separate_documents=False))  # one text, which is cut
 
 
 def test_a_conversation_longer_than_a_sequence(tmp_path, folder):

@@ -283,6 +283,43 @@ def test_conversations_stay_whole(lengths, length, per_shard, draw):
     assert sorted(seen) == [t for t in np.flatnonzero(is_trained) if t != starts[t]]
 
 
+def test_conversations_fill_sequences():
+    """The longest first, each into the fullest sequence that it fits; the rest is a document without targets."""
+    lengths = [60, 60, 60, 40, 41, 30, 11, 1, 250, 39]
+    is_trained = np.ones(sum(lengths), dtype=bool)
+    is_trained[:20] = False
+    is_trained[sum(lengths[:5]) : sum(lengths[:6])] = False  # the sixth teaches nothing
+    source = ShuffledTokens(split_of(lengths, 4, is_trained), DataConfig(sequence_length=100), 0, "here")
+    first = np.cumsum([0, *lengths]).tolist()
+    found = []
+    for number in range(source.size):
+        ids, starts, trained = source.windows.read(number)
+        begins = [0, *starts.tolist()]
+        found.append([(int(ids[a]), b - a) for a, b in zip(begins, [*begins[1:], 101], strict=True)])
+        assert trained.sum() > 0
+    assert sorted(found) == [
+        [(first[0], 60), (first[4], 41)],
+        [(first[1], 60), (first[3], 40), (first[3] + 39, 1)],  # and the rest
+        [(first[2], 60), (first[9], 39), (first[9] + 38, 2)],
+        [(first[6], 11), (first[8] + 200, 50), (first[8] + 249, 40)],
+        [(first[8], 101)],
+        [(first[8] + 100, 101)],
+    ]
+
+
+def test_packing_wastes_little():
+    """One after the other, conversations of half a sequence's length would need 30 % more sequences."""
+    lengths = np.random.default_rng(0).lognormal(np.log(1000), 0.7, 20000).astype(int).clip(50, 8000)
+    source = ShuffledTokens(
+        split_of(lengths.tolist(), 5000, np.ones(lengths.sum(), dtype=bool)),
+        DataConfig(sequence_length=2048),
+        0,
+        "here",
+    )
+    needed = (lengths - 1).sum() / 2048
+    assert needed < source.size < 1.005 * needed
+
+
 def test_too_little_text(corpus):
     split = TokenFolder(corpus, VOCAB).splits["train"]
     with pytest.raises(
@@ -297,9 +334,9 @@ def test_validation_is_spread_over_the_split(corpus):
     split = TokenFolder(corpus, VOCAB).splits["train"]
     source = SpacedTokens(split, DataConfig(sequence_length=4), 3, "here", repeats=True)
     assert source.size == 3
-    for number, window in ((0, 0), (1, source.windows // 3), (2, 2 * source.windows // 3), (3, 0)):
-        begin, _ = source.cuts[window]
-        assert np.array_equal(source.sequence(number).tokens, split.read(begin, 4)[0])
+    there = len(source.windows)
+    for number, window in ((0, 0), (1, there // 3), (2, 2 * there // 3), (3, 0)):
+        assert np.array_equal(source.sequence(number).tokens, source.windows.read(window)[0][:-1])
 
 
 def test_recall_stream():
