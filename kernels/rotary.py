@@ -209,11 +209,11 @@ class _InPlace(torch.autograd.Function):
         ctx.mark_dirty(*(x for x in (q, k) if x is not None))
         ctx.save_for_backward(cos, sin, positions)
         ctx.interleaved, ctx.has_k = interleaved, k is not None
-        return q, k
+        return q if k is None else (q, k)
 
     @staticmethod
     def backward(ctx, *gradients):
-        dq, dk = _rotary(*gradients, *ctx.saved_tensors, ctx.interleaved, True)
+        dq, dk = _rotary(gradients[0], gradients[1] if ctx.has_k else None, *ctx.saved_tensors, ctx.interleaved, True)
         return dq, dk if ctx.has_k else None, None, None, None, None
 
 
@@ -263,6 +263,10 @@ def _apply(q, k, cos, sin, positions, interleaved, inplace, implementation) -> t
         if inplace:
             return q.copy_(turned_q), None if k is None or turned_k is None else k.copy_(turned_k)
         return turned_q, turned_k
+    if inplace and k is None:
+        return _InPlace.apply(q, None, cos, sin, positions, interleaved), None
+    if inplace and (q._is_view() or k._is_view()):  # autograd lets an op write to one view, not to two
+        return tuple(_InPlace.apply(x, None, cos, sin, positions, interleaved) for x in (q, k))
     if inplace:
         return _InPlace.apply(q, k, cos, sin, positions, interleaved)
     q, turned = _rotary(q, k, cos, sin, positions, interleaved, False)

@@ -31,7 +31,8 @@ def _blocks(columns: int) -> RowBlocks:
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up. (Shazeer 2020, GLU Variants Improve Transformer)"""
-    return F.silu(gate) * up
+    compute = precision.accumulation_dtype(gate.dtype)
+    return (F.silu(gate.to(compute)) * up.to(compute)).to(gate.dtype)
 
 
 @triton.jit

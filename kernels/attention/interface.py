@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if not isinstance(mask, KeyIntervals | BlockMask):
+        raise TypeError(f"attention: mask is a {type(mask).__name__}, must be a KeyIntervals or BlockMask")
     problems = []
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(
@@ -117,9 +121,9 @@ def check_options(options: Options, q: Tensor) -> None:
     """Raises ValueError, with all that is wrong, unless queries like `q` can be attended from with `options`."""
     problems = []
     batch, n_queries, heads, _ = q.shape
-    if not options.scale > 0:
-        problems.append(f"scale {options.scale}: must be above 0")
-    if options.softcap < 0:
+    if isinstance(options.scale, Tensor) or not 0 < options.scale < math.inf:
+        problems.append(f"scale {options.scale}: must be above 0, and a number: multiply a learned one into q")
+    if not 0 <= options.softcap < math.inf:
         problems.append(f"softcap {options.softcap}: must be above 0, or 0 for none")
     if not 0 <= options.dropout < 1:
         problems.append(f"dropout {options.dropout}: must be a probability below 1")
@@ -129,6 +133,8 @@ def check_options(options: Options, q: Tensor) -> None:
         problems.append(
             f"alibi_slopes {tuple(slopes.shape)} {slopes.dtype}: must be torch.float32, {' or '.join(map(str, shapes))}"
         )
+    if slopes is not None and slopes.requires_grad:
+        problems.append("alibi_slopes get no gradient here: give them detached")
     for name, tensor in (("alibi_slopes", slopes), ("seed", options.seed)):
         if tensor is not None and tensor.device != q.device:
             problems.append(f"{name} on {tensor.device}, q on {q.device}: must be on one device")

@@ -51,7 +51,7 @@ class KeyIntervals:
         Raises ValueError if they decrease or leave the keys. The check waits for the device, so make a mask once a step
         and share it over the layers.
         """
-        start, end = (torch.atleast_2d(bound).to(torch.int32) for bound in (start, end))
+        start, end = (torch.atleast_2d(bound) for bound in (start, end))
         if start.shape != end.shape or start.ndim != 2 or start.device != end.device:
             raise ValueError(
                 f"start {tuple(start.shape)} on {start.device} and end {tuple(end.shape)} on {end.device}: "
@@ -59,16 +59,22 @@ class KeyIntervals:
             )
         for name, bound in (("start", start), ("end", end)):
             _check_ascending(f"{name} of the key intervals", bound, n_keys)
-        start, end = (bound.clone(memory_format=torch.contiguous_format) for bound in (start, end))
+        start, end = (
+            bound.to(torch.int32, memory_format=torch.contiguous_format, copy=True) for bound in (start, end)
+        )  # fmt: skip
         return KeyIntervals(start.shape[1], n_keys, start=start, end=end)
 
     @staticmethod
     def documents(document_start: Tensor) -> KeyIntervals:
         """Causal inside each of the documents packed into a sequence.
 
-        `document_start`: (batch, sequence) integers, for each token the index of its document's first token.
+        `document_start`: (batch, sequence) integers, for each token the index of its document's first token. Raises
+        ValueError for others, such as the numbers of documents, as `intervals` does.
         """
+        if document_start.ndim != 2:
+            raise ValueError(f"document_start {tuple(document_start.shape)}: must be (batch, sequence)")
         batch, length = document_start.shape
+        _check_document_starts(document_start)
         end = torch.arange(1, length + 1, dtype=torch.int32, device=document_start.device).expand(batch, length)
         return KeyIntervals.intervals(document_start, end, length)
 
@@ -161,6 +167,7 @@ class KeyIntervals:
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` over the same keys: ascending ones, such as one rank's, for a kernel."""
+        _check_index(index)
         start, end = self.bounds(index.device)
         position = self.positions(index.device)[0]
         return replace(
@@ -174,6 +181,7 @@ class KeyIntervals:
         A contiguous range of all keys stays a contiguous range of any ascending subset, however scattered: its new
         bound is the number of kept keys before the old one.
         """
+        _check_index(index)
         start, end = self.bounds(index.device)
         query_position, key_position = self.positions(index.device)
         index = index.to(torch.int32)
@@ -199,8 +207,18 @@ def banded(mask: KeyIntervals, left: int | None, right: int | None, device: torc
     return mask.band(left, right, device)
 
 
+def _check_index(index: Tensor) -> None:
+    """Raises ValueError unless these are integers (n,). That they ascend is not asked: it would wait for the device."""
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"index {tuple(index.shape)} {index.dtype}: must be ascending integers (n,), not a choice by bool"
+        )
+
+
 def _left_of_window(size: int) -> int:
     """How many keys before its own a row of a window sees."""
+    if not isinstance(size, int):
+        raise ValueError(f"window of {size!r} keys: must be an integer")
     if size < 1:
         raise ValueError(f"window of {size} keys: a window holds at least the row's own key, so give 1 or more")
     return size - 1
@@ -220,7 +238,9 @@ def sequence_of_rows(cu_seqlens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
-    """Raises ValueError unless `bound` (rows, n) stays in 0..limit and never decreases along a row."""
+    """Raises ValueError unless `bound` (rows, n) has integers of 0..limit that never decrease along a row."""
+    if bound.is_floating_point() or bound.dtype == torch.bool:
+        raise ValueError(f"{what}: {bound.dtype}, must be integers")
     if hardware.is_recording() or bound.numel() == 0:
         return
     decreases = (bound[:, 1:] < bound[:, :-1]).any()
@@ -230,6 +250,20 @@ def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     if decreasing:
         row, at = torch.nonzero(bound[:, 1:] < bound[:, :-1])[0].tolist()
         raise ValueError(f"{what}: {int(bound[row, at])} at {at} is followed by less, must never decrease")
+
+
+def _check_document_starts(start: Tensor) -> None:
+    """Raises ValueError unless each token's document starts at or before it, at a token that says the same."""
+    if hardware.is_recording() or start.numel() == 0 or start.is_floating_point():
+        return
+    token = torch.arange(start.shape[1], device=start.device)
+    of_start = start.gather(1, start.long().clamp(0, start.shape[1] - 1))
+    if (wrong := (start > token) | (of_start != start)).any():
+        row, at = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(
+            f"document_start: {int(start[row, at])} at token {at} is not where a document starts; it holds the index "
+            "of each token's first token, such as 0, 0, 0, 3, 3, not the number of its document"
+        )
 
 
 def _check_offsets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, n_queries: int, n_keys: int) -> None:

@@ -98,7 +98,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """Attention with one more key, of score `sink` (heads,) and value 0: out (b, n, h, d), lse (b, h, n)."""
     total = torch.logaddexp(lse, sink.to(lse.dtype).view(1, -1, 1).expand_as(lse))
-    return (out.to(lse.dtype) * (lse - total).exp().transpose(1, 2).unsqueeze(-1)).to(out.dtype), total
+    return (out.to(lse.dtype) * (lse - finite_lse(total)).exp().transpose(1, 2).unsqueeze(-1)).to(out.dtype), total
 
 
 def attention_delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def attention_delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
 
 def sink_gradient(delta: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """Gradient to `sink` (heads,); delta and lse (batch, heads, n_queries), lse with the sink in it."""
-    return -(torch.exp(sink.to(lse.dtype).view(1, -1, 1) - lse) * delta).sum((0, 2)).to(sink.dtype)
+    return -(torch.exp(sink.to(lse.dtype).view(1, -1, 1) - finite_lse(lse)) * delta).sum((0, 2)).to(sink.dtype)
 
 
 def attention_backward(

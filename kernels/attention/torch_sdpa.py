@@ -45,6 +45,7 @@ def unsupported(q: Tensor, options: Options) -> str | None:
 
 def forward_by_torch(q: Tensor, k: Tensor, v: Tensor, mask: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
     """Out (batch, n_queries, heads, head_dim) and lse (batch, heads, n_queries) float32; see `reference`."""
+    q, k, v = _with_heads_in_one_piece(q, k, v)
     if q.device.type == "cpu":
         return _cpu_forward(q, k, v, mask, scale)
     if uses_cudnn(q, mask):
@@ -62,11 +63,18 @@ def backward_by_torch(
     """dq, dk and dv, in the inputs' dtype."""
     if dlse is not None:
         return _backward_with_dlse(dout, dlse, saved, mask, scale)
+    dout, q, k, v = _with_heads_in_one_piece(dout, saved.q, saved.k, saved.v)
+    saved = saved._replace(q=q, k=k, v=v)
     if dout.device.type == "cpu":
         return _cpu_backward(dout, saved, mask, scale)
     if uses_cudnn(saved.q, mask):
         return _cudnn_backward(dout, saved, mask, scale)
     return _varlen_backward(dout, saved, mask, scale)
+
+
+def _with_heads_in_one_piece(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where the numbers of a head do not stand beside each other: torch's kernels read on as if."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _backward_with_dlse(
@@ -190,7 +198,9 @@ def _cpu_backward(dout: Tensor, saved: Saved, mask: KeyIntervals, scale: float) 
     q, k, v, out, lse = saved
     batch, _, heads, _ = q.shape
     kv_heads, repeated_k, repeated_v = k.shape[2], repeat_heads(k, heads), repeat_heads(v, heads)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, repeated_k, repeated_v))
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    sums = accumulation_dtype(q.dtype)  # of the runs, which may be as many as rows
+    dk, dv = (torch.zeros(x.shape, dtype=sums, device=x.device) for x in (repeated_k, repeated_v))
     for sequences, rows, keys, arguments in _cpu_calls(mask, batch, q.dtype):
         inputs = _heads_first(
             dout[sequences, rows], q[sequences, rows], repeated_k[sequences, keys], repeated_v[sequences, keys],
@@ -203,7 +213,8 @@ def _cpu_backward(dout: Tensor, saved: Saved, mask: KeyIntervals, scale: float) 
         dq[sequences, rows] = part_dq.transpose(1, 2)
         dk[sequences, keys] += part_dk.transpose(1, 2)
         dv[sequences, keys] += part_dv.transpose(1, 2)
-    return dq, sum_repeated_heads(dk, kv_heads).contiguous(), sum_repeated_heads(dv, kv_heads).contiguous()
+    dk, dv = (sum_repeated_heads(x, kv_heads).to(q.dtype).contiguous() for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

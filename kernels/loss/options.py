@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -23,9 +24,9 @@ class LossOptions(NamedTuple):
         problems = []
         if not 0 <= self.label_smoothing <= 1:
             problems.append(f"label_smoothing={self.label_smoothing}: must be 0 to 1")
-        if self.z_loss < 0:
+        if not 0 <= self.z_loss < math.inf:
             problems.append(f"z_loss={self.z_loss}: must be 0 or more")
-        if self.softcap < 0:
+        if not 0 <= self.softcap < math.inf:
             problems.append(f"softcap={self.softcap}: must be above 0, or None for none")
         return problems
 

@@ -73,7 +73,7 @@ def cross_entropy_gradient(
         gradient -= options.label_smoothing / n_classes
     column = targets - first_class
     is_here = (column >= 0) & (column < x.shape[1])
-    at_target = torch.where(is_here, 1 - options.label_smoothing, 0.0).to(gradient.dtype).unsqueeze(1)
+    at_target = ((1 - options.label_smoothing) * is_here.to(gradient.dtype)).unsqueeze(1)
     gradient.scatter_add_(1, torch.where(is_here, column, 0).unsqueeze(1), -at_target)
     if options.softcap:
         gradient *= 1 - (x / options.softcap) ** 2

@@ -26,7 +26,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     Shapes as in `rms_norm`.
     """
-    if weight is None or (weight.ndim == 1 and weight.dtype == x.dtype and not weight_offset):
+    is_wide = accumulation_dtype(x.dtype) == x.dtype  # torch's sums gradients of weight and bias in their dtype
+    if weight is None or (is_wide and weight.ndim == 1 and weight.dtype == x.dtype and not weight_offset):
         return F.layer_norm(x, (x.shape[-1],), weight, None if bias is None else bias.to(x.dtype), eps)
     compute = accumulation_dtype(x.dtype)
     y = F.layer_norm(x.to(compute), (x.shape[-1],), None, None, eps) * (weight.to(compute) + weight_offset)

@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longctx.config import ModelConfig, Strategy
+from longctx.config import ModelConfig, Strategy, shares_heads
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
-from longctx.kernels.attention.interface import make_options
+from longctx.kernels.attention.interface import check_inputs, make_options
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Saved
 from longctx.model.attention import Attend
@@ -146,17 +146,51 @@ class ContextAttend(nn.Module):
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask | KeyIntervals) -> Tensor:
-        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q."""
+        """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q, without its lse.
+
+        Raises ValueError where these, the mask and the ranks do not fit each other: on every rank, before any waits.
+        """
         if self.context_parallel.is_alone:
             return self.attend(q, k, v, mask)
         if not isinstance(mask, SplitMask):
             raise TypeError(f"{type(mask).__name__}: a split sequence has a SplitMask, as Split.mask makes it")
+        split, whole = mask.split, mask.mask.with_bounds(q.device)
+        self._check(q, k, v, whole, split)
         options = make_options(q, **self.options)
-        implementation = choose_implementation(str(self.attend.implementation), q, mask.mask, options)
-        call = Call(mask.mask, options, implementation)
+        implementation = choose_implementation(str(self.attend.implementation), q, whole, options)
+        call = Call(whole, options, implementation)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        split = mask.split
         return _context_attention(q, k, v, None, *call.flat(), split.order, split.size, self.context_parallel.name)[0]
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, whole: KeyIntervals, split: Split) -> None:
+        if self.context_parallel.exchange is None:
+            raise RuntimeError("this ContextParallel was closed")
+        check_inputs(q, k, v)
+        sizes = [transport.size for transport in self.context_parallel.transports]
+        trades_heads = self.context_parallel.choice.strategy in (Strategy.ulysses, Strategy.ulysses_ring)
+        size, heads_over = math.prod(sizes), sizes[0] if trades_heads else 1
+        length, starts = len(split.order), whole.start
+        assert starts is not None
+        problems = []
+        if split.size != size:
+            problems.append(f"the split is for {split.size} ranks, {size} share a sequence")
+        if (whole.n_queries, whole.n_keys) != (length, length):
+            problems.append(
+                f"the mask is for {whole.n_queries} queries and {whole.n_keys} keys, the split for {length}"
+            )
+        if (q.shape[1] * size, k.shape[1] * size) != (length, length):
+            problems.append(
+                f"q has {q.shape[1]} and k {k.shape[1]} tokens: a rank's share of {length} is {length // size}, as "
+                "Split.shard gives it"
+            )
+        if starts.shape[0] not in (1, q.shape[0]):
+            problems.append(f"the mask has {starts.shape[0]} rows of bounds for a batch of {q.shape[0]}")
+        if starts.device != q.device:
+            problems.append(f"the mask is on {starts.device}, q on {q.device}")
+        if not shares_heads(q.shape[2], k.shape[2], heads_over):
+            problems.append(f"{q.shape[2]} query and {k.shape[2]} key heads cannot be shared by {heads_over} ranks")
+        if problems:
+            raise ValueError("attention over a split sequence: " + "; ".join(problems))
 
 
 # the op ---------------------------------------------------------------------------------------------------------------

@@ -34,11 +34,17 @@ class Split:
 
     def shard(self, tokens: Tensor, rank: int) -> Tensor:
         """The share of `tokens` (batch, sequence, ...) that `rank` holds: (batch, sequence / size, ...)."""
+        self._check_length("tokens", tokens)
         return tokens if self.size == 1 else tokens[:, to_device(self.held(rank), tokens.device)]
 
-    def mask(self, document_start: Tensor, device: torch.device) -> KeyIntervals | SplitMask:
+    def _check_length(self, name: str, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[1] != len(self.order):
+            raise ValueError(f"{name} {tuple(x.shape)}: must be (batch, {len(self.order)}, ...), as the split is")
+
+    def mask(self, document_start: Tensor, device: torch.device | str) -> KeyIntervals | SplitMask:
         """The mask of whole sequences from `document_start` (batch, sequence), which is on the CPU."""
-        length = document_start.shape[1]
+        self._check_length("document_start", document_start)
+        length, device = document_start.shape[1], torch.device(device)
         if not document_start.any():  # one document a sequence
             mask = KeyIntervals.causal(length)
             return mask if self.size == 1 else SplitMask(mask.with_bounds(device), self)
@@ -83,6 +89,7 @@ def _copied_to_cpu(mask: KeyIntervals) -> KeyIntervals:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what validation makes, training may use
 def zigzag(length: int, size: int) -> Split:
     """Two chunks a rank, one from either end. Raises ValueError if the sequence cannot be cut so."""
     if size == 1:
@@ -93,6 +100,7 @@ def zigzag(length: int, size: int) -> Split:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def in_order(length: int, size: int) -> Split:
     """One run of tokens a rank, as few pieces as can be: where ranks trade heads, all have the same work anyway."""
     if length % size:
@@ -135,6 +143,7 @@ def _owners(work: list[float], size: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)  # masks are known by their splits
+@torch.inference_mode(False)
 def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
     """Chunks of equal length, given the rank of each."""
     chunks = torch.arange(length).view(len(owners), -1)

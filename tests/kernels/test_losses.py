@@ -157,6 +157,9 @@ def test_refusals():
         (lambda: cross_entropy(logits.T, targets_of(40, 4), inplace=True), "the logits must be contiguous"),
         (lambda: linear_cross_entropy(hidden, weight[:, :7], fine), r"its last dim must be the width of weight, 7"),
         (lambda: linear_cross_entropy(hidden, weight.double(), fine), "must have one dtype"),
+        (lambda: linear_cross_entropy(hidden, weight.to("meta"), fine), "others on meta: must be on one device"),
+        (lambda: linear_cross_entropy(hidden.long(), weight.long(), fine), "hidden torch.int64: must be floating"),
+        (lambda: cross_entropy(logits, fine, softcap=torch.inf), "softcap=inf: must be above 0"),
         (lambda: linear_cross_entropy(hidden, weight, fine, bias=weight[:, 0][:3]), r"bias \(3,\): must be \(40,\)"),
         (lambda: linear_cross_entropy(hidden, weight, fine, token_weight=torch.ones(())), "goes with reduction='sum'"),
         (lambda: cross_entropy(logits.bfloat16(), fine, implementation="triton"), "interpreter computes bfloat16"),
@@ -248,6 +251,20 @@ def test_autocast():
     loss.backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.float32
+    with torch.autocast(DEVICE, torch.bfloat16):  # which leaves float64 alone
+        assert linear_cross_entropy(hidden.double(), weight.double(), targets).dtype == torch.float64
+
+
+def test_smoothed_gradients_are_exact_in_float64():
+    """Whatever the default dtype is."""
+    logits, targets = random(4, 40).double().requires_grad_(), targets_of(4, 40)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mine = torch.autograd.grad(cross_entropy(logits, targets, label_smoothing=0.1), logits)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    true = torch.autograd.grad(F.cross_entropy(logits, targets, label_smoothing=0.1), logits)[0]
+    torch.testing.assert_close(mine, true, rtol=0, atol=1e-15)
 
 
 def test_modules():

@@ -18,7 +18,7 @@ from longctx.kernels.compat.norms import (
 from longctx.kernels.dropout import dropout_threshold, kept_of_rows
 from longctx.kernels.norm.layer_norm import LayerNorm, add_layer_norm, layer_norm
 from longctx.kernels.norm.rms_norm import RMSNorm, add_rms_norm, rms_norm
-from precision import DTYPES, assert_precise, random
+from precision import DEVICE, DTYPES, assert_precise, random
 from thorough import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -208,6 +208,16 @@ def test_modules_of_other_projects():
     zeros = float((total == x.float()).double().mean())
     assert 0.35 < zeros < 0.65
     assert torch.equal(drop.eval()(x, x)[1], 2 * x.float())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_gradients_of_weights_are_summed_in_float32(implementation):
+    """Of rows that are all alike: a sum in 16 bits would stop growing at 2048 of them."""
+    dtype = torch.float16  # which the interpreter computes too
+    module = LayerNorm(16, implementation=implementation).to(DEVICE, dtype)
+    module(torch.randn(16, device=DEVICE, dtype=dtype).expand(4096, 16)).sum().backward()
+    assert module.bias.grad is not None
+    assert torch.equal(module.bias.grad, torch.full_like(module.bias.grad, 4096))
 
 
 def test_a_float32_weight_is_not_rounded():

@@ -335,6 +335,50 @@ def test_a_mask_that_is_not_split_is_refused():
         attend(x, x, x, KeyIntervals.causal(16))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": (1, 16, 4, 8)}, "q has 16 and k 8 tokens: a rank's share of 16 is 8"),
+        ({"k": (1, 16, 2, 8)}, "q has 8 and k 16 tokens"),
+        ({"length": 32}, "q has 8 and k 8 tokens: a rank's share of 32 is 16"),
+        ({"mask": KeyIntervals.causal(12)}, "the mask is for 12 queries and 12 keys, the split for 16"),
+        ({"mask": KeyIntervals.documents(torch.zeros(3, 16, dtype=torch.int64))}, "3 rows of bounds for a batch of 1"),
+        ({"size": 4}, "the split is for 4 ranks, 2 share a sequence"),
+        ({"k": (1, 8, 3, 8)}, "4 query heads are no multiple of 3"),
+        ({"q": (1, 8, 3, 8), "k": (1, 8, 3, 8), "strategy": Strategy.ulysses}, "3 query and 3 key heads cannot"),
+        ({"v": (1, 8, 2, 4)}, "k like v"),
+        ({"dtype": torch.int64}, "must be of one floating dtype"),
+    ],
+)  # fmt: skip
+def test_a_share_that_does_not_fit_is_refused_before_ranks_wait(change, message):
+    arguments = {"q": (1, 8, 4, 8), "k": (1, 8, 2, 8), "length": 16, "size": 2, "strategy": Strategy.ring} | change
+    transports = [SimpleNamespace(size=2, rank=0)]
+    made = ContextParallel(Choice(arguments["strategy"], 1, "as asked for"), ())
+    made.is_alone, made.transports, made.exchange = False, transports, "never asked"
+    split = zigzag(arguments["length"], arguments["size"])
+    mask = arguments.get("mask", KeyIntervals.causal(arguments["length"]))
+    shapes = arguments["q"], arguments["k"], arguments.get("v", arguments["k"])
+    inputs = [torch.zeros(shape, dtype=arguments.get("dtype")) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        made.attend("reference")(*inputs, load_balance.SplitMask(mask, split))
+    made.close()
+    with pytest.raises(RuntimeError, match="this ContextParallel was closed"):
+        made.attend("reference")(*inputs, load_balance.SplitMask(mask, split))
+
+
+def test_splits_of_a_validation_serve_training():
+    zigzag.cache_clear()
+    load_balance._of_owners.cache_clear()
+    with torch.inference_mode():
+        split = zigzag(48, 2)
+    assert not split.order.is_inference()
+    assert split.mask(torch.zeros(1, 48, dtype=torch.int64), "cpu").split is split
+    with pytest.raises(ValueError, match=r"tokens \(1, 49\): must be \(batch, 48, ...\), as the split is"):
+        split.shard(torch.zeros(1, 49), 0)
+    with pytest.raises(ValueError, match="document_start"):
+        split.mask(torch.zeros(1, 47, dtype=torch.int64), "cpu")
+
+
 def test_a_group_has_one_of_three_strategies():
     with pytest.raises(ValueError, match="strategy='ulysses_ring' is not one of ring, gather, ulysses"):
         ContextParallel.of_group(None, "ulysses_ring")

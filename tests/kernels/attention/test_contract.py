@@ -5,6 +5,8 @@ Truth and allowed errors: attention_checks.py. Memory that nobody has written is
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +197,57 @@ def test_what_validation_makes_training_may_use():
     assert bool(q.grad.isfinite().all())
 
 
+def test_a_mask_is_an_object_of_its_own():
+    x = torch.zeros(2, 8, 4, 4)
+    with pytest.raises(TypeError, match="mask is a Tensor, must be a KeyIntervals or BlockMask"):
+        attention(x, x, x, torch.ones(8, 8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+def test_heads_whose_numbers_are_apart(implementation):
+    """As slices of projections that end in something else; gradients may come like that too."""
+    if DEVICE != "cpu" and implementation == "sdpa":
+        dtype, most = torch.bfloat16, 2e-2
+    else:
+        dtype, most = torch.float32, 1e-5
+    x = torch.randn(1, 16, 4, 8, 4, device=DEVICE, dtype=dtype)
+    for mask in (KeyIntervals.causal(16), KeyIntervals.documents(torch.tensor([[0] * 5 + [5] * 11])).to(DEVICE)):
+
+        def gradients(implementation, mask=mask):
+            inputs = [part.detach().requires_grad_() for part in x.unbind(-1)[:3]]
+            out, _ = attention(*inputs, mask, implementation=implementation)
+            return out, *torch.autograd.grad(out, inputs, x.unbind(-1)[3])
+
+        for mine, true in zip(gradients(implementation), gradients("reference"), strict=True):
+            assert relative_error(mine, true.double()) < most
+
+
+def test_gradients_of_many_runs_are_summed_in_float32():
+    """On a CPU each row that sees two keys more than the one before is a call of its own."""
+    start, end = torch.zeros(512, dtype=torch.int32), torch.arange(2, 1026, 2, dtype=torch.int32)
+    mask = KeyIntervals.intervals(start, end, 1024).to(DEVICE)
+    q, k, v, dout = (torch.randn(1, n, 1, 16, device=DEVICE) for n in (512, 1024, 1024, 512))
+
+    def gradients(dtype, implementation):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = attention(*inputs, mask, implementation=implementation)
+        return torch.autograd.grad(out, inputs, dout.to(dtype))
+
+    for mine, true in zip(gradients(torch.bfloat16, "auto"), gradients(torch.float64, "reference"), strict=True):
+        assert relative_error(mine, true) < 8e-3
+
+
+def test_a_sink_of_no_weight_beside_no_key():
+    """A row that sees nothing has out 0 and zero gradients, whatever the sink is."""
+    mask, sink = KeyIntervals.causal(8, 4), torch.full((2,), -torch.inf, device=DEVICE, requires_grad=True)
+    q, kv = (torch.randn(1, n, 2, 8, device=DEVICE, requires_grad=True) for n in (8, 4))
+    out, lse = attention(q, kv, kv, mask, sink=sink)
+    assert torch.equal(out[:, :4], torch.zeros_like(out[:, :4]))
+    assert torch.equal(lse[..., :4], torch.full_like(lse[..., :4], -torch.inf))
+    for gradient in torch.autograd.grad(out.sum(), (q, kv, sink)):
+        assert bool(gradient.isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -203,7 +256,10 @@ def test_what_validation_makes_training_may_use():
         ({"q": torch.zeros(2, 8, 4, 4).double()}, "must be of one floating dtype"),
         ({"implementation": "flash"}, "'flash' is none of auto, hopper, triton, sdpa, reference"),
         ({"scale": -1.0}, "scale -1.0: must be above 0"),
+        ({"scale": math.inf}, "scale inf: must be above 0"),
         ({"softcap": -2.0}, "softcap -2.0: must be above 0, or 0 for none"),
+        ({"softcap": math.nan}, "softcap nan: must be above 0, or 0 for none"),
+        ({"alibi_slopes": torch.ones(4, requires_grad=True)}, "alibi_slopes get no gradient here"),
         ({"dropout": 1.0}, "dropout 1.0: must be a probability below 1"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes \(3,\) torch.float32: must be torch.float32"),
         ({"sink": torch.ones(3)}, r"sink \(3,\) on .*: must be \(4,\), a score a query head"),

@@ -45,6 +45,27 @@ def test_bad_intervals(start, end, message):
         KeyIntervals.intervals(torch.tensor(start), torch.tensor(end), 3)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: KeyIntervals.documents(torch.tensor([[0, 0, 1, 1]])), "1 at token 2 is not where a document starts"),
+        (lambda: KeyIntervals.documents(torch.tensor([[0, 0, 3, 3]])), "3 at token 2 is not where a document starts"),
+        (lambda: KeyIntervals.documents(torch.tensor([0, 0])), r"document_start \(2,\): must be \(batch, sequence\)"),
+        (
+            lambda: KeyIntervals.documents(torch.zeros(1, 4)),
+            "start of the key intervals: torch.float32, must be integers",
+        ),
+        (lambda: KeyIntervals.intervals(torch.tensor([1 << 32]), torch.tensor([1]), 3), "values from 4294967296"),
+        (lambda: KeyIntervals.causal(4).window(3.5, "cpu"), "window of 3.5 keys: must be an integer"),
+        (lambda: KeyIntervals.causal(4).keys(torch.ones(4, dtype=torch.bool)), "must be ascending integers"),
+        (lambda: KeyIntervals.causal(4).rows(torch.ones(4, dtype=torch.bool)), "must be ascending integers"),
+    ],
+)
+def test_what_is_no_mask_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
     """It is replayed for other values, and its tensors are filled when it is; nor is there anything to be looked at."""
     monkeypatch.setattr(hardware, "is_recording", lambda: True)
