@@ -6,6 +6,7 @@ reports everything that is wrong at once. Each part of the program is handed its
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -33,6 +34,8 @@ class Limits(NamedTuple):
         rules = (
             (self.least, operator.ge), (self.most, operator.le), (self.below, operator.lt), (self.above, operator.gt)
         )  # fmt: skip
+        if value in (math.inf, -math.inf):
+            return "is no number"
         return None if all(limit is None or holds(value, limit) for limit, holds in rules) else self.rule
 
     @property

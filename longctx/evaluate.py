@@ -150,11 +150,13 @@ def recall(
 
 
 def sample_texts(
-    model: nn.Module, tokens: Mixture, settings: ValidationConfig, mesh: Mesh, device: torch.device
+    model: nn.Module, tokens: Mixture, settings: ValidationConfig, mesh: Mesh, device: torch.device,
+    longest: int | None = None,
 ) -> list[str]:  # fmt: skip
     """What the model makes of `validation.sample_prompts`, as text; of a corpus of conversations, its answer to them.
 
-    Nothing without a tokenizer. All ranks call it.
+    Nothing without a tokenizer. `longest`: tokens that the model has positions for, which end a text too. All ranks
+    call it.
     """
     if not tokens.tokenizer_file or not settings.sample_tokens or not settings.sample_prompts:
         return []
@@ -166,8 +168,24 @@ def sample_texts(
         asked = [f"{before}{prompt}{after}" for prompt in asked]
     prompts = [[*begin, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in asked]
     prompts = [ids or [tokens.end_of_document] for ids in prompts]
-    texts = generate(model, prompts, settings.sample_tokens, mesh, device, tokens.tokenizer_vocab)
+    new_tokens = settings.sample_tokens
+    if longest is not None:
+        padding = 2 * mesh.size("context") * mesh.size("tensor")  # to which `generate` rounds up
+        new_tokens = min(new_tokens, longest // padding * padding - max(map(len, prompts)))
+    if new_tokens < 1:
+        return []
+    texts = generate(model, prompts, new_tokens, mesh, device, tokens.tokenizer_vocab)
+    if tokens.chat_prompt:  # an answer ends with its turn
+        texts = [
+            [*prompt, *_until(ids[len(prompt) :], tokens.end_of_document)]
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
+
+
+def _until(ids: list[int], last: int) -> list[int]:
+    """The ids up to the first that is `last`."""
+    return ids[: ids.index(last) + 1] if last in ids else ids
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from longctx import plan, remedies, step_time
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import ALL_IT_TAKES, Config, OnUsr1
+from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Positions
 from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.evaluate import sample_texts
@@ -184,8 +184,9 @@ def finish(trainer: Trainer, results: dict[str, float]) -> None:
     is_complete = trainer.step >= trainer.config.optim.steps
     samples = []
     if is_complete and not trainer.is_stopped and trainer.tokens:
-        validation = trainer.config.validation
-        samples = sample_texts(trainer.model, trainer.tokens, validation, trainer.mesh, trainer.runtime.device)
+        model, validation = trainer.config.model, trainer.config.validation
+        longest = model.max_positions if model.positions == Positions.learned else None
+        samples = sample_texts(trainer.model, trainer.tokens, validation, trainer.mesh, trainer.runtime.device, longest)
     if not trainer.runtime.is_main:
         return
     for sample in samples:

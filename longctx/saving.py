@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,8 +169,15 @@ class Saving:
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
         if given := checkpoint.branches_from:
-            self.origin = given
-            if not newest or newest[1]["facts"]["resumed_from"] != given:  # else a restart: go on where it was
+            self.origin = given = os.path.abspath(given)
+            origin = newest[1]["facts"]["resumed_from"] if newest else None
+            is_restart = origin is not None and os.path.abspath(origin) == given  # goes on where it was
+            if newest and not is_restart and Path(given).parent.resolve() != self.checkpoints.folder.resolve():
+                raise UserError(
+                    f"{self.checkpoints.folder} has checkpoints of a run that did not begin at {given}: give the "
+                    "branch another name, or remove the folder"
+                )
+            if not is_restart:
                 newest = Path(given), self.checkpoints.verify(Path(given))
         if not newest:
             return False

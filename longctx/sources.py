@@ -72,7 +72,7 @@ def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> No
     try:
         file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
         if tokens.chat_prompt:
-            shutil.copyfile(tokens.tokenizer_file.with_name(CHAT_TEMPLATE), folder / CHAT_TEMPLATE)
+            shutil.copyfile(tokens.chat_folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     except OSError as error:
         runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 

@@ -59,10 +59,11 @@ def show(paths: list[Path], is_verified: bool) -> bool:
             is_good = False
             continue
         facts, size = manifest["facts"], sum(file["bytes"] for file in manifest["files"].values())
+        ranks = facts["layout"].get("world_size")
         loss = f", validation loss {facts[BEST_BY]:.4f}" if BEST_BY in facts else ""
         print(
             f"{path.name}: {size / 2**30:.3g} GiB in {len(manifest['files'])} files, {facts.get('consumed')} sequences "
-            f"read, written by {facts.get('world_size')} ranks{loss}{', every byte as written' if is_verified else ''}"
+            f"read, written by {ranks} ranks{loss}{', every byte as written' if is_verified else ''}"
         )
     return is_good
 

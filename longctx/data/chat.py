@@ -111,6 +111,11 @@ class ChatTokenizer:
         for number, message in enumerate(chat.messages):
             if message.get("role") != "assistant" or number < chat.given:
                 continue
+            if number == 0:
+                raise ChatError(
+                    "the conversation begins with the assistant, whose turn this template does not mark; give one with "
+                    "{% generation %} around the assistant's turns (--chat-template)"
+                )
             before = self.render(chat.messages[:number], chat.tools, is_asked=True)
             until = self.render(chat.messages[: number + 1], chat.tools)
             if not (whole.startswith(until) and until.startswith(before)):

@@ -73,9 +73,9 @@ class TokenWindows:
     """A split cut into sequences, each with a token more: the target of its last one. See `windows.py`."""
 
     def __init__(self, split: TokenSplit, data: DataConfig, where: str) -> None:
-        """Raises `DataError` if the split is too short for one window; `where` names it."""
+        """Raises `DataError` if a text is too short for one window; `where` names it."""
         length, self.separate_documents = data.sequence_length, data.separate_documents
-        if len(split) <= length:
+        if len(split) <= length and not is_packed(split, data):
             shorter = f" or set data.sequence_length={len(split) - 1} or less" if len(split) > 1 else ""
             raise DataError(f"{where}: {len(split)} tokens, a sequence needs {length + 1}; add text{shorter}")
         self.windows: Windows = (PackedDocuments if is_packed(split, data) else EqualCuts)(split, length)

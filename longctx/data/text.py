@@ -125,6 +125,10 @@ class FilePiece:
             with pq.ParquetFile(part.path) as file:
                 there = file.schema_arrow.names
                 columns = [self.text_field] if self.text_field in there else [c for c in CONVERSATIONS if c in there]
+                if self.text_field in columns and "messages" in there:
+                    raise DataError(
+                        f"{part.path}: columns {self.text_field!r} and 'messages': keep the one to be trained on"
+                    )
                 if not columns:
                     raise DataError(
                         f"{part.path}: no column {self.text_field!r} but {', '.join(there)}; name it with --text-field"
@@ -132,7 +136,8 @@ class FilePiece:
                 row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
                 groups = list(range(part.begin, part.end))
                 for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
-                    for record in batch.to_pylist():
+                    rows = batch.to_pylist()
+                    for record in rows if self.text_field in columns else map(_without_nulls, rows):
                         where = f"{part.path}: row {row}"
                         yield self._document(f"{part.name}@{row}", _content, record, lambda where=where: where)
                         row += 1
@@ -261,19 +266,22 @@ def _kind(path: Path, text_field: str) -> str:
     record = _record_of(first)
     if record is not None and (record.keys() & {text_field, *CONVERSATIONS} or _record_of(second) is not None):
         return "jsonl"
-    is_array = first.strip().startswith(b"[")
-    element = _record_of(first.strip().removeprefix(b"[").split(b"}")[0] + b"}") if is_array else None
-    if is_array and ((element and text_field in element) or _is_array_of_conversations(path)):
+    if first.lstrip().startswith(b"[") and _is_array_of_records(path, text_field):
         raise DataError(f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')")
     return "text"
 
 
-def _is_array_of_conversations(path: Path) -> bool:
-    """Whether a file begins as a JSON array of records with conversations, on one line or many."""
+def _is_array_of_records(path: Path, text_field: str) -> bool:
+    """Whether a file begins as a JSON array of records with text or conversations, on one line or many."""
     with _open(path) as file:
-        begin = file.read(1 << 12).removeprefix(BOM)
-    fields = "|".join(CONVERSATIONS).encode()
-    return re.match(rb"\s*\[\s*\{(\s*\"[^\"]*\"\s*:\s*\"[^\"]*\"\s*,)*\s*\"(" + fields + rb")\"\s*:", begin) is not None
+        begin = file.read(MIB).removeprefix(BOM).decode("utf-8", "replace").lstrip()
+    element = begin.removeprefix("[").lstrip()
+    try:
+        record, _ = json.JSONDecoder().raw_decode(element)
+        fields = set(record) if isinstance(record, dict) else set()
+    except (ValueError, RecursionError):  # no JSON, or a record of more than a MiB: then by what looks like its fields
+        fields = set(re.findall(r'[{,]\s*"([^"]*)"\s*:', element)) if element.startswith("{") else set()
+    return bool(fields & {text_field, *CONVERSATIONS})
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
@@ -375,6 +383,8 @@ def _content_of_line(line: bytes, path: Path, offset: int, text_field: str) -> s
 def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
     """What a record holds: a text, a conversation (`messages`), or `prompt` and `completion`, texts or messages."""
     record = record if isinstance(record, dict) else {}
+    if text_field in record and "messages" in record:
+        raise UnreadableError(f"{where()}: fields {text_field!r} and 'messages': keep the one that is to be trained on")
     if text_field in record:
         return _checked(record[text_field], where, text_field)
     tools = record.get("tools")
@@ -399,11 +409,51 @@ def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Ch
 def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
         raise UnreadableError(f"{where()}: field {field!r} holds no list of messages, each with a role: {found!r:.60}")
-    return [{key: value for key, value in message.items() if value is not None} for message in found]
+    return [_message(message, where) for message in found]
+
+
+def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any]:
+    """A message as chat templates take it: content as one text, arguments of calls as objects, nothing that is null."""
+    message = {key: _encodable(value) for key, value in message.items() if value is not None}
+    if message.get("weight", 1) != 1:
+        raise UnreadableError(
+            f"{where()}: a message has weight {message['weight']}; a turn cannot be left out of training"
+        )
+    if isinstance(content := message.get("content"), list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        message["content"] = "".join(texts) if len(texts) == len(parts) else content
+    if not isinstance(message.get("content", ""), str):
+        raise UnreadableError(f"{where()}: content of a message holds no text but {message['content']!r:.60}")
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(arguments := function.get("arguments"), str):  # as OpenAI has them
+            try:
+                function["arguments"] = json.loads(arguments)
+            except ValueError as error:
+                raise UnreadableError(f"{where()}: arguments of a call are not JSON ({error})") from None
+    return message
+
+
+def _encodable(value: Any) -> Any:
+    """JSON may hold halves of surrogate pairs, which no encoding has: they become the replacement character."""
+    if isinstance(value, dict):
+        return {key: _encodable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_encodable(inner) for inner in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without what Arrow fills in where one row's object lacks a key that another row's has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _checked(text: Any, where: Callable[[], str], text_field: str) -> str:
     if not isinstance(text, str):
         raise UnreadableError(f"{where()}: field {text_field!r} holds no text but {text!r:.40}")
-    # JSON may hold halves of surrogate pairs, which no encoding has: they become the replacement character
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _encodable(text)

@@ -150,6 +150,66 @@ def test_only_answers_are_targets(tmp_path, folder):
     assert not mixture.is_packed(DataConfig(separate_documents=False))  # one text, which is cut
 
 
+def test_a_mixture_has_the_template_of_its_conversations(tmp_path, folder):
+    """Wherever they stand in it."""
+    corpora = []
+    for name, record in (("text", {"text": "a whole text"}), ("chats", {"messages": [USER, ANSWER]})):
+        (tmp_path / name).mkdir()
+        corpora.append(prepared(tmp_path / name, folder, record))
+    mixture = Mixture(corpora, [1.0, 1.0])
+    assert mixture.chat_prompt == corpora[1].chat_prompt != []
+    assert mixture.chat_folder == corpora[1].folder
+
+
+def test_forms_of_messages(tmp_path, folder):
+    """Content in parts of text, arguments of calls as text, halves of surrogate pairs; as the plain forms."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 2}}}]}
+    as_text = json.loads(json.dumps(call))
+    as_text["tool_calls"][0]["function"]["arguments"] = '{"a": 2}'
+    parts = {"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]}
+    plain = {"role": "user", "content": "2 + 2?"}
+    found = []
+    for name, messages in (
+        ("plain", [plain, call, USER, {"role": "assistant", "content": "\ufffd"}]),
+        ("forms", [parts, as_text, USER, {"role": "assistant", "content": "\ud800"}]),
+    ):
+        (tmp_path / name).mkdir()
+        split = prepared(tmp_path / name, folder, {"messages": messages}).splits["train"]
+        found.append(split.read(0, len(split))[0])
+    assert np.array_equal(*found)
+
+
+def test_objects_of_parquet_have_no_invented_keys(tmp_path, folder):
+    """Arrow gives each row's objects the keys of all rows' objects, as null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def calling(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    chats = [calling({"a": 2}), calling({"city": "Rome"})]
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "c.parquet")
+    found = []
+    for name, pieces in (
+        ("parquet", find_pieces([tmp_path / "c.parquet"])),
+        ("lines", find_pieces([records(tmp_path, *({"messages": chat} for chat in chats))])),
+    ):
+        file = template_file(folder, CHATML)
+        prepare(pieces, tmp_path / name, folder / "tokenizer.json", validation_fraction=0.0, chat_template=file)
+        split = TokenFolder(tmp_path / name, 1 << 16).splits["train"]
+        found.append(split.read(0, len(split))[0])
+    assert np.array_equal(*found)
+
+
+def test_one_short_conversation_is_a_sequence(tmp_path, folder):
+    """Of few held-out conversations validation is possible too: the rest of a sequence is empty."""
+    split = prepared(tmp_path, folder, {"messages": [USER, ANSWER]}).splits["train"]
+    source = ShuffledTokens(split, DataConfig(sequence_length=500), 0, "here")
+    assert source.size == 1
+    assert 0 < (source.sequence(0).targets != IGNORE_INDEX).sum() < len(split) < 100
+
+
 def test_a_conversation_longer_than_a_sequence(tmp_path, folder):
     """Each token of its answers is a target of one window, as of the whole."""
     chat = CHATS["long"]
@@ -164,8 +224,9 @@ def test_a_conversation_longer_than_a_sequence(tmp_path, folder):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_of_conversations_is_no_text(tmp_path, indent):
-    (tmp_path / "chats.json").write_text(json.dumps([{"id": "a b", "messages": [USER, ANSWER]}] * 3, indent=indent))
+@pytest.mark.parametrize("record", [{"id": "a b", "messages": [USER, ANSWER]}, {"id": 1, "text": "a [b] {c}"}])
+def test_an_array_of_records_is_no_text(tmp_path, indent, record):
+    (tmp_path / "chats.json").write_text(json.dumps([record] * 3, indent=indent))
     with pytest.raises(DataError, match=r"chats.json: holds a JSON array of records; make JSON lines of it"):
         find_pieces([tmp_path / "chats.json"])
     (tmp_path / "list.txt").write_text('[{a} list of "messages": none]')
@@ -173,20 +234,29 @@ def test_an_array_of_conversations_is_no_text(tmp_path, indent):
 
 
 def test_what_cannot_be_rendered_is_named(tmp_path, folder):
-    bad = {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}
-    file = template_file(folder, "{{ raise_exception('only texts') if messages[-1].content is mapping }}" + CHATML)
+    bad = {"messages": [USER, {"role": "assistant", "content": "!"}]}
+    file = template_file(folder, "{{ raise_exception('only words') if messages[-1].content == '!' }}" + CHATML)
     pieces = find_pieces([records(tmp_path, bad, {"messages": [USER, ANSWER]})])
     options = {"validation_fraction": 0.0, "chat_template": file}
-    with pytest.raises(DataError, match=r"chats.jsonl@0: the chat template does not take it .*only texts.*skip-unread"):
+    with pytest.raises(DataError, match=r"chats.jsonl@0: the chat template does not take it .*only words.*skip-unread"):
         prepare(pieces, tmp_path / "a", folder / "tokenizer.json", **options)
     assert prepare(pieces, tmp_path / "b", folder / "tokenizer.json", skip_unreadable=True, **options).skipped == 1
     with pytest.raises(DataError, match="has no chat template beside it"):
         prepare(pieces, tmp_path / "c", folder / "tokenizer.json", validation_fraction=0.0)
+    unmarked = template_file(folder, re.sub(r"{%-? (end)?generation -?%}", "", CHATML))
+    with pytest.raises(ChatError, match="begins with the assistant, whose turn this template does not mark"):
+        ChatTokenizer(folder / "tokenizer.json", unmarked).encode(Chat([ANSWER]))
     for line, said in (
         ({"messages": []}, "field 'messages' holds no list of messages"),
         ({"messages": "hello"}, "field 'messages' holds no list"),
         ({"prompt": "a"}, "no field 'text'; name it with --text-field"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "field 'tools' is not JSON"),
+        ({"messages": [USER, ANSWER], "text": "both"}, "fields 'text' and 'messages': keep the one"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]},
+            "content of a message holds no text but {'a'",
+        ),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "a message has weight 0"),
     ):
         pieces = find_pieces([records(tmp_path, line)])
         with pytest.raises(DataError, match=said):

@@ -327,7 +327,7 @@ def test_too_little_text(corpus):
     ):
         ShuffledTokens(split, DataConfig(sequence_length=100000), 0, "here")
     with pytest.raises(DataError, match=r"0 tokens, a sequence needs 65; add text$"):  # no length would do
-        ShuffledTokens([], DataConfig(sequence_length=64), 0, "here")
+        ShuffledTokens(TokenSplit([], []), DataConfig(sequence_length=64), 0, "here")
 
 
 def test_validation_is_spread_over_the_split(corpus):

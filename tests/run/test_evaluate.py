@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from longctx import evaluate
-from longctx.config import DataConfig, ParallelConfig
+from longctx.config import DataConfig, ParallelConfig, ValidationConfig
 from longctx.data.loader import Copies
 from longctx.data.packing import IGNORE_INDEX, Sequence
 from longctx.evaluate import generate, recall
@@ -23,6 +24,30 @@ def look(_rank, config):
             trainer.train_step()
         words = generate(trainer.model, [[5, 6, 7], [9]], 6, trainer.mesh, torch.device("cpu"), 8192)
         return trainer.validate(), words
+
+
+def test_samples_end_with_their_turn_and_with_the_models_positions(tmp_path, corpus, monkeypatch):
+    """Of conversations an answer is cut behind the token that ends it; positions that are learned have an end."""
+    asked = []
+
+    def draw(_model, prompts, new_tokens, *_):
+        asked.append((new_tokens, max(map(len, prompts))))
+        return [[*prompt, 7, tokens.end_of_document, 8] for prompt in prompts]
+
+    monkeypatch.setattr(evaluate, "generate", draw)
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        tokens, settings = trainer.tokens, ValidationConfig(sample_tokens=50, sample_prompts=["def f", "a"])
+        call = partial(evaluate.sample_texts, trainer.model, tokens, settings, trainer.mesh, torch.device("cpu"))
+        texts = call()
+        assert asked[-1][0] == 50
+        call(31)
+        assert asked[-1][0] == 30 - asked[-1][1]  # in whole pairs of chunks
+        assert call(asked[-1][1]) == []
+        tokens.chat_prompt = ["", ""]
+        cut = call()
+        assert all(
+            whole.startswith(answer) and len(answer) < len(whole) for answer, whole in zip(cut, texts, strict=True)
+        )
 
 
 def test_layouts_agree(tmp_path, corpus):

@@ -261,6 +261,13 @@ def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
     branch.optim.steps = 5
     with trainer_of(branch) as trainer:  # as a restart does it, with the same words
         assert trainer.step == 3
+    branch.checkpoint.resume = os.path.relpath(start) + "/"  # or with others for the same place
+    with trainer_of(branch) as trainer:
+        assert trainer.step == 3
+    branch.checkpoint.resume = str(start.parent / "step_4")
+    with pytest.raises(UserError, match=r"branch/checkpoints has checkpoints of a run that did not begin at .*step_4"):
+        train(branch)
+    assert (tmp_path / "branch" / "checkpoints" / "step_3").is_dir()
 
     again = small_config(tmp_path, corpus, optim__steps=3, checkpoint__resume=str(start))
     train(again)  # in the same folder: step 4 was another future
