@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of torch.autocast, where that is on, but for float64: as it does for matrix products."""
+    """The tensors in the dtype of torch.autocast, where that is on, as it does for matrix products: not float64, nor
+    integers."""
     device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    is_kept = [x is None or x.dtype == torch.float64 or not x.is_floating_point() for x in tensors]
+    return [x if kept or x is None else x.to(dtype) for x, kept in zip(tensors, is_kept, strict=True)]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from longctx.kernels import precision
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
@@ -45,6 +46,7 @@ def attention(
     that sees no key has out 0, lse -inf and zero gradients. Raises ValueError where arguments and implementation do
     not fit each other.
     """
+    q, k, v = precision.autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     check_inputs(q, k, v)
     _check_mask(mask, sink, q, k)
     options = make_options(

@@ -271,7 +271,7 @@ def _setup_loss(ctx, inputs, output) -> None:
 def handed_out_once(ctx) -> tuple[Tensor, ...]:
     """The gradients that a forward pass has made, which the backward pass scales in place."""
     if torch.is_grad_enabled():
-        raise RuntimeError("a loss whose gradient is made with it has no second derivative; use reduction='none'")
+        raise RuntimeError("a loss whose gradient is made with it has no second derivative; use torch's loss for that")
     if ctx.gradients is None:
         raise RuntimeError("a second backward pass through this loss: its gradient is gone; compute the loss again")
     gradients, ctx.gradients = ctx.gradients, None

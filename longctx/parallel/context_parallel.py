@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.config import ModelConfig, Strategy, shares_heads
+from longctx.kernels import precision
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.interface import check_inputs, make_options
@@ -154,6 +155,7 @@ class ContextAttend(nn.Module):
             return self.attend(q, k, v, mask)
         if not isinstance(mask, SplitMask):
             raise TypeError(f"{type(mask).__name__}: a split sequence has a SplitMask, as Split.mask makes it")
+        q, k, v = precision.autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
         split, whole = mask.split, mask.mask.with_bounds(q.device)
         self._check(q, k, v, whole, split)
         options = make_options(q, **self.options)

@@ -197,6 +197,18 @@ def test_what_validation_makes_training_may_use():
     assert bool(q.grad.isfinite().all())
 
 
+def test_autocast():
+    """As of torch's attention: whatever q, k and v are, they are in the dtype of autocast, but for float64."""
+    q = torch.randn(1, 8, 2, 16, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, _ = attention(q, q.bfloat16(), q.bfloat16(), KeyIntervals.causal(8))
+        exact, _ = attention(*[q.double()] * 3, KeyIntervals.causal(8), implementation="reference")
+    assert (out.dtype, exact.dtype) == (torch.bfloat16, torch.float64)
+    out.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32
+
+
 def test_a_mask_is_an_object_of_its_own():
     x = torch.zeros(2, 8, 4, 4)
     with pytest.raises(TypeError, match="mask is a Tensor, must be a KeyIntervals or BlockMask"):
