@@ -245,7 +245,7 @@ def apply_rotary_to_both(
     inplace: bool = False,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned in one launch, in their dtype; shapes as at the top of the file.
+    """q and k turned in one launch, in their dtype; shapes as at the top of the file. Views in place: in two launches.
 
     q and k float16, bfloat16, float32 or float64; cos and sin floating, best float32, without gradient. `inplace`: q
     and k themselves are turned and returned. Raises ValueError with all that is wrong.
@@ -263,14 +263,16 @@ def _apply(q, k, cos, sin, positions, interleaved, inplace, implementation) -> t
         if inplace:
             return q.copy_(turned_q), None if k is None or turned_k is None else k.copy_(turned_k)
         return turned_q, turned_k
-    if inplace and k is None:
+    if not inplace:
+        q, turned = _rotary(q, k, cos, sin, positions, interleaved, False)
+        return q, None if k is None else turned
+    if k is None:
         return _InPlace.apply(q, None, cos, sin, positions, interleaved), None
-    if inplace and (q._is_view() or k._is_view()):  # autograd lets an op write to one view, not to two
+    has_graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if has_graph and not torch.compiler.is_compiling() and (q._is_view() or k._is_view()):
+        # autograd lets an op write to one view, not to two
         return tuple(_InPlace.apply(x, None, cos, sin, positions, interleaved) for x in (q, k))
-    if inplace:
-        return _InPlace.apply(q, k, cos, sin, positions, interleaved)
-    q, turned = _rotary(q, k, cos, sin, positions, interleaved, False)
-    return q, None if k is None else turned
+    return _InPlace.apply(q, k, cos, sin, positions, interleaved)
 
 
 def _check(q, k, cos, sin, positions, inplace) -> None:

@@ -35,7 +35,7 @@ class Limits(NamedTuple):
             (self.least, operator.ge), (self.most, operator.le), (self.below, operator.lt), (self.above, operator.gt)
         )  # fmt: skip
         if value in (math.inf, -math.inf):
-            return "is no number"
+            return f"must be finite and {self}"
         return None if all(limit is None or holds(value, limit) for limit, holds in rules) else self.rule
 
     @property

@@ -169,13 +169,14 @@ class Saving:
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
         if given := checkpoint.branches_from:
-            self.origin = given = os.path.abspath(given)
+            self.origin = given = _in_one_way(given)
             origin = newest[1]["facts"]["resumed_from"] if newest else None
-            is_restart = origin is not None and os.path.abspath(origin) == given  # goes on where it was
-            if newest and not is_restart and Path(given).parent.resolve() != self.checkpoints.folder.resolve():
+            is_restart = origin is not None and _in_one_way(origin) == given  # goes on where it was
+            if newest and not is_restart and Path(given).parent != self.checkpoints.folder.resolve():
+                began = f"at {origin}" if origin else "anew"
                 raise UserError(
-                    f"{self.checkpoints.folder} has checkpoints of a run that did not begin at {given}: give the "
-                    "branch another name, or remove the folder"
+                    f"{self.checkpoints.folder} has checkpoints of a run that began {began}, "
+                    f"not at {given}: give the branch another name, or remove the folder"
                 )
             if not is_restart:
                 newest = Path(given), self.checkpoints.verify(Path(given))
@@ -184,6 +185,8 @@ class Saving:
         path, manifest = newest
         facts = manifest["facts"]
         is_own = path.resolve().parent == self.checkpoints.folder.resolve()
+        if is_own and not self.origin:  # a branch that goes on without saying so stays one
+            self.origin = facts["resumed_from"]
         is_same_order = resume.is_same_order(path, facts["data"], self.data_order(), is_own)
         if message := resume.compare(path, manifest, self.run.config, self.run.config_yaml, is_own):
             self.runtime.say(message)
@@ -204,3 +207,9 @@ class Saving:
         anew = "" if is_same_order else "; the data comes in another order here and is read from its first sequence on"
         self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read{anew}")
         return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}
+
+
+def _in_one_way(checkpoint: str) -> str:
+    """The path of a checkpoint however it is written; `latest` stays that, since what it points to moves."""
+    path = Path(os.path.abspath(checkpoint))
+    return str(path.parent.resolve() / path.name)

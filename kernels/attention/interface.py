@@ -42,9 +42,9 @@ def attention(
     int64) is drawn from torch's generator where dropout needs one. `sink` (heads,): the score of one more key whose
     value is 0, with gradient (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks).
 
-    Returns out, like q, and lse (batch, heads, n_queries), float32 (float64 for float64 inputs), natural log. A row
-    that sees no key has out 0, lse -inf and zero gradients. Raises ValueError where arguments and implementation do
-    not fit each other.
+    In torch.autocast q, k and v are cast first, as by torch's attention. Returns out, like q, and lse (batch, heads,
+    n_queries), float32 (float64 for float64 inputs), natural log. A row that sees no key has out 0, lse -inf and zero
+    gradients. Raises ValueError where arguments and implementation do not fit each other, TypeError for no mask.
     """
     q, k, v = precision.autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     check_inputs(q, k, v)
@@ -124,9 +124,9 @@ def check_options(options: Options, q: Tensor) -> None:
     problems = []
     batch, n_queries, heads, _ = q.shape
     if isinstance(options.scale, Tensor) or not 0 < options.scale < math.inf:
-        problems.append(f"scale {options.scale}: must be above 0, and a number: multiply a learned one into q")
+        problems.append(f"scale {options.scale}: must be finite, above 0 and no tensor: multiply a learned one into q")
     if not 0 <= options.softcap < math.inf:
-        problems.append(f"softcap {options.softcap}: must be above 0, or 0 for none")
+        problems.append(f"softcap {options.softcap}: must be finite and above 0, or 0 for none")
     if not 0 <= options.dropout < 1:
         problems.append(f"dropout {options.dropout}: must be a probability below 1")
     slopes = options.alibi_slopes
@@ -135,7 +135,7 @@ def check_options(options: Options, q: Tensor) -> None:
         problems.append(
             f"alibi_slopes {tuple(slopes.shape)} {slopes.dtype}: must be torch.float32, {' or '.join(map(str, shapes))}"
         )
-    if slopes is not None and slopes.requires_grad:
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         problems.append("alibi_slopes get no gradient here: give them detached")
     for name, tensor in (("alibi_slopes", slopes), ("seed", options.seed)):
         if tensor is not None and tensor.device != q.device:

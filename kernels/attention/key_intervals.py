@@ -51,7 +51,7 @@ class KeyIntervals:
         Raises ValueError if they decrease or leave the keys. The check waits for the device, so make a mask once a step
         and share it over the layers.
         """
-        start, end = (torch.atleast_2d(bound) for bound in (start, end))
+        start, end = (_comparable(torch.atleast_2d(bound)) for bound in (start, end))
         if start.shape != end.shape or start.ndim != 2 or start.device != end.device:
             raise ValueError(
                 f"start {tuple(start.shape)} on {start.device} and end {tuple(end.shape)} on {end.device}: "
@@ -74,6 +74,7 @@ class KeyIntervals:
         if document_start.ndim != 2:
             raise ValueError(f"document_start {tuple(document_start.shape)}: must be (batch, sequence)")
         batch, length = document_start.shape
+        document_start = _comparable(document_start)
         _check_document_starts(document_start)
         end = torch.arange(1, length + 1, dtype=torch.int32, device=document_start.device).expand(batch, length)
         return KeyIntervals.intervals(document_start, end, length)
@@ -209,15 +210,13 @@ def banded(mask: KeyIntervals, left: int | None, right: int | None, device: torc
 
 def _check_index(index: Tensor) -> None:
     """Raises ValueError unless these are integers (n,). That they ascend is not asked: it would wait for the device."""
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(
-            f"index {tuple(index.shape)} {index.dtype}: must be ascending integers (n,), not a choice by bool"
-        )
+    if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"index {tuple(index.shape)} {index.dtype}: must be ascending int32 or int64, (n,)")
 
 
 def _left_of_window(size: int) -> int:
     """How many keys before its own a row of a window sees."""
-    if not isinstance(size, int):
+    if isinstance(size, float | bool):
         raise ValueError(f"window of {size!r} keys: must be an integer")
     if size < 1:
         raise ValueError(f"window of {size} keys: a window holds at least the row's own key, so give 1 or more")
@@ -235,6 +234,11 @@ def sequence_of_rows(cu_seqlens: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
     """The rows 0..n_rows - 1 (int32), and the sequence that each is in; past the last offset, as many as there are."""
     row = torch.arange(n_rows, dtype=torch.int32, device=cu_seqlens.device)
     return row, torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def _comparable(x: Tensor) -> Tensor:
+    """As int64 where torch does not compare numbers of its type: those without a sign and of more than 8 bits."""
+    return x.to(torch.int64) if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
 
 
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:

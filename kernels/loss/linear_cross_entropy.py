@@ -79,14 +79,17 @@ def _check(hidden, weight, bias, targets, options, reduction, token_weight) -> N
         problems.append(f"hidden {hidden.dtype}, weight {weight.dtype}: must have one dtype, bias too")
     if not hidden.is_floating_point():
         problems.append(f"hidden {hidden.dtype}: must be floating")
-    elsewhere = [x for x in (weight, bias, targets, token_weight) if x is not None and x.device != hidden.device]
+    others = {"weight": weight, "bias": bias, "targets": targets, "token_weight": token_weight}
+    elsewhere = [f"{name} on {x.device}" for name, x in others.items() if x is not None and x.device != hidden.device]
     if elsewhere:
-        problems.append(f"hidden on {hidden.device}, others on {elsewhere[0].device}: must be on one device")
+        problems.append(f"hidden on {hidden.device}, {', '.join(elsewhere)}: must be on one device")
     if bias is not None and bias.shape != weight.shape[:1]:
         problems.append(f"bias {tuple(bias.shape)}: must be {tuple(weight.shape[:1])}, one a class")
     if reduction not in REDUCTIONS:
         problems.append(f"reduction={reduction!r}: must be none, sum or mean")
-    if token_weight is not None and (reduction != "sum" or token_weight.numel() != 1 or token_weight.requires_grad):
+    if token_weight is not None and (
+        reduction != "sum" or token_weight.numel() != 1 or (token_weight.requires_grad and torch.is_grad_enabled())
+    ):
         problems.append("token_weight: must be one number without gradient, and goes with reduction='sum'")
     problems += target_problems(targets, options.ignore_index, weight.shape[0])
     if problems:

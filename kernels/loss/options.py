@@ -25,9 +25,9 @@ class LossOptions(NamedTuple):
         if not 0 <= self.label_smoothing <= 1:
             problems.append(f"label_smoothing={self.label_smoothing}: must be 0 to 1")
         if not 0 <= self.z_loss < math.inf:
-            problems.append(f"z_loss={self.z_loss}: must be 0 or more")
+            problems.append(f"z_loss={self.z_loss}: must be finite, 0 or more")
         if not 0 <= self.softcap < math.inf:
-            problems.append(f"softcap={self.softcap}: must be above 0, or None for none")
+            problems.append(f"softcap={self.softcap}: must be finite and above 0, or None for none")
         return problems
 
 

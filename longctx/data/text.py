@@ -125,9 +125,9 @@ class FilePiece:
             with pq.ParquetFile(part.path) as file:
                 there = file.schema_arrow.names
                 columns = [self.text_field] if self.text_field in there else [c for c in CONVERSATIONS if c in there]
-                if self.text_field in columns and "messages" in there:
-                    raise DataError(
-                        f"{part.path}: columns {self.text_field!r} and 'messages': keep the one to be trained on"
+                if self.text_field in columns and self.text_field != "messages" and "messages" in there:
+                    raise UnreadableError(
+                        f"{part.path}: columns {self.text_field!r} and 'messages': drop the one not to be trained on"
                     )
                 if not columns:
                     raise DataError(
@@ -279,8 +279,9 @@ def _is_array_of_records(path: Path, text_field: str) -> bool:
     try:
         record, _ = json.JSONDecoder().raw_decode(element)
         fields = set(record) if isinstance(record, dict) else set()
-    except (ValueError, RecursionError):  # no JSON, or a record of more than a MiB: then by what looks like its fields
-        fields = set(re.findall(r'[{,]\s*"([^"]*)"\s*:', element)) if element.startswith("{") else set()
+    except (ValueError, RecursionError):
+        is_cut = len(element) > MIB // 2  # a record longer than that: by what looks like its fields
+        fields = set(re.findall(r'[{,]\s*"([^"]*)"\s*:', element)) if is_cut and element.startswith("{") else set()
     return bool(fields & {text_field, *CONVERSATIONS})
 
 
@@ -383,9 +384,10 @@ def _content_of_line(line: bytes, path: Path, offset: int, text_field: str) -> s
 def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
     """What a record holds: a text, a conversation (`messages`), or `prompt` and `completion`, texts or messages."""
     record = record if isinstance(record, dict) else {}
-    if text_field in record and "messages" in record:
-        raise UnreadableError(f"{where()}: fields {text_field!r} and 'messages': keep the one that is to be trained on")
-    if text_field in record:
+    both = record.get(text_field) is not None and record.get("messages") is not None
+    if both and text_field != "messages":
+        raise UnreadableError(f"{where()}: fields {text_field!r} and 'messages': drop the one not to be trained on")
+    if text_field in record and (record[text_field] is not None or "messages" not in record):
         return _checked(record[text_field], where, text_field)
     tools = record.get("tools")
     if isinstance(tools, str):  # as datasets keep what has no fixed columns
@@ -393,6 +395,7 @@ def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Ch
             tools = json.loads(tools)
         except ValueError as error:
             raise UnreadableError(f"{where()}: field 'tools' is not JSON ({error})") from None
+    tools = _encodable(tools)
     if "messages" in record:
         return Chat(_messages(record["messages"], where, "messages"), tools or None)
     if "prompt" in record and "completion" in record:
@@ -415,22 +418,26 @@ def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str
 def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any]:
     """A message as chat templates take it: content as one text, arguments of calls as objects, nothing that is null."""
     message = {key: _encodable(value) for key, value in message.items() if value is not None}
-    if message.get("weight", 1) != 1:
+    role = message["role"]
+    if role == "assistant" and message.get("weight", 1) != 1:
         raise UnreadableError(
             f"{where()}: a message has weight {message['weight']}; a turn cannot be left out of training"
         )
-    if isinstance(content := message.get("content"), list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        texts = [part for part in parts if isinstance(part, str)]
-        message["content"] = "".join(texts) if len(texts) == len(parts) else content
-    if not isinstance(message.get("content", ""), str):
+    content = message.get("content", "")
+    if isinstance(content, list) and role != "tool":
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        message["content"] = content = "".join(texts) if len(texts) == len(content) else content
+    if not isinstance(content, str) and role in ("system", "user", "assistant"):  # what a tool gives may be an object
         raise UnreadableError(f"{where()}: content of a message holds no text but {message['content']!r:.60}")
-    for call in message.get("tool_calls") or []:
-        function = call.get("function", call) if isinstance(call, dict) else {}
+    calls = message.get("tool_calls") or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise UnreadableError(f"{where()}: tool_calls hold no list of calls, each with a function: {calls!r:.60}")
         if isinstance(arguments := function.get("arguments"), str):  # as OpenAI has them
             try:
-                function["arguments"] = json.loads(arguments)
-            except ValueError as error:
+                function["arguments"] = _encodable(json.loads(arguments or "{}"))
+            except (ValueError, RecursionError) as error:
                 raise UnreadableError(f"{where()}: arguments of a call are not JSON ({error})") from None
     return message
 

@@ -144,6 +144,20 @@ class TokenSplit:
         starts = np.concatenate(starts)
         return np.concatenate(ids), starts[(starts > 0) & (starts < count)], np.concatenate(trained)
 
+    def read_pieces(self, pieces: list[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of pieces of documents, given by their first and last token: ids, and which are trained on (bool).
+
+        As `read`, but each file is looked at once, not at every piece.
+        """
+        shards = [int(np.searchsorted(self.first, begin, "right")) - 1 for begin, _ in pieces]
+        for shard in set(shards):
+            check_still_whole(self.tokens[shard])
+            check_still_whole(self.trained[shard])
+        for shard, (begin, last) in zip(shards, pieces, strict=True):
+            first = int(self.first[shard])
+            part = begin - first, last + 1 - first
+            yield self.tokens[shard][slice(*part)], _unpacked(self.trained[shard], *part)
+
     def _parts(self, offset: int, count: int) -> Iterator[tuple[int, int, int]]:
         """The shards that hold `count` tokens from `offset`, and where in each they begin and end."""
         for shard in range(int(np.searchsorted(self.first, offset, "right")) - 1, len(self.tokens)):
@@ -156,16 +170,20 @@ class TokenSplit:
 
 
 def _bits(packed: np.ndarray | None, begin: int, end: int) -> np.ndarray:
-    """Bits `begin` to `end`; all are set where there are none."""
+    """Bits `begin` to `end`; all are set where there are none. Raises `DataError` as `check_still_whole`."""
+    check_still_whole(packed)
+    return _unpacked(packed, begin, end)
+
+
+def _unpacked(packed: np.ndarray | None, begin: int, end: int) -> np.ndarray:
     if packed is None:
         return np.ones(end - begin, dtype=bool)
-    check_still_whole(packed)
     first = begin // 8
     unpacked = np.unpackbits(np.asarray(packed[first : -(-end // 8)]), bitorder="little")
     return unpacked[begin - 8 * first : end - 8 * first].astype(bool)
 
 
-def check_still_whole(values: np.ndarray) -> None:
+def check_still_whole(values: np.ndarray | None) -> None:
     """Raises `DataError` if the file that `values` are mapped from was cut short since: reading on would be SIGBUS."""
     if not isinstance(values, np.memmap) or values.filename is None:
         return

@@ -73,10 +73,11 @@ class PackedDocuments:
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, starts, is_trained = np.empty(self.length + 1, np.int64), [], np.zeros(self.length + 1, dtype=bool)
         filled = 0
-        for begin, last in self.pieces[self.first[number] : self.first[number + 1]].tolist():
+        pieces = self.pieces[self.first[number] : self.first[number + 1]].tolist()
+        for piece, is_piece_trained in self.split.read_pieces(pieces):
             starts.append(filled)
-            of_piece = slice(filled, filled + last - begin + 1)
-            ids[of_piece], _, is_trained[of_piece] = self.split.read(begin, last - begin + 1)
+            of_piece = slice(filled, filled + len(piece))
+            ids[of_piece], is_trained[of_piece] = piece, is_piece_trained
             filled = of_piece.stop
         if filled <= self.length:
             starts.append(filled)

@@ -149,7 +149,7 @@ class ContextAttend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask | KeyIntervals) -> Tensor:
         """q (batch, sequence / size, heads, head_dim), k and v alike with kv_heads -> out like q, without its lse.
 
-        Raises ValueError where these, the mask and the ranks do not fit each other: on every rank, before any waits.
+        Raises ValueError where these, the mask and the ranks do not fit each other, before anything is exchanged.
         """
         if self.context_parallel.is_alone:
             return self.attend(q, k, v, mask)
@@ -188,9 +188,11 @@ class ContextAttend(nn.Module):
         if starts.shape[0] not in (1, q.shape[0]):
             problems.append(f"the mask has {starts.shape[0]} rows of bounds for a batch of {q.shape[0]}")
         if starts.device != q.device:
-            problems.append(f"the mask is on {starts.device}, q on {q.device}")
+            problems.append(f"the mask is on {starts.device}, q on {q.device}: make it there, as Split.mask does")
         if not shares_heads(q.shape[2], k.shape[2], heads_over):
-            problems.append(f"{q.shape[2]} query and {k.shape[2]} key heads cannot be shared by {heads_over} ranks")
+            problems.append(
+                f"{q.shape[2]} query and {k.shape[2]} key heads cannot be shared by {heads_over} ranks: take a ring"
+            )
         if problems:
             raise ValueError("attention over a split sequence: " + "; ".join(problems))
 

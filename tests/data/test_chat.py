@@ -251,12 +251,14 @@ def test_what_cannot_be_rendered_is_named(tmp_path, folder):
         ({"messages": "hello"}, "field 'messages' holds no list"),
         ({"prompt": "a"}, "no field 'text'; name it with --text-field"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "field 'tools' is not JSON"),
-        ({"messages": [USER, ANSWER], "text": "both"}, "fields 'text' and 'messages': keep the one"),
+        ({"messages": [USER, ANSWER], "text": "both"}, "fields 'text' and 'messages': drop the one"),
         (
             {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]},
             "content of a message holds no text but {'a'",
         ),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, "a message has weight 0"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"function": "f"}]}]}, "tool_calls hold no list of calls"),
+        ({"messages": [USER, ANSWER | {"tool_calls": 3}]}, "tool_calls hold no list of calls"),
     ):
         pieces = find_pieces([records(tmp_path, line)])
         with pytest.raises(DataError, match=said):

@@ -195,7 +195,10 @@ def test_empty_batches():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"scale": -1.0}, "scale -1.0: must be above 0"), ({"block_q": 0}, "blocks of 0 x 16: must have 1 or more")],
+    [
+        ({"scale": -1.0}, "scale -1.0: must be finite, above 0"),
+        ({"block_q": 0}, "blocks of 0 x 16: must have 1 or more"),
+    ],
 )
 def test_bad_numbers(changes, message):
     q = torch.zeros(1, 40, 2, 16, device=DEVICE)

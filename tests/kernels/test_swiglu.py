@@ -39,6 +39,15 @@ def test_any_strides(rows, columns, skip, step):
     assert_precise(lambda g, u: swiglu(g, u, implementation="triton"), plain_swiglu, [gate, up], ulps=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_rounds_once(dtype):
+    """It is computed in float32, as the kernel is."""
+    gate, up = random(64, 64, dtype=dtype), random(64, 64, dtype=dtype, seed=1)
+    true = plain_swiglu(gate.double(), up.double()).float().to(dtype)
+    is_off = swiglu(gate, up, implementation="reference") != true
+    assert is_off.double().mean() < 0.001
+
+
 def test_large_gates():
     """silu(-100) is 0 and silu(100) is 100, forward and backward."""
     gate = torch.tensor([[-1000.0, -100.0, 0.0, 100.0, 1000.0]], device=random(1).device)

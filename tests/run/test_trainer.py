@@ -264,8 +264,14 @@ def test_a_branch_goes_on_with_its_own_checkpoints(tmp_path, corpus):
     branch.checkpoint.resume = os.path.relpath(start) + "/"  # or with others for the same place
     with trainer_of(branch) as trainer:
         assert trainer.step == 3
+    (tmp_path / "link").symlink_to(tmp_path / "test")
+    branch.checkpoint.resume, branch.optim.steps = "auto", 4  # the command that a run prints
+    train(branch)
+    branch.checkpoint.resume, branch.optim.steps = str(tmp_path / "link" / "checkpoints" / "step_2"), 5
+    with trainer_of(branch) as trainer:
+        assert trainer.step == 4
     branch.checkpoint.resume = str(start.parent / "step_4")
-    with pytest.raises(UserError, match=r"branch/checkpoints has checkpoints of a run that did not begin at .*step_4"):
+    with pytest.raises(UserError, match=r"branch/checkpoints has checkpoints of a run that began at .*step_2, not at"):
         train(branch)
     assert (tmp_path / "branch" / "checkpoints" / "step_3").is_dir()
 

@@ -57,13 +57,22 @@ def test_bad_intervals(start, end, message):
         ),
         (lambda: KeyIntervals.intervals(torch.tensor([1 << 32]), torch.tensor([1]), 3), "values from 4294967296"),
         (lambda: KeyIntervals.causal(4).window(3.5, "cpu"), "window of 3.5 keys: must be an integer"),
-        (lambda: KeyIntervals.causal(4).keys(torch.ones(4, dtype=torch.bool)), "must be ascending integers"),
-        (lambda: KeyIntervals.causal(4).rows(torch.ones(4, dtype=torch.bool)), "must be ascending integers"),
+        (lambda: KeyIntervals.causal(4).keys(torch.ones(4, dtype=torch.bool)), "must be ascending int32 or int64"),
+        (lambda: KeyIntervals.causal(4).rows(torch.ones(4, dtype=torch.bool)), "must be ascending int32 or int64"),
     ],
 )
 def test_what_is_no_mask_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_bounds_of_any_integers():
+    start, end = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3])
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint32):
+        mask = KeyIntervals.intervals(start.to(dtype), end.to(dtype), 3)
+        assert mask.start.tolist() == [[0, 0, 1]]
+        assert mask.end.tolist() == [[1, 2, 3]]
+        assert KeyIntervals.documents(torch.tensor([[0, 0, 2]]).to(dtype)).start.tolist() == [[0, 0, 2]]
 
 
 def test_nothing_is_kept_while_a_cuda_graph_is_captured(monkeypatch):
