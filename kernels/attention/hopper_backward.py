@@ -116,13 +116,13 @@ def _consumer(
         key = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, score_layout))
         n_tiles = last - first  # of each query head, whose edges are before `near` and from `far` on
         near, far = full_first - first, full_last - first
-        is_by_tile, _, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        is_by_tile, _n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
         outer, inner = gl.to_tensor(0), gl.to_tensor(0)
         dk = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, BLOCK_D], gl.float32, sum_layout)
 
         mbarrier.wait(key_full, turn & 1)
-        for _ in range(0, n_tiles * group):
+        for _step in range(0, n_tiles * group):
             # addresses that seem to change are computed, not kept in registers, of which none are left
             zero = done >> 30
             k, v = _of_consumer(keys, NUMBER, zero), _of_consumer(values, NUMBER, zero)
@@ -137,7 +137,7 @@ def _consumer(
             if not EARLY:
                 exponent = exponents.index(stage).load(column)
             # its branch keeps the compiler from hoisting the wait above the exponentials
-            _, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+            _member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
             is_edge = (place < near) | (place >= far)
             p = _probabilities(score, exponent, rows, stage, key, is_edge, factor, column)
             if EARLY:

@@ -99,7 +99,7 @@ def _consumer(
         near, far = full_first - first, full_last - first
         n_all = n_tiles * group
         base = (batch * n_heads + head * group) * row_blocks + first
-        is_by_tile, _, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        is_by_tile, _n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
         outer, inner = gl.to_tensor(0), gl.to_tensor(0)
         dk = gl.zeros([KEYS, HALF], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, HALF], gl.float32, sum_layout)

@@ -1,4 +1,4 @@
-"""What both backward kernels on Hopper are made of: how tiles of rows arrive, and how gradients leave.
+"""What both backward kernels on Hopper are made of: the walk over tiles of rows, how these arrive, how gradients leave.
 
 Letters in shapes: Q rows and K keys of a tile, D head dim padded.
 """
