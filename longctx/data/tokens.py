@@ -93,6 +93,10 @@ class Manifest:
             fields = read_manifest(path, FORMAT, BEFORE)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; make the folder with tools/prepare_data.py") from None
+        except NotADirectoryError:
+            raise DataError(
+                f"{folder}: is a file; prepare it with tools/prepare_data.py, and give the folder"
+            ) from None
         except ValueError as error:
             raise DataError(f"{path}: {error}; prepare the folder again") from None
         if fields["format"] == BEFORE:

@@ -201,6 +201,8 @@ def test_the_command_of_each_recipe_is_one_that_can_be_started(recipe, monkeypat
     ("words", "said"),
     [
         (["recipe=gpt_32k"], "plan: gpus=: give a whole number from 1 on"),
+        (["recipe=gpt_32k", "gpus=0"], "plan: gpus=0: give a whole number from 1 on"),
+        (["recipe=gpt_32k", "gpus=2", "per_machine=0"], "plan: per_machine=0: give a whole number from 1 on"),
         (["recipe=gpt_32k", "gpus=2", "gpu=b300"], "plan: gpu=b300: no rates of it; there are h200"),
         (["recipe=gpt_33k", "gpus=2"], "Could not find 'recipe/gpt_33k'"),
         (["recipe=gpt_32k", "gpus=2", "gpus=4"], "plan: gpus= is given 2 times; give it once"),

@@ -320,6 +320,12 @@ def test_packing_wastes_little():
     assert needed < source.size < 1.005 * needed
 
 
+def test_a_file_is_no_folder_of_tokens(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"chats.jsonl: is a file; prepare it with tools/prepare_data.py"):
+        TokenFolder(tmp_path / "chats.jsonl", VOCAB)
+
+
 def test_too_little_text(corpus):
     split = TokenFolder(corpus, VOCAB).splits["train"]
     with pytest.raises(
