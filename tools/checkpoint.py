@@ -59,7 +59,7 @@ def show(paths: list[Path], is_verified: bool) -> bool:
             is_good = False
             continue
         facts, size = manifest["facts"], sum(file["bytes"] for file in manifest["files"].values())
-        ranks = facts["layout"].get("world_size")
+        ranks = facts.get("layout", {}).get("world_size")  # of what no run has written: None
         loss = f", validation loss {facts[BEST_BY]:.4f}" if BEST_BY in facts else ""
         print(
             f"{path.name}: {size / 2**30:.3g} GiB in {len(manifest['files'])} files, {facts.get('consumed')} sequences "

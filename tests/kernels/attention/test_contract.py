@@ -268,6 +268,7 @@ def test_a_sink_of_no_weight_beside_no_key():
         ({"q": torch.zeros(2, 8, 4, 4).double()}, "must be of one floating dtype"),
         ({"implementation": "flash"}, "'flash' is none of auto, hopper, triton, sdpa, reference"),
         ({"scale": -1.0}, "scale -1.0: must be finite, above 0"),
+        ({"scale": torch.ones((), requires_grad=True)}, "no tensor: multiply a learned one into q"),
         ({"scale": math.inf}, "scale inf: must be finite, above 0"),
         ({"softcap": -2.0}, "softcap -2.0: must be finite and above 0, or 0 for none"),
         ({"softcap": math.nan}, "softcap nan: must be finite and above 0, or 0 for none"),
