@@ -196,7 +196,7 @@ def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     """One that diverges does not end the others, and is told at the end; a finished one is complete."""
     words = [
         "-m",
-        "optim.lr=1e-3,inf",
+        "optim.lr=1e-3,1e38",
         "optim.steps=4",
         "optim.max_skipped_steps=1",
         "optim.clip_norm=0",
@@ -204,7 +204,7 @@ def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     ]
     words += ["optim.schedule=constant", "seed=1,2"]
     result = started(tmp_path, corpus, *words)
-    names = {f"gpt_tiny-lr_{lr}-seed_{seed}" for lr in ("0.001", "inf") for seed in (1, 2)}
+    names = {f"gpt_tiny-lr_{lr}-seed_{seed}" for lr in ("0.001", "1e+38") for seed in (1, 2)}
     assert {path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()} == names
     losses = {
         name: [
@@ -217,7 +217,7 @@ def test_a_multirun_is_as_many_runs(tmp_path, corpus):
     assert losses[good[0]] != losses[good[1]]
     assert result.returncode == 1
     assert (
-        "2 of 4 jobs ended with an error:\n  - gpt_tiny-lr_inf-seed_1: 1 steps in a row were not finite"
+        "2 of 4 jobs ended with an error:\n  - gpt_tiny-lr_1e+38-seed_1: 1 steps in a row were not finite"
         in result.stderr
     )
     again = started(tmp_path, corpus, *words)
