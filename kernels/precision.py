@@ -13,8 +13,9 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    is_kept = [x is None or x.dtype == torch.float64 or not x.is_floating_point() for x in tensors]
-    return [x if kept or x is None else x.to(dtype) for x, kept in zip(tensors, is_kept, strict=True)]
+    return [
+        x if x is None or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors
+    ]  # fmt: skip
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -170,8 +170,7 @@ def sample_texts(
     prompts = [ids or [tokens.end_of_document] for ids in prompts]
     new_tokens = settings.sample_tokens
     if longest is not None:
-        padding = 2 * mesh.size("context") * mesh.size("tensor")  # to which `generate` rounds up
-        new_tokens = min(new_tokens, longest // padding * padding - max(map(len, prompts)))
+        new_tokens = min(new_tokens, longest // _pieces(mesh) * _pieces(mesh) - max(map(len, prompts)))
     if new_tokens < 1:
         return []
     texts = generate(model, prompts, new_tokens, mesh, device, tokens.tokenizer_vocab)
@@ -181,6 +180,11 @@ def sample_texts(
             for prompt, ids in zip(prompts, texts, strict=True)
         ]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
+
+
+def _pieces(mesh: Mesh) -> int:
+    """What the length of a text that is split over a mesh is a multiple of."""
+    return 2 * mesh.size("context") * mesh.size("tensor")
 
 
 def _until(ids: list[int], last: int) -> list[int]:
@@ -200,7 +204,7 @@ def generate(
     """
     rank, size = mesh.rank("context"), mesh.size("context")
     lengths = torch.tensor([len(p) for p in prompts])
-    pieces = 2 * size * mesh.size("tensor")
+    pieces = _pieces(mesh)
     total = -(-(int(lengths.max()) + new_tokens) // pieces) * pieces
     ids = torch.zeros(len(prompts), total, dtype=torch.int64)
     for row, prompt in enumerate(prompts):

@@ -76,7 +76,7 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
     numbers = {}
     for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0")):
         [value] = own.get(key, [default])
-        if not (value == "0" and key == "host_gib") and (not value.isdecimal() or int(value) < 1):
+        if not value.isdecimal() or (int(value) < 1 and key != "host_gib"):
             sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}=8")
         numbers[key] = int(value)
     gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])

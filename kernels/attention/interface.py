@@ -109,14 +109,21 @@ def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, 
             f"the call has {q.shape[1]} and {k.shape[1]}"
         )
     bounds = mask.intervals.start if isinstance(mask, BlockMask) else mask.start
-    if bounds is not None and bounds.shape[0] not in (1, q.shape[0]):
-        problems.append(f"the mask has {bounds.shape[0]} rows of bounds for a batch of {q.shape[0]}")
-    if bounds is not None and bounds.device != q.device:
-        problems.append(f"the mask is on {bounds.device}, q on {q.device}: move it with mask.to(q.device)")
+    problems += [] if bounds is None else bound_problems(bounds, q)
     if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
         problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
+
+
+def bound_problems(bounds: Tensor, q: Tensor) -> list[str]:
+    """What is wrong with the bounds of a mask (batch or 1, rows) for queries like `q`."""
+    problems = []
+    if bounds.shape[0] not in (1, q.shape[0]):
+        problems.append(f"the mask has {bounds.shape[0]} rows of bounds for a batch of {q.shape[0]}")
+    if bounds.device != q.device:
+        problems.append(f"the mask is on {bounds.device}, q on {q.device}: move it with mask.to(q.device)")
+    return problems
 
 
 def check_options(options: Options, q: Tensor) -> None:

@@ -19,7 +19,7 @@ from longctx.config import ModelConfig, Strategy, shares_heads
 from longctx.kernels import precision
 from longctx.kernels.attention.choice import choose_implementation
 from longctx.kernels.attention.custom_op import Call, attention_op
-from longctx.kernels.attention.interface import check_inputs, make_options
+from longctx.kernels.attention.interface import bound_problems, check_inputs, make_options
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Saved
 from longctx.model.attention import Attend
@@ -168,9 +168,8 @@ class ContextAttend(nn.Module):
         if self.context_parallel.exchange is None:
             raise RuntimeError("this ContextParallel was closed")
         check_inputs(q, k, v)
-        sizes = [transport.size for transport in self.context_parallel.transports]
-        trades_heads = self.context_parallel.choice.strategy in (Strategy.ulysses, Strategy.ulysses_ring)
-        size, heads_over = math.prod(sizes), sizes[0] if trades_heads else 1
+        size = math.prod(transport.size for transport in self.context_parallel.transports)
+        heads_over = self.context_parallel.choice.ulysses_size
         length, starts = len(split.order), whole.start
         assert starts is not None
         problems = []
@@ -185,10 +184,7 @@ class ContextAttend(nn.Module):
                 f"q has {q.shape[1]} and k {k.shape[1]} tokens: a rank's share of {length} is {length // size}, as "
                 "Split.shard gives it"
             )
-        if starts.shape[0] not in (1, q.shape[0]):
-            problems.append(f"the mask has {starts.shape[0]} rows of bounds for a batch of {q.shape[0]}")
-        if starts.device != q.device:
-            problems.append(f"the mask is on {starts.device}, q on {q.device}: make it there, as Split.mask does")
+        problems += bound_problems(starts, q)
         if not shares_heads(q.shape[2], k.shape[2], heads_over):
             problems.append(
                 f"{q.shape[2]} query and {k.shape[2]} key heads cannot be shared by {heads_over} ranks: take a ring"
