@@ -63,7 +63,13 @@ from longctx.kernels.attention.hopper_scheduler import (
 )
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from longctx.kernels.attention.tiles import by_position, key_tiles, padded_bounds, row_tiles, shares_last_rows
+from longctx.kernels.attention.tiles import (
+    backward_items,
+    key_tiles,
+    padded_bounds,
+    row_tiles,
+    shares_last_rows,
+)
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E
 
@@ -137,7 +143,7 @@ def _consumer(
             if not EARLY:
                 exponent = exponents.index(stage).load(column)
             # its branch keeps the compiler from hoisting the wait above the exponentials
-            _member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+            _member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
             is_edge = (place < near) | (place >= far)
             p = _probabilities(score, exponent, rows, stage, key, is_edge, factor, column)
             if EARLY:
@@ -221,12 +227,12 @@ def _adder(
         for outer in range(0, n_outer):
             for inner in range(0, n_inner):
                 if DQ_STAGES == 1 or (done & 1) == NUMBER:
-                    member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+                    member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
                     tile = visit[0] + place
                     part = ((batch * n_heads + head * group + member) * row_blocks + tile) * 2
                     buffer, parity = done % DQ_STAGES, phase_of(done, DQ_STAGES)
                     if locks is not None:
-                        turn_of_keys = turn_of(turns + batch * turns_batch, tile, key_block, by_tile is not None)
+                        turn_of_keys = turn_of(turns + batch * turns_batch, by_tile, tile, key_block)
                         wait_for(locks + part + FIRST, turn_of_keys, True)
                     for c in gl.static_range(FIRST, LAST):
                         mbarrier.wait(dq_full.index(c * DQ_STAGES + buffer), parity)
@@ -247,7 +253,7 @@ def _adder(
 @gluon.jit(do_not_specialize=SIZES)
 def attention_backward_hopper(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_descriptor, dk_descriptor, dv_descriptor,
-    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
+    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, items, tiles, turns,
     by_tile, locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch,
     bounds_batch, n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
@@ -286,7 +292,7 @@ def attention_backward_hopper(
         (dk_batch, dk_row, dk_head),
         (dv_batch, dv_row, dv_head),
     )
-    work = order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
+    work = items, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, group, key_blocks, factor, scale
     gl.warp_specialize(
         [
@@ -348,11 +354,14 @@ class PartialBackwardOnHopper:
         of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
         is_down = options.deterministic and heads > kv_heads
         by_tile = shares_last_rows(mask, batch, blocks.rows, block_keys) if is_down else None
-        # where dQ is added in turns, who is waited for has started before: the order of items is that of turns
-        order = by_position(mask, batch, block_keys, options.deterministic and not is_down)
+        n_pairs, programs = batch * triton.cdiv(n_keys, block_keys), hardware.multiprocessors(q.device)
         together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
-        n_items = order.numel() * kv_heads
-        n_locks = 2 * batch * heads * self.row_blocks if options.deterministic else 0
+        # where dQ is added in turns, who is waited for has started before: the order of items is that of turns
+        items = backward_items(
+            mask, batch, blocks.rows, block_keys, kv_heads, together, programs, options.deterministic,
+            options.deterministic and not is_down,
+        )  # fmt: skip
+        n_locks = (1 if is_wide else 2) * batch * heads * self.row_blocks if options.deterministic else 0
         zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
         tile = {"rows": blocks.rows, "width": self.width}
         kernel, dq_parts, form = attention_backward_hopper, part_descriptor(self.dq_parts), {}
@@ -362,15 +371,15 @@ class PartialBackwardOnHopper:
             dq_stages = blocks.ordered_dq_stages if options.deterministic else 1
             form = {"BLOCK_D": self.width, "DQ_STAGES": dq_stages}
         with hardware.on_device(q):
-            kernel[(min(n_items, hardware.multiprocessors(q.device)),)](
+            kernel[(min(len(items), programs),)](
                 descriptor(q, **tile), *(descriptor(x, block_keys, self.width) for x in (k, v)),
                 descriptor(self.dout, **tile), dq_parts,
                 *(descriptor(x, KEYS.value, self.width) for x in ((k, v) if is_sum else (dk, dv))),
                 *(vector_descriptor(x, blocks.rows) for x in (*self.statistics, start, end)),
-                dk, dv, homes, order, tiles, of_rows, by_tile, zeros[1:] if options.deterministic else None, zeros,
+                dk, dv, homes, items, tiles, of_rows, by_tile, zeros[1:] if options.deterministic else None, zeros,
                 *dk.stride()[:3], *dv.stride()[:3], addressing.shared_stride(tiles), addressing.shared_stride(of_rows),
-                addressing.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, n_items, order.numel(),
-                together, order.numel() // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,
+                addressing.shared_stride(start), n_keys, head_dim, heads, heads // kv_heads, len(items), n_pairs,
+                together, n_pairs // batch, self.row_blocks, options.scale * LOG2_E.value, options.scale,
                 ACCUMULATE=is_sum and homes is None, BLOCK_Q=blocks.rows, STAGES=blocks.stages,
                 REGISTERS=blocks.registers, **form, num_warps=4,
             )  # fmt: skip

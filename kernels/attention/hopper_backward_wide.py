@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from longctx.kernels.attention.hopper_gluon import named_barrier, threads_meet, tma_store
+from longctx.kernels.attention.hopper_gluon import named_barrier, tma_store
 from longctx.kernels.attention.hopper_gradients import (
     KEYS,
     SIZES,
@@ -35,12 +35,20 @@ from longctx.kernels.attention.hopper_gradients import (
     step_of,
     turn_of,
 )
-from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, read_item
+from longctx.kernels.attention.hopper_scheduler import await_item, barriers, make_box, phase_of, read_item, slot
 from longctx.kernels.attention.triton_tile import wait_for
 
 WIDTH = gl.constexpr(256)  # head dim, padded
 HALF = gl.constexpr(128)  # of the head dim: a consumer's
 SHARE = gl.constexpr(32)  # of the keys: a consumer's scores
+
+
+@gluon.jit
+def _of_consumer(keys, values, index, NUMBER: gl.constexpr):
+    """Keys and values of an item, those of a consumer's scores, and the columns of K for its half of dQ."""
+    k, v = keys.index(index), values.index(index)
+    k_share, v_share = k.slice(NUMBER * SHARE, SHARE, dim=0), v.slice(NUMBER * SHARE, SHARE, dim=0)
+    return k, v, k_share, v_share, k.slice(NUMBER * HALF, HALF, dim=1)
 
 
 @gluon.jit
@@ -67,7 +75,7 @@ def _add_to_global(part, dq):
 
 @gluon.jit
 def _consumer(
-    box, key_ring, row_ring, rows, shares, dq_parts, keys_at, turns_of, sizes,
+    box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, turn_ring, sizes,
     NUMBER: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: scores of half of an item's keys, and half of the columns of all gradients."""
@@ -75,7 +83,6 @@ def _consumer(
     queries, douts, query_full, dout_full, row_empty = row_ring
     deltas = rows[1]
     weights, dscores = shares  # p and dS, (K, Q), of both consumers
-    turns, by_tile, locks, turns_batch = turns_of
     n_keys, head_dim, n_heads, group, key_blocks, row_blocks, factor, scale = sizes
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SHARE, 16])
     sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -83,9 +90,7 @@ def _consumer(
     of_row: gl.constexpr = gl.SliceLayout(1, score_layout)
     score_zeros = gl.zeros([BLOCK_Q, SHARE], gl.float32, score_layout)
     dq_zeros = gl.zeros([BLOCK_Q, 64], gl.float32, dq_layout)
-    k, v = keys.index(0), values.index(0)
-    k_share, v_share = k.slice(NUMBER * SHARE, SHARE, dim=0), v.slice(NUMBER * SHARE, SHARE, dim=0)
-    k_half = k.slice(NUMBER * HALF, HALF, dim=1)
+    k, v, k_share, v_share, k_half = _of_consumer(keys, values, 0, NUMBER)
     done = gl.to_tensor(0)  # tiles of rows so far
     turn = gl.to_tensor(0)  # items so far
     pair = await_item(box, turn)
@@ -103,7 +108,7 @@ def _consumer(
         outer, inner = gl.to_tensor(0), gl.to_tensor(0)
         dk = gl.zeros([KEYS, HALF], gl.float32, sum_layout)
         dv = gl.zeros([KEYS, HALF], gl.float32, sum_layout)
-        member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+        member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
         mbarrier.wait(key_full, turn & 1)
 
         # the first tile's weights and their gradients, which nothing overlaps
@@ -116,6 +121,8 @@ def _consumer(
         p = _probabilities(score, rows, stage, key, (place < near) | (place >= far), factor, of_row)
         dp, p = warpgroup_mma_wait(0, deps=(dp, p))
         for i in range(0, n_all):
+            # addresses that seem to change are computed, not kept in registers, of which none are left
+            k, v, k_share, v_share, k_half = _of_consumer(keys, values, done >> 30, NUMBER)
             stage = done % STAGES
             delta = deltas.index(stage).load(of_row)
             dscore = p * (dp * scale - delta[:, None])
@@ -131,17 +138,15 @@ def _consumer(
             dv = warpgroup_mma(p_tile, dout_half, dv, is_async=True)
             tile = base + member * row_blocks + place  # among the tiles of all heads
             part = dq_parts + (tile * 4 + NUMBER * 2).to(gl.int64) * 4096
-            if locks is not None:
-                turn_of_keys = turn_of(turns + batch * turns_batch, first + place, key_block, by_tile is not None)
-                wait_for(locks + tile * 2 + NUMBER, turn_of_keys, True)
+            if turn_ring is not None:
+                mbarrier.wait(slot(turn_ring[0], done, 2), phase_of(done, 2))
             dq = warpgroup_mma_wait(1, deps=(dq,))
             _add_to_global(part, dq)
             dq = warpgroup_mma(dscore_rows, k_half.slice(64, 64, dim=1), dq_zeros, use_acc=False, is_async=True)
             dk = warpgroup_mma(dscore_tile, query_half, dk, is_async=True)
 
             # the next tile's scores are in the queue before dK is waited for (of the last tile: for nothing)
-            done += 1
-            next_stage, parity = done % STAGES, phase_of(done, STAGES)
+            next_stage, parity = (done + 1) % STAGES, phase_of(done + 1, STAGES)
             mbarrier.wait(query_full.index(next_stage), parity, pred=i + 1 < n_all)
             score = warpgroup_mma(
                 queries.index(next_stage), k_share.permute((1, 0)), score_zeros, use_acc=False, is_async=True
@@ -154,12 +159,12 @@ def _consumer(
             _add_to_global(part + 4096, dq)
             dk = warpgroup_mma_wait(2, deps=(dk,))
             mbarrier.arrive(row_empty.index(stage), count=1)
-            if locks is not None:
-                threads_meet()
-                gl.atomic_add(locks + tile * 2 + NUMBER, 1, sem="release")
+            if turn_ring is not None:
+                mbarrier.arrive(slot(turn_ring[1], done, 2), count=1)
+            done += 1
             is_end = inner + 1 == n_inner
             inner, outer = gl.where(is_end, 0, inner + 1), gl.where(is_end, outer + 1, outer)
-            member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
+            member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
             score = warpgroup_mma_wait(1, deps=(score,))
             is_edge = (place < near) | (place >= far)
             p = _probabilities(score, rows, next_stage, key, is_edge, factor, of_row)
@@ -190,10 +195,58 @@ def _consumer(
         pair = await_item(box, turn)
 
 
+@gluon.jit
+def _wait_for_turns(box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads, row_blocks):
+    """A warp that waits for the program's turn at each tile, two tiles ahead of the one that gives turns on."""
+    is_turn, _is_added, is_given_on = turn_ring
+    done = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    pair = await_item(box, turn)
+    while pair >= 0:
+        head, visit = read_item(box, turn)
+        n_tiles = visit[3] - visit[0]
+        batch, key_block = pair // key_blocks, pair % key_blocks
+        is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        for outer in range(0, n_outer):
+            for inner in range(0, n_inner):
+                member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
+                tile = visit[0] + place
+                lock = locks + (batch * n_heads + head * group + member) * row_blocks + tile
+                mbarrier.wait(slot(is_given_on, done, 2), phase_of(done, 2) ^ 1)
+                wait_for(lock, turn_of(turns + batch * turns_batch, by_tile, tile, key_block), True)
+                mbarrier.arrive(slot(is_turn, done, 2), count=1)
+                done += 1
+        turn += 1
+        pair = await_item(box, turn)
+
+
+@gluon.jit
+def _give_turns_on(box, turn_ring, by_tile, locks, key_blocks, group, n_heads, row_blocks):
+    """A warp that gives the turn at each tile on once both consumers have added their parts of dQ."""
+    _is_turn, is_added, is_given_on = turn_ring
+    done = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    pair = await_item(box, turn)
+    while pair >= 0:
+        head, visit = read_item(box, turn)
+        n_tiles, batch = visit[3] - visit[0], pair // key_blocks
+        is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
+        for outer in range(0, n_outer):
+            for inner in range(0, n_inner):
+                member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
+                lock = locks + (batch * n_heads + head * group + member) * row_blocks + visit[0] + place
+                mbarrier.wait(slot(is_added, done, 2), phase_of(done, 2))
+                gl.atomic_add(lock, 1, sem="release")
+                mbarrier.arrive(slot(is_given_on, done, 2), count=1)
+                done += 1
+        turn += 1
+        pair = await_item(box, turn)
+
+
 @gluon.jit(do_not_specialize=SIZES)
 def attention_backward_wide_hopper(
     query_descriptor, key_descriptor, value_descriptor, dout_descriptor, dq_parts, dk_descriptor, dv_descriptor,
-    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, order, tiles, turns,
+    exponent_descriptor, delta_descriptor, start_descriptor, end_descriptor, dk_out, dv_out, homes, items, tiles, turns,
     by_tile, locks, counter, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, tiles_batch, turns_batch,
     bounds_batch, n_keys, head_dim, n_heads, group, n_items, n_pairs, together, key_blocks, row_blocks, factor, scale,
     ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -211,7 +264,8 @@ def attention_backward_wide_hopper(
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], vector)
     starts = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
     ends = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_Q], vector)
-    box = make_box(2)
+    box = make_box(2 if locks is None else 4)
+    turn_ring = barriers(2, 1), barriers(2, 2), barriers(2, 1)
     key_ring = keys, values, barriers(1, 1).index(0), barriers(1, 2).index(0)
     row_ring = queries, douts, barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
@@ -223,18 +277,34 @@ def attention_backward_wide_hopper(
     shares = weights, dscores
     dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
     keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides
-    turns_of = turns, by_tile, locks, turns_batch
-    work = order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
+    work = items, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, n_heads, group, key_blocks, row_blocks, factor, scale
-    gl.warp_specialize(
-        [
-            (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, turns_of, sizes, 0, ACCUMULATE,
-                         BLOCK_Q, STAGES)),
-            (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, turns_of, sizes, 1, ACCUMULATE,
-                         BLOCK_Q, STAGES)),
-            (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads, bounds_batch,
-                          ACCUMULATE, BLOCK_Q, KEYS, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )  # fmt: skip
+    if locks is None:
+        gl.warp_specialize(
+            [
+                (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, locks, sizes, 0,
+                             ACCUMULATE, BLOCK_Q, STAGES)),
+                (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, locks, sizes, 1,
+                             ACCUMULATE, BLOCK_Q, STAGES)),
+                (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads,
+                              bounds_batch, ACCUMULATE, BLOCK_Q, KEYS, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, turn_ring, sizes, 0,
+                             ACCUMULATE, BLOCK_Q, STAGES)),
+                (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, turn_ring, sizes, 1,
+                             ACCUMULATE, BLOCK_Q, STAGES)),
+                (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads,
+                              bounds_batch, ACCUMULATE, BLOCK_Q, KEYS, STAGES)),
+                (_wait_for_turns, (box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads,
+                                   row_blocks)),
+                (_give_turns_on, (box, turn_ring, by_tile, locks, key_blocks, group, n_heads, row_blocks)),
+            ],
+            [4, 1, 1, 1],
+            [REGISTERS, 24, 24, 24],
+        )  # fmt: skip

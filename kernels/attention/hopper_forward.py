@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,6 +31,7 @@ from longctx.kernels.attention import tiles as tile_lists
 from longctx.kernels.attention.hopper_gluon import (
     arrive_at_named_barrier,
     named_barrier,
+    scale_rows,
     threads_meet,
     tma_load,
     tma_store,
@@ -57,6 +59,7 @@ ROWS = gl.constexpr(tile_lists.MERGED_ROWS)  # of a consumer
 TAKES_PART, HAS_BEFORE, HAS_AFTER = (
     gl.constexpr(bit) for bit in (tile_lists.TAKES_PART, tile_lists.HAS_BEFORE, tile_lists.HAS_AFTER)
 )
+RESCALE_THRESHOLD = gl.constexpr(8.0)  # of log2: how much sums may outgrow the maximum they are relative to
 SIZES = [  # one compilation for all of them
     "bounds_batch", "tiles_batch", "flags_batch", "n_queries", "heads", "group", "n_items", "n_pairs", "together",
     "row_blocks",
@@ -77,11 +80,16 @@ def _lane_sums(p):
 
 @gluon.jit
 def _new_max(score, row_max, factor, key, row_start, row_end, MASKED: gl.constexpr):
-    """Scores with -inf where a row sees no key, the new row_max, it again but 0 for -inf, and what sums shrink by."""
+    """Scores with -inf where a row sees no key, the new row_max, it again but 0 for -inf, and what sums shrink by.
+
+    row_max follows the true maximum once this is far larger; before that nothing shrinks, and sums need no product.
+    (FlashAttention-4, where it runs on Blackwell)
+    """
     if MASKED:
         seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
         score = gl.where(seen, score, float("-inf"))
-    new_row_max = gl.maximum(row_max, gl.max(score, 1) * factor)
+    highest = gl.maximum(row_max, gl.max(score, 1) * factor)
+    new_row_max = gl.where(highest - row_max > RESCALE_THRESHOLD, highest, row_max)
     base = new_row_max
     if MASKED:
         base = finite(new_row_max)
@@ -121,7 +129,7 @@ def _consume_tiles(
         if CONSUMERS == 3:  # whose registers do not hold two tiles of p: the other consumers hide this wait
             acc, p, score = warpgroup_mma_wait(0, deps=(acc, p, score))
             mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
-            acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+            acc = scale_rows(acc, gl.convert_layout(shrink, acc_row))
         next_p = gl.exp2(score * factor - base[:, None])
         row_sum = row_sum * gl.convert_layout(shrink, lane_row)[:, None] + _lane_sums(next_p)
         next_p = gl.convert_layout(next_p.to(q.dtype), p_layout)
@@ -132,7 +140,7 @@ def _consume_tiles(
         else:
             acc, p, next_p = warpgroup_mma_wait(0, deps=(acc, p, next_p))
             mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
-            acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+            acc = scale_rows(acc, gl.convert_layout(shrink, acc_row))
             p = next_p
     return acc, p, row_max, row_sum
 
@@ -271,14 +279,14 @@ def _producer(
     keys, key_full, key_empty = key_ring
     values, value_full, value_empty = value_ring
     (
-        order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
+        items, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
         group,
     ) = work  # fmt: skip
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    item = gl.program_id(0)
-    while item < n_items:
-        pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, row_blocks)
+    place = gl.program_id(0)
+    while place < n_items:
+        pair, head, visit = item_of(place, items, tiles, tiles_batch, n_pairs, together, row_blocks)
         first, full_first, full_last, last = visit
         is_empty = first >= last
         is_wanted = True
@@ -311,13 +319,13 @@ def _producer(
                 tma_load(value_descriptor, [batch, head // group, key, 0], value_full.index(stage), values.index(stage))
                 done += 1
             turn += 1
-        item = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        place = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
     post_item(box, turn, -1, 0, (0, 0, 0, 0))
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def attention_forward_hopper(
-    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, order, tiles,
+    query_descriptor, key_descriptor, value_descriptor, out_descriptor, sums, lse, start, end, items, tiles,
     merge_flags, counter, sums_batch, sums_row, sums_head, bounds_batch, tiles_batch, flags_batch, n_queries,
     head_dim, heads, group, n_items, n_pairs, together, row_blocks, factor,
     IS_PART: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
@@ -343,7 +351,7 @@ def attention_forward_hopper(
     )  # fmt: skip
     descriptors = query_descriptor, key_descriptor, value_descriptor
     work = (
-        order, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
+        items, tiles, counter, merge_flags, tiles_batch, flags_batch, n_queries, n_items, n_pairs, together, row_blocks,
         group,
     )  # fmt: skip
     rings = box, query_ring, key_ring, value_ring
@@ -404,17 +412,17 @@ def forward_on_hopper(
     start, end = tile_lists.contiguous_bounds(mask)
     item_rows = blocks.consumers * ROWS.value
     tiles = tile_lists.key_tiles(mask, item_rows, blocks.keys)
-    order = tile_lists.longest_first(mask, batch, item_rows, blocks.keys)
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
-    n_items = order.numel() * heads
+    items = tile_lists.forward_items(mask, batch, item_rows, blocks.keys, heads, together)
+    row_blocks = triton.cdiv(n_queries, item_rows)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     queries, outs = (descriptor(x, ROWS.value, width) for x in (q, out))
     keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
     with hardware.on_device(q):
-        attention_forward_hopper[(min(n_items, hardware.multiprocessors(q.device)),)](
-            queries, keys, values, outs, sums, lse, start, end, order, tiles, merge_flags, counter, *sums.stride()[:3],
+        attention_forward_hopper[(min(len(items), hardware.multiprocessors(q.device)),)](
+            queries, keys, values, outs, sums, lse, start, end, items, tiles, merge_flags, counter, *sums.stride()[:3],
             addressing.shared_stride(start), addressing.shared_stride(tiles), addressing.shared_stride(merge_flags),
-            n_queries, head_dim, heads, heads // kv_heads, n_items, order.numel(), together, order.numel() // batch,
+            n_queries, head_dim, heads, heads // kv_heads, len(items), batch * row_blocks, together, row_blocks,
             options.scale * LOG2_E.value, IS_PART=part is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, CONSUMERS=blocks.consumers, num_warps=4,

@@ -50,3 +50,35 @@ def wait_for_writes():
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.constexpr_function
+def _scaling(n):
+    """PTX for `n` numbers of a thread, of two rows in turns of two: products, unless all factors of a warp are 1."""
+    factor_of = [f"${2 * n + i % 4}" for i in range(n)]  # operands are the results, the same as inputs, and the factors
+    products = " ".join(f"mul.f32 ${i}, ${i}, {factor_of[i]};" for i in range(n))
+    return f"""
+        {{
+            .reg .pred changes;
+            setp.neu.f32 changes, {factor_of[0]}, 1.0;
+            setp.neu.or.f32 changes, {factor_of[2]}, 1.0, changes;
+            vote.sync.any.pred changes, changes, 0xffffffff;
+            @!changes bra.uni DONE;
+            {products}
+            DONE:
+        }}
+    """
+
+
+@gluon.constexpr_function
+def _scaling_operands(n):
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def scale_rows(x, factor):
+    """x * factor[:, None] of a product x (64, columns), which is no more than a branch where all are 1."""
+    n: gl.constexpr = x.shape[0] * x.shape[1] // 128  # of a thread
+    return gl.inline_asm_elementwise(
+        _scaling(n), _scaling_operands(n), [x, factor[:, None]], dtype=gl.float32, is_pure=True, pack=n
+    )

@@ -85,22 +85,22 @@ def loops_of(by_tile, pair, n_tiles, group):
 
 
 @gluon.jit
-def step_of(outer, inner, is_by_tile, n_tiles, IS_DOWN: gl.constexpr):
+def step_of(outer, inner, by_tile, is_by_tile, n_tiles):
     """The query head of the group, and the tile among those that the item visits, of a step of both loops."""
     member, place = gl.where(is_by_tile, inner, outer), gl.where(is_by_tile, outer, inner)
-    if IS_DOWN:
+    if by_tile is not None:
         place = n_tiles - 1 - place
     return member, place
 
 
 @gluon.jit
-def turn_of(turns, tile, key_block, IS_DOWN: gl.constexpr):
+def turn_of(turns, by_tile, tile, key_block):
     """How many blocks of keys add to a tile of rows before this one, whose items all begin before this one's.
 
     `turns` holds the blocks of keys that the rows see (`tiles.key_tiles`): on the way down the first adds first, else
     the last.
     """
-    if IS_DOWN:
+    if by_tile is not None:
         turn = key_block - gl.load(turns + tile * 4)
     else:
         turn = gl.load(turns + tile * 4 + 3) - 1 - key_block
@@ -123,12 +123,13 @@ def load_items(
     keys, values, key_full, key_empty = key_ring
     queries, douts, query_full, dout_full, row_empty = row_ring
     exponents, deltas, starts, ends = rows
-    order, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
+    items, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks = work
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    item = gl.atomic_add(counter, 1)  # the first one too: who waits for another's turn waits for a program that runs
-    while item < n_items:
-        pair, head, visit = item_of(item, order, tiles, tiles_batch, n_pairs, together, key_blocks)
+    # the first one too: who waits for another's turn waits for a program that runs
+    place = gl.atomic_add(counter, 1, sem="relaxed")
+    while place < n_items:
+        pair, head, visit = item_of(place, items, tiles, tiles_batch, n_pairs, together, key_blocks)
         n_tiles = visit[3] - visit[0]
         if not (ACCUMULATE and n_tiles == 0):  # nothing to add
             post_item(box, turn, pair, head, visit)
@@ -141,8 +142,8 @@ def load_items(
             is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
             for outer in range(0, n_outer):
                 for inner in range(0, n_inner):
-                    member, place = step_of(outer, inner, is_by_tile, n_tiles, by_tile is not None)
-                    query_head, row = head * group + member, (visit[0] + place) * BLOCK_Q
+                    member, at = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
+                    query_head, row = head * group + member, (visit[0] + at) * BLOCK_Q
                     stage, parity = done % STAGES, phase_of(done, STAGES) ^ 1
                     of_head = (batch * n_heads + query_head) * (row_blocks * BLOCK_Q) + row
                     of_batch = batch * bounds_batch + row
@@ -159,7 +160,7 @@ def load_items(
                     tma_load(delta_descriptor, [of_head], full, deltas.index(stage))
                     done += 1
             turn += 1
-        item = gl.atomic_add(counter, 1)
+        place = gl.atomic_add(counter, 1, sem="relaxed")
     post_item(box, turn, -1, 0, (0, 0, 0, 0))
 
 

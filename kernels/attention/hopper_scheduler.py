@@ -71,16 +71,17 @@ def make_box(readers: gl.constexpr):
 
 
 @gluon.jit
-def item_of(item, order, tiles, tiles_batch, n_pairs, together, blocks):
-    """The block (sequence * blocks + block), the head, and the bounds of the tiles it visits (see tiles.py).
+def item_of(place, items, tiles, tiles_batch, n_pairs, together, blocks):
+    """The item at a place of `items`: its block (sequence * blocks + block), head, and bounds of the tiles it visits.
 
-    `together` heads are worked on at a time: their blocks in `order`.
+    `items` and `tiles`: see tiles.py.
     """
-    section, place = item // (n_pairs * together), item % (n_pairs * together)
-    pair = gl.load(order + place // together)
+    item = gl.load(items + place)
+    pair = item % (n_pairs * together) // together
+    head = item // (n_pairs * together) * together + item % together
     bounds = tiles + (pair // blocks) * tiles_batch + (pair % blocks) * 4
     visit = gl.load(bounds), gl.load(bounds + 1), gl.load(bounds + 2), gl.load(bounds + 3)
-    return pair, section * together + place % together, visit
+    return pair, head, visit
 
 
 @gluon.jit

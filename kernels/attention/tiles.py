@@ -65,19 +65,6 @@ def _ordered(first: Tensor, full_first: Tensor, full_last: Tensor, last: Tensor)
 
 
 @cached_per_mask
-def by_position(mask: KeyIntervals, batch: int, block_k: int, last_first: bool) -> Tensor:
-    """The blocks of keys of all sequences, numbered as in `longest_first`, the first or last of each sequence first.
-
-    Blocks that see the same rows come soon after each other (beside each other, but for the other sequences), and find
-    them in the cache. In causal documents the first block of keys is also seen by most rows.
-    """
-    blocks = -(-mask.n_keys // block_k)
-    number = torch.arange(batch * blocks, dtype=torch.int32, device=contiguous_bounds(mask)[0].device)
-    number = number.view(batch, blocks)
-    return (number.flip(1) if last_first else number).T.flatten()
-
-
-@cached_per_mask
 def shares_last_rows(mask: KeyIntervals, batch: int, block_q: int, block_k: int) -> Tensor:
     """Whether a block of keys and one beside it are seen up to the same tile of rows: int32 0 or 1, (batch * blocks,).
 
@@ -98,15 +85,67 @@ def padded_bounds(mask: KeyIntervals, rows: int) -> tuple[Tensor, Tensor]:
     return F.pad(start, (0, missing)), F.pad(end, (0, missing))
 
 
-@cached_per_mask
-def longest_first(mask: KeyIntervals, batch: int, block_q: int, block_k: int) -> Tensor:
-    """The blocks of rows of all sequences, those that visit most tiles first.
+# in which order the items of a Hopper kernel are taken ----------------------------------------------------------------
+# An item is a block of rows or of keys of one head. `together` heads, a section, are worked on at a time: as many as
+# the cache holds. Blocks are numbered sequence by sequence, items section by section, in these block by block.
 
-    int32 (batch * blocks,): sequence * blocks + block. Those who take work in this order end at about the same time.
+
+@cached_per_mask
+def forward_items(
+    mask: KeyIntervals, batch: int, block_q: int, block_k: int, heads: int, together: int
+) -> Tensor:  # fmt: skip
+    """Numbers of all blocks of rows of all heads, int32: most tiles first, so that programs end together."""
+    place = _ranks_by_length(key_tiles(mask, block_q, block_k), batch)
+    section = torch.arange(heads // together, device=place.device)[:, None]
+    return _items_by(section, place, together)
+
+
+@cached_per_mask
+def backward_items(
+    mask: KeyIntervals, batch: int, block_q: int, block_k: int, heads: int, together: int, programs: int,
+    in_turns: bool, last_first: bool,
+) -> Tensor:  # fmt: skip
+    """Numbers of all blocks of keys of all heads, int32: by position, so that they find shared rows in the cache.
+
+    A long one that is taken late would keep one program at work when all others have ended. So the last sections are
+    taken together, so many that for each program they are as much work as the longest block, and this comes first.
+    `in_turns`: in each head strictly by position; `last_first`: its last blocks first.
     """
-    tiles = key_tiles(mask, block_q, block_k)
-    visited = (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
-    return torch.argsort(visited, descending=True, stable=True).to(torch.int32)
+    tiles = row_tiles(mask, block_q, block_k)
+    visited = _visited(tiles, batch)
+    section = torch.arange(heads // together, device=tiles.device)[:, None]
+    by_position = _ranks_by_position(len(visited), batch, last_first, tiles.device)
+    if last_first:
+        return _items_by(section, by_position, together)
+    longest = F.pad(visited, (0, 1)).max()
+    at_the_end = (programs * longest / visited.sum().clamp(min=1) / together).round().clamp(min=1)
+    is_end = section >= len(section) - at_the_end
+    place = by_position if in_turns else torch.where(is_end, _ranks_by_length(tiles, batch), by_position)
+    return _items_by(torch.where(is_end, len(section), section), place, together)
+
+
+def _visited(tiles: Tensor, batch: int) -> Tensor:
+    """How many tiles each block of all sequences visits: (batch * blocks,)."""
+    return (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
+
+
+def _ranks_by_length(tiles: Tensor, batch: int) -> Tensor:
+    """Of each block its place, if those that visit most come first."""
+    order = torch.argsort(_visited(tiles, batch), descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _ranks_by_position(n: int, batch: int, last_first: bool, device: torch.device) -> Tensor:
+    """Of each block its place, if the first blocks of all sequences come first, then the second ones, ..."""
+    place = torch.arange(n, device=device).view(-1, batch)
+    return (place.flip(0) if last_first else place).T.flatten()
+
+
+def _items_by(section: Tensor, place: Tensor, together: int) -> Tensor:
+    """Numbers of items by their section, then by place, of sizes that broadcast to (sections, blocks)."""
+    key = (section * place.shape[-1] + place).flatten()
+    first = torch.argsort(key, stable=True) * together
+    return (first[:, None] + torch.arange(together, device=key.device)).flatten().to(torch.int32)
 
 
 def merge_flags(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:

@@ -59,7 +59,7 @@ def compile_case(
                         {
                             "instructions": len(loop), "spills": sass.spills(loop),
                             "exponentials": sass.exponentials_by_pending_products(loop),
-                            "overwritten": sass.overwritten_operands(loop),
+                            "overwritten": sass.overwritten_operands(loop), "votes": sass.votes(loop),
                         }
                         for loop in sass.loops(code)
                     ],

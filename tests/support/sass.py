@@ -50,6 +50,11 @@ def spills(loop: list[str]) -> int:
     return sum(x.startswith(("STL", "LDL")) for x in loop)
 
 
+def votes(loop: list[str]) -> int:
+    """Questions that the threads of a warp decide together."""
+    return sum(x.startswith("VOTE") for x in loop)
+
+
 def bytes_of_stores(code: Code) -> list[int]:
     """Of a thread, of each kind of instruction that stores to global memory."""
     stores = {x.split()[0] for x in code.instructions if x.startswith("STG")}

@@ -252,16 +252,48 @@ def test_statistics_of_rows():
     assert torch.equal(delta[..., 5:], torch.zeros(1, 2, 3, device=DEVICE))
 
 
+def items(found: torch.Tensor, blocks: int, together: int) -> list[tuple[int, int]]:
+    """Head and block, among `blocks` of all sequences, of items that are numbered section by section."""
+    section, rest = found // (blocks * together), found % (blocks * together)
+    return list(zip((section * together + rest % together).tolist(), (rest // together).tolist(), strict=True))
+
+
 def test_order_of_items():
     mask = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
     # blocks of 8 rows see 1, 1, 2 and 3 tiles of 8 keys
-    assert tiles.longest_first(mask, 1, 8, 8).tolist() == [3, 2, 0, 1]
-    assert tiles.longest_first(mask, 2, 8, 8).tolist() == [3, 7, 2, 6, 0, 1, 4, 5]
-    assert tiles.by_position(mask, 2, 8, False).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert tiles.by_position(mask, 2, 8, True).tolist() == [3, 7, 2, 6, 1, 5, 0, 4]
+    order = [3, 7, 2, 6, 0, 1, 4, 5]  # of two sequences
+    assert items(tiles.forward_items(mask, 1, 8, 8, 1, 1), 4, 1) == [(0, block) for block in (3, 2, 0, 1)]
+    assert items(tiles.forward_items(mask, 2, 8, 8, 4, 2), 8, 2) == [
+        (first + head, block) for first in (0, 2) for block in order for head in (0, 1)
+    ]
     start, end = tiles.padded_bounds(mask, 20)
     assert start.shape == end.shape == (1, 40)
     assert start[0, 32:].tolist() == end[0, 32:].tolist() == [0] * 8
+
+
+def test_order_of_items_backward():
+    mask = KeyIntervals.documents(torch.tensor([[0] * 8 + [8] * 24])).to(DEVICE)
+    # blocks of 8 keys are seen by 1, 3, 2 and 1 tiles of rows, so that a head is the longest one for two programs
+    position, longest = [0, 1, 2, 3], [1, 2, 0, 3]
+    of = [(head, block) for head in (0, 1) for block in position] + [(2, block) for block in longest]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 3, 1, 2, False, False), 4, 1) == of
+    # for four programs two heads are
+    of = [(0, block) for block in position] + [(head, block) for block in longest for head in (1, 2)]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 3, 1, 4, False, False), 4, 1) == of
+    of = [(0, block) for block in position] + [(head, block) for block in position for head in (1, 2)]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 3, 1, 4, True, False), 4, 1) == of
+    # where two are taken at a time anyway, these, and for a hundred all
+    of = [(head, block) for block in position for head in (0, 1)] + [(h, block) for block in longest for h in (2, 3)]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 4, 2, 2, False, False), 4, 2) == of
+    of = [(head, block) for block in longest for head in range(4)]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 4, 2, 100, False, False), 4, 2) == of
+    # of two sequences, in turns from the last blocks on: head after head
+    of = [(head, 4 * sequence + block) for head in (0, 1) for block in (3, 2, 1, 0) for sequence in (0, 1)]
+    assert items(tiles.backward_items(mask, 2, 8, 8, 2, 1, 4, True, True), 8, 1) == of
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    nothing = KeyIntervals.intervals(zeros, zeros, 16).to(DEVICE)
+    assert len(tiles.backward_items(nothing, 1, 8, 8, 2, 1, 4, False, False)) == 4
+    assert len(tiles.backward_items(nothing.keys(torch.arange(0, device=DEVICE)), 1, 8, 8, 2, 1, 4, False, False)) == 0
 
 
 def test_blocks_of_keys_that_are_seen_up_to_the_same_rows():

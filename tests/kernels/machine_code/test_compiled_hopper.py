@@ -66,12 +66,17 @@ def test_the_loops_of_the_forward_pass_spill_nothing(kernels):
             assert loop["spills"] <= (most if kernel["triton"] == NEWEST else 0), kernel
 
 
+def test_sums_are_scaled_where_a_warp_has_to(kernels):
+    """A branch around the products; without it each tile takes 32, 64 or 128 more instructions of a thread."""
+    for kernel in filter(is_forward, kernels):
+        assert [loop["votes"] for loop in loops_of_tiles(kernel)] == [1] * 2 * consumers(kernel), kernel
+
+
 def test_the_loops_of_the_backward_pass_spill_nothing_or_addresses_alone(kernels):
     """dK and dV take half of the registers; what else spills are numbers that are the same for a whole loop."""
     for kernel in kernels:
         if not is_forward(kernel):
-            is_ordered = kernel["deterministic"] and kernel["triton"] == NEWEST
-            most = {64: 12 if kernel["into"] else 0, 128: 0, 256: 72 if is_ordered else 34}[kernel["head_dim"]]
+            most = 12 if kernel["head_dim"] == 64 and kernel["into"] else 0
             assert all(loop["spills"] <= most for loop in loops_of_tiles(kernel)), kernel
 
 
