@@ -6,8 +6,8 @@
 Each strategy's results are first compared with one GPU's over the whole of a short sequence; one that is wrong ends the
 run without a figure. TFLOP/s are those of one GPU: 4 x head_dim a pair of a query and a key it sees and a head forward,
 2.5 x that backward, shared evenly over the GPUs, in the time of the slowest. `alone`: a rank's rows with all the keys
-they see at hand, `share`: of its rate, both in turns. Times are of several calls in a row, as layers follow each other
-in training. GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
+they see at hand, `share`: of its rate, both in turns. Times are of several calls in a row that the GPU finds queued, as
+layers follow each other in training. GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
 
 The peers of `context_parallel_peers.py`, where they are installed, in the causal cases.
 """
@@ -44,6 +44,7 @@ HEAD_DIM = 128
 GIB = 2.0**30
 ROWS = 5
 LONG_MS = 500.0  # calls that take longer are timed in two rows
+PAUSE_CYCLES = 25_000_000  # of the GPU, 15 ms, before a row of calls
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def _row_ms(call: Callable[[], object], calls: int) -> float:
     dist.barrier()
     torch.cuda.synchronize()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE_CYCLES)
     before.record()
     for _ in range(calls):
         call()
