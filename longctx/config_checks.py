@@ -213,6 +213,11 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
             f"model.max_positions={model.max_positions} is less than data.sequence_length={data.sequence_length}; "
             f"set model.max_positions={data.sequence_length} or shorten the sequence"
         )
+    if data.end_of_document is not None and not 0 <= data.end_of_document < model.vocab_size:
+        problems.append(
+            f"data.end_of_document={data.end_of_document} is no id of model.vocab_size={model.vocab_size}; set the id "
+            f"that closes documents in the files, from 0 to {model.vocab_size - 1}"
+        )
     if data.source == DataSource.recall:
         needed = data.recall.keys + data.recall.values
         if model.vocab_size < needed:

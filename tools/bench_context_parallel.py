@@ -7,7 +7,8 @@ Each strategy's results are first compared with one GPU's over the whole of a sh
 run without a figure. TFLOP/s are those of one GPU: 4 x head_dim a pair of a query and a key it sees and a head forward,
 2.5 x that backward, shared evenly over the GPUs, in the time of the slowest. `alone`: a rank's rows with all the keys
 they see at hand, `share`: of its rate, both in turns. Times are of several calls in a row that the GPU finds queued, as
-layers follow each other in training. GiB are what a forward and a backward pass hold beyond their inputs, the buffers of the transport included.
+layers follow each other in training. GiB are what a forward and a backward pass hold beyond their inputs, the buffers
+of the transport included.
 
 The peers of `context_parallel_peers.py`, where they are installed, in the causal cases.
 """

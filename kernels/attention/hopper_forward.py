@@ -100,7 +100,7 @@ def _new_max(score, row_max, factor, key, row_start, row_end, MASKED: gl.constex
 def _consume_tiles(
     i_first, i_last, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start, row_end,
     MASKED: gl.constexpr, NUMBER: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr, score_layout: gl.constexpr, acc_layout: gl.constexpr,
+    PING_PONG: gl.constexpr, IS_PART: gl.constexpr, score_layout: gl.constexpr, acc_layout: gl.constexpr,
 ):  # fmt: skip
     """Tiles i_first to i_last of an item: their scores, and the products of the weights before with their values."""
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc_layout, k_width=2)
@@ -140,7 +140,10 @@ def _consume_tiles(
         else:
             acc, p, next_p = warpgroup_mma_wait(0, deps=(acc, p, next_p))
             mbarrier.arrive(slot(value_empty, count - 1, STAGES), count=1)
-            acc = scale_rows(acc, gl.convert_layout(shrink, acc_row))
+            if IS_PART and acc.shape[1] == 256:  # or ptxas moves the exponentials behind the wait
+                acc = acc * gl.convert_layout(shrink, acc_row)[:, None]
+            else:
+                acc = scale_rows(acc, gl.convert_layout(shrink, acc_row))
             p = next_p
     return acc, p, row_max, row_sum
 
@@ -218,11 +221,11 @@ def _consumer(
         mbarrier.wait(slot(key_full, done + 1, STAGES), phase_of(done + 1, STAGES), pred=n_tiles > 1)
         state = _consume_tiles(
             1, edges, n_tiles, visit, done, q, key_ring, value_ring, (acc, p, row_max, row_sum), factor, row_start,
-            row_end, True, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            row_end, True, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, IS_PART, score_layout, acc_layout,
         )  # fmt: skip
         acc, p, row_max, row_sum = _consume_tiles(
             gl.maximum(edges, 1), n_tiles, n_tiles, visit, done, q, key_ring, value_ring, state, factor, row_start,
-            row_end, False, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, score_layout, acc_layout,
+            row_end, False, NUMBER, CONSUMERS, BLOCK_K, STAGES, PING_PONG, IS_PART, score_layout, acc_layout,
         )  # fmt: skip
         if OWN_OUT:
             mbarrier.arrive(query_empty.index(NUMBER), count=1)

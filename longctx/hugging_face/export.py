@@ -26,9 +26,10 @@ from longctx.data.tokenizer import (
     find_end_of_document,
     kept_tokenizer,
     open_tokenizer,
+    vocab_size,
 )
 from longctx.files import readable_as_its_folder
-from longctx.hugging_face.convert import Stored, stored_tensors, to_config_json
+from longctx.hugging_face.convert import PretrainedError, Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
 PREFIX = "model."  # of the weights' names in a checkpoint
@@ -53,7 +54,8 @@ def export_hugging_face(
     end-of-document token: `tokenizer_file` (and its token `end_of_document`; None: a usual one), or the one that the
     run has kept in its folder, with the chat template of its conversations.
 
-    Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model.
+    Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model,
+    or the tokenizer is that of another.
     """
     manifest = read_manifest(checkpoint)
     model, sequence_length = model_of(manifest)
@@ -64,7 +66,7 @@ def export_hugging_face(
     beside = {}
     if tokenizer_file is not None or kept.exists():
         end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
-        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, context)
+        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, context, model.vocab_size)
         fields |= names
         template = kept.with_name(CHAT_TEMPLATE)
         if tokenizer_file is None and template.exists():
@@ -74,10 +76,18 @@ def export_hugging_face(
 
 
 def _tokenizer_files(
-    file: Path, end: int | None, end_token: str | None, context: int
+    file: Path, end: int | None, end_token: str | None, context: int, vocabulary: int
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name."""
+    """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name.
+
+    Raises `PretrainedError` if it has ids that a model of `vocabulary` ids has not.
+    """
     tokenizer = open_tokenizer(file)
+    if vocab_size(tokenizer) > vocabulary:
+        raise PretrainedError(
+            f"{file}: its ids go to {vocab_size(tokenizer) - 1}, the model has {vocabulary}; give the tokenizer that "
+            "the run's text was prepared with"
+        )
     ids = {"eos_token_id": find_end_of_document(tokenizer, file, end_token) if end is None else end}
     if begin := document_begin(tokenizer, file):
         ids["bos_token_id"] = begin[0]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from longctx.config import ModelConfig
+from longctx.config import ModelConfig, RotaryScaling
 from longctx.hugging_face.convert import IGNORED, PretrainedError, Stored, differences, from_config_json, stored_tensors
 from longctx.local_part import index_of, local_part
 from longctx.runtime import Runtime
@@ -122,6 +122,10 @@ class PretrainedWeights:
                 why = f" ({HEAD} is not the embedding)"
             raise PretrainedError(f"{self.folder} is another model than this run's; set {' '.join(wrong)}{why}")
         self.names(config)
+        scaled, first = config.rotary.scaling, config.rotary.original_length
+        is_by_context = scaled in (RotaryScaling.dynamic, RotaryScaling.yarn, RotaryScaling.llama3)
+        if is_by_context and "model.rotary.scaling=none" in rotary and self.context not in (0, first):
+            rotary.append(f"and a context of {self.context} tokens, where model.rotary.original_length={first}")
         return rotary
 
     def names(self, config: ModelConfig) -> dict[str, str]:

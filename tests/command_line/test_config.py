@@ -107,6 +107,15 @@ def test_sequence_must_divide():
         check(config, 4)
 
 
+@pytest.mark.parametrize("number", [-1, 8192])
+def test_documents_end_with_an_id_of_the_vocabulary(number):
+    config = composed("recipe=gpt_tiny", f"data.end_of_document={number}", "model.vocab_size=8192")
+    with pytest.raises(ConfigError, match=rf"end_of_document={number} is no id of model.vocab_size=8192; .* to 8191"):
+        check(config, 1)
+    config.data.end_of_document = 8191
+    check(config, 1)
+
+
 def test_batch_must_divide():
     config = composed("recipe=gpt_tiny", "parallel=auto", "data.sequences_per_step=6")
     with pytest.raises(

@@ -31,6 +31,7 @@ from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.data.tokenizer import check_same_ids
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
+from longctx.hugging_face.export import export_hugging_face
 from longctx.hugging_face.load import PretrainedWeights
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.model.rotary import attention_factor, frequencies
@@ -185,12 +186,31 @@ def test_what_is_trained_on_short_sequences_keeps_its_context(tmp_path, corpus):
     output_of(CONVERT, *export)
     fields = [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")]
     assert fields[0]["max_position_embeddings"] == fields[1]["model_max_length"] == 64
+    larger = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    larger.add_tokens(["<one more>"])
+    larger.save(str(tmp_path / "larger.json"))
+    with pytest.raises(
+        PretrainedError, match=r"larger.json: its ids go to 8192, the model has 8192; give"
+    ):
+        export_hugging_face(Path(export[1]), tmp_path / "other", torch.float32, tmp_path / "larger.json")
+    assert not (tmp_path / "other").exists()
     shorter = {"name": "branch", "data__sequence_length": 16, "optim__steps": 5}
     start = str(config.run_folder / "checkpoints" / "step_4")
     branch = small_config(tmp_path, corpus, model=config.model, checkpoint__resume=start, **shorter)
     branch.model.init_from = ""
     with trainer_of(branch) as trainer:
         assert trainer.progress.context == 64
+
+
+def test_a_scaling_is_told_by_the_context_of_the_weights(tmp_path):
+    make(tmp_path, "qwen3")
+    weights, config = PretrainedWeights(tmp_path), config_of(tmp_path)
+    assert weights.check(config) == []
+    config.rotary.scaling, config.rotary.original_length = RotaryScaling.yarn, 64
+    assert weights.check(config) == ["model.rotary.scaling=none"]
+    config.rotary.original_length = 8192
+    told = "and a context of 64 tokens, where model.rotary.original_length=8192"
+    assert weights.check(config) == ["model.rotary.scaling=none", told]
 
 
 def test_the_preset_is_printed(tmp_path):

@@ -69,7 +69,9 @@ def test_the_loops_of_the_forward_pass_spill_nothing(kernels):
 def test_sums_are_scaled_where_a_warp_has_to(kernels):
     """A branch around the products; without it each tile takes 32, 64 or 128 more instructions of a thread."""
     for kernel in filter(is_forward, kernels):
-        assert [loop["votes"] for loop in loops_of_tiles(kernel)] == [1] * 2 * consumers(kernel), kernel
+        is_always = kernel["blocks"] and kernel["head_dim"] == 256
+        votes = [loop["votes"] for loop in loops_of_tiles(kernel)]
+        assert votes == [0 if is_always else 1] * 2 * consumers(kernel), kernel
 
 
 def test_the_loops_of_the_backward_pass_spill_nothing_or_addresses_alone(kernels):
