@@ -5,7 +5,7 @@ docs/attention_on_hopper.md says how it works. Letters in shapes: Q rows and K k
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # a kernel is launched with arguments that its signature does not show, and its constants are no Python values
 
 from __future__ import annotations

@@ -189,9 +189,7 @@ def test_what_is_trained_on_short_sequences_keeps_its_context(tmp_path, corpus):
     larger = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
     larger.add_tokens(["<one more>"])
     larger.save(str(tmp_path / "larger.json"))
-    with pytest.raises(
-        PretrainedError, match=r"larger.json: its ids go to 8192, the model has 8192; give"
-    ):
+    with pytest.raises(PretrainedError, match=r"larger.json: its ids go to 8192, the model has 8192; give"):
         export_hugging_face(Path(export[1]), tmp_path / "other", torch.float32, tmp_path / "larger.json")
     assert not (tmp_path / "other").exists()
     shorter = {"name": "branch", "data__sequence_length": 16, "optim__steps": 5}
