@@ -6,6 +6,7 @@ Which calls go to them is tested everywhere. Memory that nobody has written is N
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -294,6 +295,31 @@ def test_order_of_items_backward():
     nothing = KeyIntervals.intervals(zeros, zeros, 16).to(DEVICE)
     assert len(tiles.backward_items(nothing, 1, 8, 8, 2, 1, 4, False, False)) == 4
     assert len(tiles.backward_items(nothing.keys(torch.arange(0, device=DEVICE)), 1, 8, 8, 2, 1, 4, False, False)) == 0
+
+
+class Pointer(NamedTuple):
+    """A place in a tensor, as kernels have it."""
+
+    tensor: torch.Tensor
+    place: int = 0
+
+    def __add__(self, n: int) -> Pointer:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Pointer(self.tensor, self.place + n)
+
+
+def test_items_are_read_as_they_are_numbered():
+    """What a kernel makes of a number, with its loads taken from the tensors."""
+    start = torch.tensor([[0] * 8 + [8] * 24, [0] * 32])
+    mask = KeyIntervals.documents(start).to(DEVICE)
+    numbers, bounds = tiles.backward_items(mask, 2, 8, 8, 4, 2, 2, False, False), tiles.row_tiles(mask, 8, 8)
+    read = hopper_scheduler.item_of.fn
+    with mock.patch.object(hopper_scheduler.gl, "load", lambda of: int(of.tensor.flatten()[of.place])):
+        found = [
+            read(place, Pointer(numbers), Pointer(bounds), bounds.stride(0), 8, 2, 4) for place in range(len(numbers))
+        ]
+    assert [(head, pair) for pair, head, _ in found] == items(numbers, 8, 2)
+    assert sorted((head, pair) for pair, head, _ in found) == [(head, pair) for head in range(4) for pair in range(8)]
+    assert all(visit == tuple(bounds[pair // 4, pair % 4].tolist()) for pair, _, visit in found)
 
 
 def test_blocks_of_keys_that_are_seen_up_to_the_same_rows():
