@@ -197,7 +197,7 @@ def _consumer(
 
 @gluon.jit
 def _wait_for_turns(box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads, row_blocks):
-    """A warp that waits for the program's turn at each tile, two tiles ahead of the one that gives turns on."""
+    """A warp that waits for the program's turn at each tile, at most two ahead of the one that gives turns on."""
     is_turn, _is_added, is_given_on = turn_ring
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -279,7 +279,7 @@ def attention_backward_wide_hopper(
     keys_at = dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides
     work = items, tiles, by_tile, counter, tiles_batch, n_items, n_pairs, together, key_blocks
     sizes = n_keys, head_dim, n_heads, group, key_blocks, row_blocks, factor, scale
-    if locks is None:
+    if locks is None:  # which stands for the ring of turns too
         gl.warp_specialize(
             [
                 (_consumer, (box, key_ring, row_ring, rows, shares, dq_parts, keys_at, by_tile, locks, sizes, 0,

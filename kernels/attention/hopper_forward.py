@@ -212,7 +212,7 @@ def _consumer(
         mbarrier.arrive(slot(key_empty, done, STAGES), count=1)
         key = visited_tile(0, visit) * BLOCK_K
         key += gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, score_layout))
-        row_max = gl.full([ROWS], float("-inf"), gl.float32, score_row)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, score_row)  # that sums are relative to, see `_new_max`
         score, row_max, base, _ = _new_max(score, row_max, factor, key, row_start, row_end, True)
         p = gl.exp2(score * factor - base[:, None])
         row_sum = _lane_sums(p)

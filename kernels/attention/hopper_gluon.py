@@ -54,7 +54,10 @@ def wait_for_writes():
 
 @gluon.constexpr_function
 def _scaling(n):
-    """PTX for `n` numbers of a thread, of two rows in turns of two: products, unless all factors of a warp are 1."""
+    """PTX for `n` numbers of a thread: products, unless all factors of a warp are 1.
+
+    As WGMMA has them, the numbers 0 and 1 are of one row, 2 and 3 of the row 8 below it, 4 and 5 of the first again.
+    """
     factor_of = [f"${2 * n + i % 4}" for i in range(n)]  # operands are the results, the same as inputs, and the factors
     products = " ".join(f"mul.f32 ${i}, ${i}, {factor_of[i]};" for i in range(n))
     return f"""
@@ -77,7 +80,11 @@ def _scaling_operands(n):
 
 @gluon.jit
 def scale_rows(x, factor):
-    """x * factor[:, None] of a product x (64, columns), which is no more than a branch where all are 1."""
+    """x * factor[:, None] of a warpgroup's product x (64, columns), which is no more than a branch where all are 1.
+
+    All threads of a warp come here together, as to the products around it, so that they may vote.
+    """
+    gl.static_assert(x.shape[0] == 64 and gl.num_warps() == 4)
     n: gl.constexpr = x.shape[0] * x.shape[1] // 128  # of a thread
     return gl.inline_asm_elementwise(
         _scaling(n), _scaling_operands(n), [x, factor[:, None]], dtype=gl.float32, is_pure=True, pack=n

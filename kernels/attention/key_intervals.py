@@ -69,15 +69,17 @@ class KeyIntervals:
         """Causal inside each of the documents packed into a sequence.
 
         `document_start`: (batch, sequence) integers, for each token the index of its document's first token. Raises
-        ValueError for others, such as the numbers of documents, as `intervals` does.
+        ValueError for others, such as the numbers of documents, for which it waits for the device (not while
+        torch.compile traces).
         """
         if document_start.ndim != 2:
             raise ValueError(f"document_start {tuple(document_start.shape)}: must be (batch, sequence)")
         batch, length = document_start.shape
         document_start = _comparable(document_start)
         _check_document_starts(document_start)
-        end = torch.arange(1, length + 1, dtype=torch.int32, device=document_start.device).expand(batch, length)
-        return KeyIntervals.intervals(document_start, end, length)
+        start = document_start.to(torch.int32, memory_format=torch.contiguous_format, copy=True)
+        end = torch.arange(1, length + 1, dtype=torch.int32, device=start.device).repeat(batch, 1)
+        return KeyIntervals(length, length, start=start, end=end)
 
     @staticmethod
     def sequences(
@@ -243,8 +245,7 @@ def _comparable(x: Tensor) -> Tensor:
 
 def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
     """Raises ValueError unless `bound` (rows, n) has integers of 0..limit that never decrease along a row."""
-    if bound.is_floating_point() or bound.dtype == torch.bool:
-        raise ValueError(f"{what}: {bound.dtype}, must be integers")
+    _check_integers(what, bound)
     if hardware.is_recording() or bound.numel() == 0:
         return
     decreases = (bound[:, 1:] < bound[:, :-1]).any()
@@ -256,17 +257,26 @@ def _check_ascending(what: str, bound: Tensor, limit: int) -> None:
         raise ValueError(f"{what}: {int(bound[row, at])} at {at} is followed by less, must never decrease")
 
 
+def _check_integers(what: str, x: Tensor) -> None:
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise ValueError(f"{what}: {x.dtype}, must be integers")
+
+
 def _check_document_starts(start: Tensor) -> None:
-    """Raises ValueError unless each token's document starts at or before it, at a token that says the same."""
-    if hardware.is_recording() or start.numel() == 0 or start.is_floating_point():
+    """Raises ValueError unless each token's document starts at or before it, at a token that says the same, and no
+    earlier than the document of the token before."""
+    _check_integers("document_start", start)
+    if hardware.is_recording() or start.numel() == 0:
         return
     token = torch.arange(start.shape[1], device=start.device)
     of_start = start.gather(1, start.long().clamp(0, start.shape[1] - 1))
-    if (wrong := (start > token) | (of_start != start)).any():
+    wrong = (start < 0) | (start > token) | (of_start != start)
+    wrong[:, 1:] |= start[:, 1:] < start[:, :-1]
+    if wrong.any():
         row, at = torch.nonzero(wrong)[0].tolist()
         raise ValueError(
-            f"document_start: {int(start[row, at])} at token {at} is not where a document starts; it holds the index "
-            "of each token's first token, such as 0, 0, 0, 3, 3, not the number of its document"
+            f"document_start: {int(start[row, at])} at token {at} is not where a document starts that goes on "
+            "here; it holds the index of each token's first token, such as 0, 0, 0, 3, 3, not a document's number"
         )
 
 

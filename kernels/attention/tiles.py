@@ -96,7 +96,7 @@ def forward_items(
 ) -> Tensor:  # fmt: skip
     """Numbers of all blocks of rows of all heads, int32: most tiles first, so that programs end together."""
     place = _ranks_by_length(key_tiles(mask, block_q, block_k), batch)
-    section = torch.arange(heads // together, device=place.device)[:, None]
+    section = _sections(heads, together, place.device)
     return _items_by(section, place, together)
 
 
@@ -108,20 +108,25 @@ def backward_items(
     """Numbers of all blocks of keys of all heads, int32: by position, so that they find shared rows in the cache.
 
     A long one that is taken late would keep one program at work when all others have ended. So the last sections are
-    taken together, so many that for each program they are as much work as the longest block, and this comes first.
-    `in_turns`: in each head strictly by position; `last_first`: its last blocks first.
+    taken together, the longest blocks first: as many sections as have the longest block's work for each program.
+    `in_turns`: together, but by position; `last_first`: by position from the last block on, section after section.
     """
     tiles = row_tiles(mask, block_q, block_k)
     visited = _visited(tiles, batch)
-    section = torch.arange(heads // together, device=tiles.device)[:, None]
+    section = _sections(heads, together, tiles.device)
     by_position = _ranks_by_position(len(visited), batch, last_first, tiles.device)
     if last_first:
         return _items_by(section, by_position, together)
-    longest = F.pad(visited, (0, 1)).max()
+    longest = F.pad(visited, (0, 1)).max()  # 0 if there are no keys
     at_the_end = (programs * longest / visited.sum().clamp(min=1) / together).round().clamp(min=1)
     is_end = section >= len(section) - at_the_end
     place = by_position if in_turns else torch.where(is_end, _ranks_by_length(tiles, batch), by_position)
     return _items_by(torch.where(is_end, len(section), section), place, together)
+
+
+def _sections(heads: int, together: int, device: torch.device) -> Tensor:
+    assert heads % together == 0, f"{heads} heads in sections of {together}"
+    return torch.arange(heads // together, device=device)[:, None]
 
 
 def _visited(tiles: Tensor, batch: int) -> Tensor:
@@ -142,7 +147,7 @@ def _ranks_by_position(n: int, batch: int, last_first: bool, device: torch.devic
 
 
 def _items_by(section: Tensor, place: Tensor, together: int) -> Tensor:
-    """Numbers of items by their section, then by place, of sizes that broadcast to (sections, blocks)."""
+    """Numbers of items, by section (those taken together have the same), then by place: (sections, blocks) each."""
     key = (section * place.shape[-1] + place).flatten()
     first = torch.argsort(key, stable=True) * together
     return (first[:, None] + torch.arange(together, device=key.device)).flatten().to(torch.int32)

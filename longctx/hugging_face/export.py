@@ -85,8 +85,8 @@ def _tokenizer_files(
     tokenizer = open_tokenizer(file)
     if vocab_size(tokenizer) > vocabulary:
         raise PretrainedError(
-            f"{file}: its ids go to {vocab_size(tokenizer) - 1}, the model has {vocabulary}; give the tokenizer that "
-            "the run's text was prepared with"
+            f"{file}: its ids go to {vocab_size(tokenizer) - 1}, the model has {vocabulary}; give one whose ids "
+            "the model has, as the text was prepared with"
         )
     ids = {"eos_token_id": find_end_of_document(tokenizer, file, end_token) if end is None else end}
     if begin := document_begin(tokenizer, file):

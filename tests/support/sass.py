@@ -51,7 +51,7 @@ def spills(loop: list[str]) -> int:
 
 
 def votes(loop: list[str]) -> int:
-    """Questions that the threads of a warp decide together."""
+    """VOTE instructions: questions that the threads of a warp decide together."""
     return sum(x.startswith("VOTE") for x in loop)
 
 

@@ -137,12 +137,13 @@ def test_two_halves_of_the_keys_are_the_whole(implementation):
 
 @pytest.mark.parametrize("implementation", ["triton", pytest.param("hopper", marks=pytest.mark.hopper)])
 @pytest.mark.parametrize("head_dim", [64, *(pytest.param(d, marks=pytest.mark.slow) for d in (128, 256))])
-def test_deterministic_gradients_are_the_same_bits(implementation, head_dim):
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_deterministic_gradients_are_the_same_bits(implementation, head_dim, kv_heads):
     mask, n = MASKS["documents"], 45
     if not ON_CPU:
         n = 3000
         mask = KeyIntervals.documents(torch.tensor([[0] * 900 + [900] * 2100], device=DEVICE))
-    shapes = [(2 if ON_CPU else 1, n, heads, head_dim) for heads in (4, 2, 2)]
+    shapes = [(2 if ON_CPU else 1, n, heads, head_dim) for heads in (4, kv_heads, kv_heads)]
     inputs = [random(implementation, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
     def results():

@@ -117,6 +117,43 @@ def test_any_intervals_shapes_and_strides(data):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["full", "documents"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "most"),
+    [
+        ("reference", torch.float32, 1e-5),
+        pytest.param("hopper", torch.bfloat16, 1e-2, marks=on_hopper),
+        pytest.param("hopper", torch.float16, 2e-3, marks=on_hopper),
+    ],
+)
+def test_maxima_that_rise(head_dim, name, implementation, dtype, most):
+    """By 2^8.5, 2^7.5 or little from one key to the next far one, eight rows each: sums keep part of the weight."""
+    n, options = 640, Options(head_dim**-0.5)
+    mask = KeyIntervals.full(n, n)
+    if name == "documents":  # rows from the second one on see nothing of the first tile
+        mask = KeyIntervals.documents(torch.tensor([[0] * 200 + [200] * 440])).to(DEVICE)
+    mask = mask.with_bounds(DEVICE)
+    rise = torch.tensor([8.5, 7.5, 0.5], device=DEVICE).repeat_interleave(8).repeat(n)[:n]
+    q, k = torch.zeros(1, n, 2, head_dim, device=DEVICE), torch.zeros(1, n, 1, head_dim, device=DEVICE)
+    q[..., 0] = (rise * math.log(2) / options.scale)[:, None]
+    for level, key in enumerate((150, 330, 470, 610), 1):
+        k[:, key, :, 0] = level
+    v = 1 + torch.randn(1, n, 1, head_dim, device=DEVICE)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    true, true_lse = attention(q.double(), k.double(), v.double(), mask, implementation="reference")
+    out, lse = attention(q, k, v, mask, implementation=implementation)
+    parts = torch.arange(n, device=DEVICE).split([384, 256])
+    masks = [mask.keys(part) for part in parts]
+    whole_by_parts = passes.PartialForward(q, options, implementation)
+    for part, part_mask, of_part in zip(parts, masks, tiles.merge_flags(masks, tiles.MERGED_ROWS), strict=True):
+        whole_by_parts.add(k[:, part], v[:, part], part_mask, of_part)
+    for found, found_lse in ((out, lse), whole_by_parts.results()):
+        error = (found.double() - true).norm(dim=3) / true.norm(dim=3)
+        assert error.max() < most
+        torch.testing.assert_close(found_lse.double(), true_lse, rtol=0, atol=1e-4)
+
+
 @on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_rows_are_written_with_the_last_part_they_see(head_dim):

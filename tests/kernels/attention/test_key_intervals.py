@@ -50,11 +50,10 @@ def test_bad_intervals(start, end, message):
     [
         (lambda: KeyIntervals.documents(torch.tensor([[0, 0, 1, 1]])), "1 at token 2 is not where a document starts"),
         (lambda: KeyIntervals.documents(torch.tensor([[0, 0, 3, 3]])), "3 at token 2 is not where a document starts"),
+        (lambda: KeyIntervals.documents(torch.tensor([[0, 1, 0]])), "0 at token 2 is not where a document starts that"),
+        (lambda: KeyIntervals.documents(torch.tensor([[-1, -1]])), "-1 at token 0 is not where a document starts"),
         (lambda: KeyIntervals.documents(torch.tensor([0, 0])), r"document_start \(2,\): must be \(batch, sequence\)"),
-        (
-            lambda: KeyIntervals.documents(torch.zeros(1, 4)),
-            "start of the key intervals: torch.float32, must be integers",
-        ),
+        (lambda: KeyIntervals.documents(torch.zeros(1, 4)), "document_start: torch.float32, must be integers"),
         (lambda: KeyIntervals.intervals(torch.tensor([1 << 32]), torch.tensor([1]), 3), "values from 4294967296"),
         (lambda: KeyIntervals.causal(4).window(3.5, "cpu"), "window of 3.5 keys: must be an integer"),
         (lambda: KeyIntervals.causal(4).keys(torch.ones(4, dtype=torch.bool)), "must be ascending int32 or int64"),

@@ -62,7 +62,7 @@ def test_the_loops_of_the_forward_pass_spill_nothing(kernels):
         for number, loop in enumerate(loops_of_tiles(kernel)):
             # with a mask three consumers do under the newest Triton; of two that merge into float32, addresses
             merging = (9 if kernel["head_dim"] == 256 else 1) if kernel["blocks"] else 0
-            most = {3: 0 if number % 2 else 26, 2: merging}[consumers(kernel)]
+            most = {3: 0 if number % 2 else 19, 2: merging}[consumers(kernel)]
             assert loop["spills"] <= (most if kernel["triton"] == NEWEST else 0), kernel
 
 
@@ -74,12 +74,11 @@ def test_sums_are_scaled_where_a_warp_has_to(kernels):
         assert votes == [0 if is_always else 1] * 2 * consumers(kernel), kernel
 
 
-def test_the_loops_of_the_backward_pass_spill_nothing_or_addresses_alone(kernels):
-    """dK and dV take half of the registers; what else spills are numbers that are the same for a whole loop."""
+def test_the_loops_of_the_backward_pass_spill_nothing(kernels):
+    """dK and dV take half of the registers: addresses that are the same for a whole loop are computed in it."""
     for kernel in kernels:
         if not is_forward(kernel):
-            most = 12 if kernel["head_dim"] == 64 and kernel["into"] else 0
-            assert all(loop["spills"] <= most for loop in loops_of_tiles(kernel)), kernel
+            assert all(loop["spills"] == 0 for loop in loops_of_tiles(kernel)), kernel
 
 
 def test_gradients_go_to_other_gpus_16_bytes_at_a_time(kernels):
@@ -91,10 +90,13 @@ def test_gradients_go_to_other_gpus_16_bytes_at_a_time(kernels):
 
 def test_the_softmax_is_between_the_two_waits(kernels):
     """While it runs, one group of products is pending: P V of the tile before, or dO V^T. Of three consumers none is:
-    while one takes its softmax the others multiply."""
+    while one takes its softmax the others multiply. What sums shrink by, of two rows, the newest Triton takes later."""
     for kernel in kernels:
         for loop in loops_of_tiles(kernel):
-            assert loop["exponentials"].keys() == {"0" if consumers(kernel) == 3 else "1"}, kernel
+            found = loop["exponentials"]
+            late = 0 if consumers(kernel) == 3 or kernel["triton"] != NEWEST else found.get("0", 0)
+            assert late <= 4, kernel
+            assert found.keys() - ({"0"} if late else set()) == {"0" if consumers(kernel) == 3 else "1"}, kernel
 
 
 def test_products_are_not_serialized_and_keep_their_operands(kernels):
