@@ -95,9 +95,8 @@ def forward_items(
     mask: KeyIntervals, batch: int, block_q: int, block_k: int, heads: int, together: int
 ) -> Tensor:  # fmt: skip
     """Numbers of all blocks of rows of all heads, int32: most tiles first, so that programs end together."""
-    place = _ranks_by_length(key_tiles(mask, block_q, block_k), batch)
-    section = _sections(heads, together, place.device)
-    return _items_by(section, place, together)
+    order = _longest_first(_visited(key_tiles(mask, block_q, block_k), batch))
+    return _numbers(_sections(heads, together, order.device) * len(order) + order, together)
 
 
 @cached_per_mask
@@ -113,15 +112,18 @@ def backward_items(
     """
     tiles = row_tiles(mask, block_q, block_k)
     visited = _visited(tiles, batch)
-    section = _sections(heads, together, tiles.device)
-    by_position = _ranks_by_position(len(visited), batch, last_first, tiles.device)
+    n, section = len(visited), _sections(heads, together, tiles.device)
+    order = _by_position(n, batch, last_first, tiles.device)
     if last_first:
-        return _items_by(section, by_position, together)
+        return _numbers(section * n + order, together)
     longest = F.pad(visited, (0, 1)).max()  # 0 if there are no keys
     at_the_end = (programs * longest / visited.sum().clamp(min=1) / together).round().clamp(min=1)
     is_end = section >= len(section) - at_the_end
-    place = by_position if in_turns else torch.where(is_end, _ranks_by_length(tiles, batch), by_position)
-    return _items_by(torch.where(is_end, len(section), section), place, together)
+    if not in_turns:
+        order = torch.where(is_end, _longest_first(visited), order)
+    place = torch.where(is_end, len(section), section) * n + torch.arange(n, device=tiles.device)
+    by_place = torch.argsort(place.flatten(), stable=True)
+    return _numbers((section * n + order).flatten()[by_place], together)
 
 
 def _sections(heads: int, together: int, device: torch.device) -> Tensor:
@@ -134,23 +136,19 @@ def _visited(tiles: Tensor, batch: int) -> Tensor:
     return (tiles[..., 3] - tiles[..., 0]).expand(batch, -1).flatten()
 
 
-def _ranks_by_length(tiles: Tensor, batch: int) -> Tensor:
-    """Of each block its place, if those that visit most come first."""
-    order = torch.argsort(_visited(tiles, batch), descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def _longest_first(visited: Tensor) -> Tensor:
+    return torch.argsort(visited, descending=True, stable=True)
 
 
-def _ranks_by_position(n: int, batch: int, last_first: bool, device: torch.device) -> Tensor:
-    """Of each block its place, if the first blocks of all sequences come first, then the second ones, ..."""
-    place = torch.arange(n, device=device).view(-1, batch)
-    return (place.flip(0) if last_first else place).T.flatten()
+def _by_position(n: int, batch: int, last_first: bool, device: torch.device) -> Tensor:
+    """The first blocks of all sequences, then the second ones, ..., of `n` blocks; or the last ones first."""
+    number = torch.arange(n, device=device).view(batch, n // max(1, batch))
+    return (number.flip(1) if last_first else number).T.flatten()
 
 
-def _items_by(section: Tensor, place: Tensor, together: int) -> Tensor:
-    """Numbers of items, by section (those taken together have the same), then by place: (sections, blocks) each."""
-    key = (section * place.shape[-1] + place).flatten()
-    first = torch.argsort(key, stable=True) * together
-    return (first[:, None] + torch.arange(together, device=key.device)).flatten().to(torch.int32)
+def _numbers(first: Tensor, together: int) -> Tensor:
+    """Of items: `together` a block of a section, which is numbered section * blocks + block."""
+    return (first.flatten()[:, None] * together + torch.arange(together, device=first.device)).flatten().to(torch.int32)
 
 
 def merge_flags(masks: list[KeyIntervals], block_q: int) -> list[Tensor]:
