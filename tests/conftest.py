@@ -7,9 +7,13 @@ Tests marked `hopper` are about kernels that run on such GPUs alone; elsewhere t
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a shell script starts with `&`; runs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():  # before anything imports a kernel
     os.environ["TRITON_INTERPRET"] = "1"
