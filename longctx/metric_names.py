@@ -25,7 +25,7 @@ class Metric(NamedTuple):
 ALL, MAIN, LARGEST, SAME = "all", "rank 0", "largest", "same on all"
 
 METRICS: dict[str, Metric] = {
-    "loss/train": Metric("nats a token", "mean over the valid targets of the step's batch", ALL, "min", True),
+    "loss/train": Metric("nats a token", "mean over the valid targets of the step, if it has any", ALL, "min", True),
     "loss/val": Metric("nats a token", "mean over the targets of the held-out sequences", ALL, "min", True),
     "loss/val_bits_per_byte": Metric(
         "bits a byte", "loss/val over ln 2, by the bytes that the targets stand for", ALL, "min", True

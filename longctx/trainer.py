@@ -215,7 +215,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.began, self.expected_s = 0.0, seconds
         return {
-            "loss/train": loss_value,
+            "loss/train": loss_value if counts.valid_targets else math.nan,
             "optim/grad_norm": norm_value,
             "optim/clipped": float(is_clipped),
             "optim/skipped_steps": self.progress.skipped,

@@ -31,6 +31,8 @@ from longctx.config import (
     Recompute,
     Strategy,
 )
+from longctx.data.loader import Loader
+from longctx.data.packing import IGNORE_INDEX
 from longctx.data.prepare import prepare
 from longctx.errors import UserError
 from longctx.machine import this_machine
@@ -151,6 +153,28 @@ def run_and_save(_rank, config, steps):
         losses = [trainer.train_step()[0]["loss/train"] for _ in range(steps)]
         trainer.save()
         return losses
+
+
+def test_a_step_without_a_target_has_no_loss(tmp_path, corpus, capsys):
+    """0 would be the best loss of the run, in its line, its report and its summary."""
+    config = small_config(tmp_path, corpus, optim__steps=3)
+    read = Loader.step
+
+    def without_targets(loader, consumed, *others):
+        batches = read(loader, consumed, *others)
+        if consumed == config.data.sequences_per_step:
+            for batch in batches:
+                batch.targets.fill_(IGNORE_INDEX)
+        return batches
+
+    with mock.patch.object(Loader, "step", without_targets):
+        train(config)
+    losses = [row["loss/train"] for row in read_metrics(config.run_folder / "metrics.jsonl") if "loss/train" in row]
+    assert [math.isnan(loss) for loss in losses] == [False, True, False]
+    assert min(losses[0], losses[2]) > 1
+    printed = capsys.readouterr().out
+    assert "step 2/3  loss nan  norm 0.000" in printed
+    assert "skipped" not in printed
 
 
 OFFLOADED = {"tile": 24, "recompute": Recompute.attention_saved, "offload": 1, "offload_optimizer": True}
