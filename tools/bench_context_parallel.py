@@ -45,7 +45,7 @@ HEAD_DIM = 128
 GIB = 2.0**30
 ROWS = 5
 LONG_MS = 500.0  # calls that take longer are timed in two rows
-PAUSE_CYCLES = 25_000_000  # of the GPU, 15 ms, before a row of calls
+PAUSE_S = 0.0125  # before a row of calls, the same on all ranks: they wait for who pauses longer
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _row_ms(call: Callable[[], object], calls: int) -> float:
     dist.barrier()
     torch.cuda.synchronize()
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(PAUSE_CYCLES)
+    benchmarking.pause_gpu(PAUSE_S)
     before.record()
     for _ in range(calls):
         call()

@@ -145,7 +145,7 @@ def _gpu_times_ms(call: Callable[[], object], repeats: int) -> list[float]:
     call()
     launching = time.perf_counter() - started
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9 * min(1.0, 1.5 * repeats * launching)))  # cycles
+    pause_gpu(min(1.0, 1.5 * repeats * launching))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in events:
         before.record()
@@ -153,6 +153,11 @@ def _gpu_times_ms(call: Callable[[], object], repeats: int) -> list[float]:
         after.record()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in events]
+
+
+def pause_gpu(seconds: float) -> None:
+    """About so long the GPU does nothing, while what follows comes into its queue."""
+    torch.cuda._sleep(int(2e9 * seconds))  # cycles
 
 
 def peak_gib(call: Callable[[], object], device: torch.device) -> float | None:

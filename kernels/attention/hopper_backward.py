@@ -354,13 +354,14 @@ class PartialBackwardOnHopper:
         of_rows = key_tiles(mask, blocks.rows, block_keys) if options.deterministic else None
         is_down = options.deterministic and heads > kv_heads
         by_tile = shares_last_rows(mask, batch, blocks.rows, block_keys) if is_down else None
-        n_pairs, programs = batch * triton.cdiv(n_keys, block_keys), hardware.multiprocessors(q.device)
+        programs = hardware.multiprocessors(q.device)
         together = heads_together(kv_heads, 4 * q.nbytes // kv_heads)
         # where dQ is added in turns, who is waited for has started before: the order of items is that of turns
         items = backward_items(
             mask, batch, blocks.rows, block_keys, kv_heads, together, programs, options.deterministic,
             options.deterministic and not is_down,
         )  # fmt: skip
+        n_pairs = len(items) // kv_heads
         n_locks = (1 if is_wide else 2) * batch * heads * self.row_blocks if options.deterministic else 0
         zeros = torch.zeros(1 + n_locks, dtype=torch.int32, device=q.device)
         tile = {"rows": blocks.rows, "width": self.width}

@@ -196,9 +196,12 @@ def _consumer(
 
 
 @gluon.jit
-def _wait_for_turns(box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads, row_blocks):
-    """A warp that waits for the program's turn at each tile, at most two ahead of the one that gives turns on."""
-    is_turn, _is_added, is_given_on = turn_ring
+def _turn_keeper(
+    box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads, row_blocks, WAITS: gl.constexpr
+):  # fmt: skip
+    """One of two warps: the first waits for the program's turn at each tile, the second gives it on once both consumers
+    have added their parts of dQ. The first is at most two tiles ahead."""
+    is_turn, is_added, is_given_on = turn_ring
     done = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     pair = await_item(box, turn)
@@ -212,32 +215,14 @@ def _wait_for_turns(box, turn_ring, turns, by_tile, locks, turns_batch, key_bloc
                 member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
                 tile = visit[0] + place
                 lock = locks + (batch * n_heads + head * group + member) * row_blocks + tile
-                mbarrier.wait(slot(is_given_on, done, 2), phase_of(done, 2) ^ 1)
-                wait_for(lock, turn_of(turns + batch * turns_batch, by_tile, tile, key_block), True)
-                mbarrier.arrive(slot(is_turn, done, 2), count=1)
-                done += 1
-        turn += 1
-        pair = await_item(box, turn)
-
-
-@gluon.jit
-def _give_turns_on(box, turn_ring, by_tile, locks, key_blocks, group, n_heads, row_blocks):
-    """A warp that gives the turn at each tile on once both consumers have added their parts of dQ."""
-    _is_turn, is_added, is_given_on = turn_ring
-    done = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    pair = await_item(box, turn)
-    while pair >= 0:
-        head, visit = read_item(box, turn)
-        n_tiles, batch = visit[3] - visit[0], pair // key_blocks
-        is_by_tile, n_outer, n_inner = loops_of(by_tile, pair, n_tiles, group)
-        for outer in range(0, n_outer):
-            for inner in range(0, n_inner):
-                member, place = step_of(outer, inner, by_tile, is_by_tile, n_tiles)
-                lock = locks + (batch * n_heads + head * group + member) * row_blocks + visit[0] + place
-                mbarrier.wait(slot(is_added, done, 2), phase_of(done, 2))
-                gl.atomic_add(lock, 1, sem="release")
-                mbarrier.arrive(slot(is_given_on, done, 2), count=1)
+                if WAITS:
+                    mbarrier.wait(slot(is_given_on, done, 2), phase_of(done, 2) ^ 1)
+                    wait_for(lock, turn_of(turns + batch * turns_batch, by_tile, tile, key_block), True)
+                    mbarrier.arrive(slot(is_turn, done, 2), count=1)
+                else:
+                    mbarrier.wait(slot(is_added, done, 2), phase_of(done, 2))
+                    gl.atomic_add(lock, 1, sem="release")
+                    mbarrier.arrive(slot(is_given_on, done, 2), count=1)
                 done += 1
         turn += 1
         pair = await_item(box, turn)
@@ -301,9 +286,10 @@ def attention_backward_wide_hopper(
                              ACCUMULATE, BLOCK_Q, STAGES)),
                 (load_items, (descriptors, box, key_ring, row_ring, rows, work, row_blocks, group, n_heads,
                               bounds_batch, ACCUMULATE, BLOCK_Q, KEYS, STAGES)),
-                (_wait_for_turns, (box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads,
-                                   row_blocks)),
-                (_give_turns_on, (box, turn_ring, by_tile, locks, key_blocks, group, n_heads, row_blocks)),
+                (_turn_keeper, (box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads,
+                                row_blocks, True)),
+                (_turn_keeper, (box, turn_ring, turns, by_tile, locks, turns_batch, key_blocks, group, n_heads,
+                                row_blocks, False)),
             ],
             [4, 1, 1, 1],
             [REGISTERS, 24, 24, 24],

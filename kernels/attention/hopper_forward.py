@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -417,7 +416,7 @@ def forward_on_hopper(
     tiles = tile_lists.key_tiles(mask, item_rows, blocks.keys)
     together = heads_together(kv_heads, 2 * k.nbytes // kv_heads) * (heads // kv_heads)
     items = tile_lists.forward_items(mask, batch, item_rows, blocks.keys, heads, together)
-    row_blocks = triton.cdiv(n_queries, item_rows)
+    n_pairs = len(items) // heads
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     queries, outs = (descriptor(x, ROWS.value, width) for x in (q, out))
     keys, values = (descriptor(x, blocks.keys, width) for x in (k, v))
@@ -425,7 +424,7 @@ def forward_on_hopper(
         attention_forward_hopper[(min(len(items), hardware.multiprocessors(q.device)),)](
             queries, keys, values, outs, sums, lse, start, end, items, tiles, merge_flags, counter, *sums.stride()[:3],
             addressing.shared_stride(start), addressing.shared_stride(tiles), addressing.shared_stride(merge_flags),
-            n_queries, head_dim, heads, heads // kv_heads, len(items), batch * row_blocks, together, row_blocks,
+            n_queries, head_dim, heads, heads // kv_heads, len(items), n_pairs, together, n_pairs // batch,
             options.scale * LOG2_E.value, IS_PART=part is not None, BLOCK_K=blocks.keys, BLOCK_D=width,
             STAGES=blocks.stages, OWN_OUT=blocks.own_out, PING_PONG=blocks.ping_pong, REGISTERS=blocks.registers,
             PRODUCER_REGISTERS=blocks.producer_registers, CONSUMERS=blocks.consumers, num_warps=4,

@@ -122,9 +122,9 @@ class PretrainedWeights:
                 why = f" ({HEAD} is not the embedding)"
             raise PretrainedError(f"{self.folder} is another model than this run's; set {' '.join(wrong)}{why}")
         self.names(config)
-        scaled, first = config.rotary.scaling, config.rotary.original_length
-        is_by_context = scaled in (RotaryScaling.dynamic, RotaryScaling.yarn, RotaryScaling.llama3)
-        if is_by_context and "model.rotary.scaling=none" in rotary and self.context not in (0, first):
+        first, before = config.rotary.original_length, self.config.get("rotary", {}).get("scaling")
+        is_by_context = config.rotary.scaling in (RotaryScaling.dynamic, RotaryScaling.yarn, RotaryScaling.llama3)
+        if is_by_context and before == RotaryScaling.none and self.context not in (0, first):
             rotary.append(f"and a context of {self.context} tokens, where model.rotary.original_length={first}")
         return rotary
 
