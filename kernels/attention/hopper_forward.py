@@ -29,6 +29,7 @@ from longctx.kernels.attention import hopper_tiles
 from longctx.kernels.attention import tiles as tile_lists
 from longctx.kernels.attention.hopper_gluon import (
     arrive_at_named_barrier,
+    hide_unseen,
     named_barrier,
     scale_rows,
     threads_meet,
@@ -85,8 +86,7 @@ def _new_max(score, row_max, factor, key, row_start, row_end, MASKED: gl.constex
     (FlashAttention-4, where it runs on Blackwell)
     """
     if MASKED:
-        seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
-        score = gl.where(seen, score, float("-inf"))
+        score = hide_unseen(score, key, row_start, row_end)
     highest = gl.maximum(row_max, gl.max(score, 1) * factor)
     new_row_max = gl.where(highest - row_max > RESCALE_THRESHOLD, highest, row_max)
     base = new_row_max

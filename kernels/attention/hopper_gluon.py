@@ -89,3 +89,52 @@ def scale_rows(x, factor):
     return gl.inline_asm_elementwise(
         _scaling(n), _scaling_operands(n), [x, factor[:, None]], dtype=gl.float32, is_pure=True, pack=n
     )
+
+
+@gluon.constexpr_function
+def _hiding(n):
+    """PTX that hides those of a thread's `n` scores whose key is outside the interval of their row.
+
+    Of each of its two rows a thread has numbers 0 and 1 of every 8 columns, as WGMMA lays them out: its column j is
+    8 * (j // 2) + j % 2, counted from its first. So 2 * (x // 8) + min(x % 8, 2) of its columns are before column x.
+    Bit j of a register says whether the row sees column j, and ptxas moves 7 bits at a time into predicates (R2P).
+    """
+    operand = lambda kind, row: f"${kind * n + 2 * row}"  # noqa: E731  kinds: results, scores, keys, starts, ends
+    lines = []
+    for row in range(2):
+        for bound, bits in ((operand(3, row), "before"), (operand(4, row), f"seen{row}")):
+            lines.append(f"""
+                sub.s32 columns, {bound}, {operand(2, row)};
+                max.s32 columns, columns, 0;
+                min.s32 columns, columns, {2 * n};
+                shr.u32 eighths, columns, 3;
+                and.b32 columns, columns, 7;
+                min.u32 columns, columns, 2;
+                mad.lo.u32 columns, eighths, 2, columns;
+                shl.b32 {bits}, 1, columns;
+                sub.u32 {bits}, {bits}, 1;
+            """)
+        lines.append(f"not.b32 before, before; and.b32 seen{row}, seen{row}, before;")
+    for i in range(n):
+        row, column = i // 2 % 2, i // 4 * 2 + i % 2
+        lines.append(f"and.b32 bit, seen{row}, {1 << column}; setp.ne.u32 is_seen, bit, 0;")
+        lines.append(f"selp.f32 ${i}, ${n + i}, 0fFF800000, is_seen;")  # -inf
+    registers = ".reg .b32 columns, eighths, bit, before, seen<2>; .reg .pred is_seen;"
+    return f"{{ {registers} {' '.join(lines)} }}"
+
+
+@gluon.constexpr_function
+def _hiding_operands(n):
+    return ",".join(["=f"] * n + ["f"] * n + ["r"] * (3 * n))
+
+
+@gluon.jit
+def hide_unseen(score, key, row_start, row_end):
+    """Scores (64, K) of a warpgroup's product, -inf where key (K,) is not in [row_start, row_end) (64,).
+
+    Keys follow one another. It is `where(seen, score, -inf)` in half of its instructions.
+    """
+    gl.static_assert(score.shape[0] == 64 and score.shape[1] <= 128 and gl.num_warps() == 4)
+    n: gl.constexpr = score.shape[0] * score.shape[1] // 128  # of a thread
+    operands = [score, key[None, :], row_start[:, None], row_end[:, None]]
+    return gl.inline_asm_elementwise(_hiding(n), _hiding_operands(n), operands, dtype=gl.float32, is_pure=True, pack=n)

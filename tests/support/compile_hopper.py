@@ -60,6 +60,7 @@ def compile_case(
                             "instructions": len(loop), "spills": sass.spills(loop),
                             "exponentials": sass.exponentials_by_pending_products(loop),
                             "overwritten": sass.overwritten_operands(loop), "votes": sass.votes(loop),
+                            "comparisons": sass.comparisons(loop),
                         }
                         for loop in sass.loops(code)
                     ],

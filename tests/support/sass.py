@@ -55,6 +55,11 @@ def votes(loop: list[str]) -> int:
     return sum(x.startswith("VOTE") for x in loop)
 
 
+def comparisons(loop: list[str]) -> int:
+    """ISETP instructions: comparisons of integers."""
+    return sum(x.startswith("ISETP") for x in loop)
+
+
 def bytes_of_stores(code: Code) -> list[int]:
     """Of a thread, of each kind of instruction that stores to global memory."""
     stores = {x.split()[0] for x in code.instructions if x.startswith("STG")}
@@ -97,7 +102,20 @@ def overwritten_operands(loop: list[str]) -> list[str]:
 
 def _written(instruction: str) -> set[int]:
     name, _, operands = instruction.partition(" ")
-    if name.split(".")[0] in ("STG", "STS", "STL", "STSM", "RED", "BAR", "BRA", "SYNCS", "ISETP", "FSETP", "R2UR"):
+    if name.split(".")[0] in (
+        "STG",
+        "STS",
+        "STL",
+        "STSM",
+        "RED",
+        "BAR",
+        "BRA",
+        "SYNCS",
+        "ISETP",
+        "FSETP",
+        "R2UR",
+        "R2P",
+    ):
         return set()
     target = re.match(r"(?:U?P\w+, )*R(\d+)\b", operands)
     if not target:
