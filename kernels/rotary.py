@@ -24,6 +24,7 @@ from torch.library import custom_op
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.addressing import power_of_two
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import wide
 from longctx.kernels.triton_op import launchable, triton_op
@@ -263,6 +264,7 @@ def _apply(q, k, cos, sin, positions, interleaved, inplace, implementation) -> t
         if inplace:
             return q.copy_(turned_q), None if k is None or turned_k is None else k.copy_(turned_k)
         return turned_q, turned_k
+    refuse_tangents(q, k)
     if not inplace:
         q, turned = _rotary(q, k, cos, sin, positions, interleaved, False)
         return q, None if k is None else turned

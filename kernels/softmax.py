@@ -16,6 +16,7 @@ from torch.library import custom_op
 
 from longctx.kernels import addressing, hardware
 from longctx.kernels.addressing import RowBlocks, padded
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import LOG2_E, finite, wide
 
@@ -247,6 +248,7 @@ def masked_softmax(x, mask, scale, causal, mask_keeps, implementation) -> Tensor
     if problems:
         raise ValueError("; ".join(problems))
     if hardware.triton_or_reference(implementation, x) == "triton":
+        refuse_tangents(x)
         return _softmax(x, mask, int(causal), mask_keeps, scale)
     if mask is not None and mask.dtype == torch.bool and not mask_keeps:
         mask = ~mask

@@ -19,6 +19,7 @@ from torch import Tensor
 from longctx.kernels import addressing, hardware, precision
 from longctx.kernels.addressing import RowBlocks, padded
 from longctx.kernels.dense import check_weight, flat, sum_of_rows
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.triton_math import LOG2_E, wide
 from longctx.kernels.triton_op import launchable, triton_op
 
@@ -221,6 +222,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, implementation: str = "aut
         _check_alike(gate, up)
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return swiglu_reference(*(_halves(gate) if up is None else (gate, up)))
+    refuse_tangents(gate, up)
     return _swiglu_packed(gate) if up is None else _swiglu(gate, up)
 
 
@@ -239,4 +241,5 @@ def swiglu_linear(
         raise ValueError("; ".join(problems))
     if hardware.triton_or_reference(implementation, gate) == "reference":
         return F.linear(swiglu_reference(gate, up), weight, bias)
+    refuse_tangents(gate, up, weight, bias)
     return _swiglu_linear(gate, up, weight, bias)

@@ -4,8 +4,8 @@
 
     out, lse = attention(q, k, v, KeyIntervals.causal(q.shape[1]))
 
-Each runs in plain torch on a CPU, and has its gradient, torch.compile and torch.autocast. Of this package it needs
-`longctx.kernels` alone, and of others torch, triton and numpy.
+Each runs in plain torch on a CPU, and has its gradient (in reverse mode), torch.compile and torch.autocast. Of this
+package it needs `longctx.kernels` alone, and of others torch, triton and numpy.
 """
 
 from __future__ import annotations

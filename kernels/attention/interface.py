@@ -15,6 +15,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.passes import attention_backward, attention_forward
 from longctx.kernels.dropout import new_seed
+from longctx.kernels.forward_mode import refuse_tangents
 
 MAX_HEAD_DIM = 256
 
@@ -53,6 +54,7 @@ def attention(
         q, scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout=dropout, seed=seed, deterministic=deterministic
     )
     call = Call(mask, options, choose_implementation(implementation, q, mask, options))
+    refuse_tangents(q, k, v, sink)
     return _attention(q, k, v, sink, *call.flat())
 
 

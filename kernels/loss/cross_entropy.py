@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import addressing, hardware, precision
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.loss import reference, triton_cross_entropy
 from longctx.kernels.loss.options import LOSS_SCHEMA, LossOptions
 
@@ -48,6 +49,7 @@ def cross_entropy(
     problems += target_problems(targets, ignore_index, logits.shape[-1])
     if problems:
         raise ValueError("; ".join(problems))
+    refuse_tangents(logits)
     call = (*options, hardware.triton_or_reference(implementation, logits))
     weight = weight_of_a_token(targets, ignore_index, reduction, precision.accumulation_dtype(logits.dtype))
     if makes_gradient_early(reduction, logits):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import hardware, precision
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.loss import chunks, reference
 from longctx.kernels.loss.cross_entropy import (
     REDUCTIONS,
@@ -56,6 +57,7 @@ def linear_cross_entropy(
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
     hidden, weight, bias = precision.autocast(hidden, weight, bias)  # pyright: ignore[reportAssignmentType]
     _check(hidden, weight, bias, targets, options, reduction, token_weight)
+    refuse_tangents(hidden, weight, bias)
     call = (*options, hardware.triton_or_reference(implementation, hidden))
     dtype = precision.accumulation_dtype(hidden.dtype)
     if token_weight is None:

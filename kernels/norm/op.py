@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longctx.kernels import hardware
 from longctx.kernels.dropout import new_seed
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.norm import reference, triton_norm
 from longctx.kernels.triton_op import triton_op
 
@@ -52,6 +53,7 @@ def norm(
             return reference.layer_norm(total, weight, bias, eps, weight_offset).to(x.dtype), total
         return reference.rms_norm(total, weight, eps, weight_offset).to(x.dtype), total
     call = (total_dtype, eps, weight_offset, subtract_mean, dropout, seed, row_ids)
+    refuse_tangents(x, weight, bias, residual)
     y, total, _ = _norm(x, weight, bias, residual, *call)
     return y, x if total_dtype is None else total
 

@@ -22,6 +22,7 @@ from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.interface import bound_problems, check_inputs, make_options
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Saved
+from longctx.kernels.forward_mode import refuse_tangents
 from longctx.model.attention import Attend
 from longctx.model.transformer import keys_seen
 from longctx.parallel.blockwise import Blockwise, SplitCall
@@ -161,6 +162,7 @@ class ContextAttend(nn.Module):
         options = make_options(q, **self.options)
         implementation = choose_implementation(str(self.attend.implementation), q, whole, options)
         call = Call(whole, options, implementation)
+        refuse_tangents(q, k, v)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return _context_attention(q, k, v, None, *call.flat(), split.order, split.size, self.context_parallel.name)[0]
 
