@@ -155,8 +155,8 @@ def sample_texts(
 ) -> list[str]:  # fmt: skip
     """What the model makes of `validation.sample_prompts`, as text; of a corpus of conversations, its answer to them.
 
-    Nothing without a tokenizer. `longest`: tokens that the model has positions for, which end a text too. All ranks
-    call it.
+    Nothing without a tokenizer. `longest`: tokens that the model has positions for, which end a text too, or leave no
+    room for one, which is then said. All ranks call it.
     """
     if not tokens.tokenizer_file or not settings.sample_tokens or not settings.sample_prompts:
         return []
@@ -172,7 +172,9 @@ def sample_texts(
     if longest is not None:
         new_tokens = min(new_tokens, longest // _pieces(mesh) * _pieces(mesh) - max(map(len, prompts)))
     if new_tokens < 1:
-        return []
+        return [f"(none: a prompt of {max(map(len, prompts))} tokens leaves no room in {longest} positions)"] * len(
+            prompts
+        )
     texts = generate(model, prompts, new_tokens, mesh, device, tokens.tokenizer_vocab)
     if tokens.chat_prompt:  # an answer ends with its turn
         texts = [

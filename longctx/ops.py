@@ -11,8 +11,7 @@ package it needs `longctx.kernels` alone, and of others torch, triton and numpy.
 from __future__ import annotations
 
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.choice import explain
-from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.interface import attention, explain
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.compat.block_sparse import block_sparse_attention
 from longctx.kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func

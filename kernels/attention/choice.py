@@ -57,9 +57,8 @@ def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> 
     }
 
 
-def explain(q: Tensor, mask: KeyIntervals | BlockMask, options: Options | None = None) -> str:
+def explanation(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:
     """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
-    options = Options(q.shape[-1] ** -0.5) if options is None else options
     chosen, reasons = choose_implementation("auto", q, mask, options), unsupported(q, mask, options)
     kind = _kind(mask)
 

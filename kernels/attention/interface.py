@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.kernels import precision
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.choice import choose_implementation
+from longctx.kernels.attention.choice import choose_implementation, explanation
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
@@ -56,6 +57,15 @@ def attention(
     call = Call(mask, options, choose_implementation(implementation, q, mask, options))
     refuse_tangents(q, k, v, sink)
     return _attention(q, k, v, sink, *call.flat())
+
+
+def explain(q: Tensor, mask: KeyIntervals | BlockMask, scale: float | None = None, **options: Any) -> str:
+    """What `auto` takes for a call of `attention`, and why none of the others, see `choice.explanation`.
+
+    `options`: `softcap`, `alibi_slopes`, `dropout` and `deterministic`, as that call has them.
+    """
+    options.setdefault("seed", torch.zeros(1, dtype=torch.int64, device=q.device))  # none is drawn to explain
+    return explanation(q, mask, make_options(q, scale, **options))
 
 
 def make_options(

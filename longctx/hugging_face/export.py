@@ -13,11 +13,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from longctx.checkpoint import HEAD, HEAD_BEFORE, CheckpointError, name_in, read_manifest, shape_of, verify_files
+from longctx.checkpoint import (
+    HEAD,
+    HEAD_BEFORE,
+    CheckpointError,
+    name_in,
+    read_manifest,
+    shape_of,
+    verify_files,
+    write_safetensors,
+)
 from longctx.config import Config, ModelConfig
 from longctx.data.chat import CHAT_TEMPLATE
 from longctx.data.tokenizer import (
@@ -28,7 +36,7 @@ from longctx.data.tokenizer import (
     open_tokenizer,
     vocab_size,
 )
-from longctx.files import readable_as_its_folder
+from longctx.files import disk_problem, readable_as_its_folder
 from longctx.hugging_face.convert import PretrainedError, Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
@@ -117,7 +125,7 @@ def export_weights(
     `beside`: other files, by name.
 
     Memory holds what goes into one file, some 5 GiB in float32, and its copies. Raises `CheckpointError` if a byte of
-    the checkpoint is not as written, or `folder` exists, which appears only when it is whole.
+    the checkpoint is not as written, `folder` exists, which appears only when it is whole, or the disk takes it not.
     """
     manifest = verify_files(checkpoint)
     if folder.exists():
@@ -126,12 +134,15 @@ def export_weights(
     names = [name.removeprefix(PREFIX).replace(HEAD_BEFORE, HEAD) for name in saved if name.startswith(PREFIX)]
     lots = _lots(stored or [Stored(name, (name,)) for name in names], saved)
     work = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         files = _write(checkpoint, work, lots, saved, dtype)
         for name, content in (beside or {}).items():
             (work / name).write_text(content, encoding="utf-8")
         work.rename(folder)
+    except OSError as error:
+        needed = dtype.itemsize * sum(_numbers_in(tensor, saved) for lot in lots for tensor in lot)
+        raise CheckpointError(disk_problem(error, folder, needed)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [folder / name for name in files]
@@ -144,7 +155,7 @@ def _write(
     names, weight_map = [], {}
     for number, lot in enumerate(lots, 1):
         name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
-        save_file(_read(checkpoint, lot, saved, dtype), folder / name, metadata={"format": "pt"})
+        write_safetensors(folder / name, _read(checkpoint, lot, saved, dtype), {"format": "pt"})
         readable_as_its_folder(folder / name)
         weight_map |= {tensor.name: name for tensor in lot}
         names.append(name)
@@ -160,13 +171,17 @@ def _lots(stored: list[Stored], saved: dict[str, str]) -> list[list[Stored]]:
     lots: list[list[Stored]] = []
     left = 0
     for tensor in stored:
-        size = 4 * sum(math.prod(shape_of(saved[_saved_name(part, saved)])) for part in tensor.parts)
+        size = 4 * _numbers_in(tensor, saved)
         if not lots or size > left:
             lots.append([])
             left = FILE_BYTES
         lots[-1].append(tensor)
         left -= size
     return lots
+
+
+def _numbers_in(tensor: Stored, saved: dict[str, str]) -> int:
+    return sum(math.prod(shape_of(saved[_saved_name(part, saved)])) for part in tensor.parts)
 
 
 def _saved_name(part: str, saved: dict[str, str]) -> str:

@@ -313,6 +313,20 @@ def test_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, code):
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_failed_export_says_what_the_disk_refuses(tmp_path, monkeypatch, code):
+    path = Checkpoints(tmp_path, 1, runtime.start(60)).save(1, {"model.a": torch.ones(500_000)}, {})
+
+    def fails(*_arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("longctx.hugging_face.export.write_safetensors", fails)
+    needed = ".* free, about 1.0 MB needed" if code == errno.ENOSPC else "$"
+    with pytest.raises(CheckpointError, match=f"out: {os.strerror(code)}{needed}"):
+        export_weights(path, tmp_path / "out", torch.bfloat16)
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.slow
 def test_the_tool(tmp_path):
     """list, verify and export, as a user runs them."""

@@ -42,7 +42,8 @@ def test_samples_end_with_their_turn_and_with_the_models_positions(tmp_path, cor
         assert asked[-1][0] == 50
         call(31)
         assert asked[-1][0] == 30 - asked[-1][1]  # in whole pairs of chunks
-        assert call(asked[-1][1]) == []
+        longest = asked[-1][1]
+        assert call(longest) == 2 * [f"(none: a prompt of {longest} tokens leaves no room in {longest} positions)"]
         tokens.chat_prompt = ["", ""]
         cut = call()
         assert all(

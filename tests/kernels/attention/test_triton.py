@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from attention_checks import MASKS, check
 from longctx.kernels import addressing
 from longctx.kernels.attention import (
-    choice,
     kernel_mask,
     mask_cache,
     passes,
@@ -25,7 +24,7 @@ from longctx.kernels.attention import (
     triton_backward,
     triton_forward,
 )
-from longctx.kernels.attention.interface import attention
+from longctx.kernels.attention.interface import attention, explain
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from precision import DEVICE, DTYPES
@@ -336,10 +335,15 @@ def test_the_interpreter_refuses_bfloat16():
 
 def test_the_choice_is_explained():
     q = torch.zeros(1, 8, 4, 16)
-    said = choice.explain(q, KeyIntervals.causal(8), Options(1.0, softcap=2.0))
+    said = explain(q, KeyIntervals.causal(8), softcap=2.0)
     assert "sdpa: cannot: torch's kernels are not used with softcap" in said
     assert "reference: chosen: the first that can, for a causal mask in torch.float32 with head_dim 16" in said
-    assert choice.choose_implementation("auto", q, KeyIntervals.causal(8), Options(1.0)) == "sdpa"
+    assert "sdpa: chosen: the first that can" in explain(q, KeyIntervals.causal(8), scale=1.0)
+    state = torch.get_rng_state()
+    assert "dropout" in explain(q, KeyIntervals.causal(8), dropout=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="dropout"):
+        explain(q, KeyIntervals.causal(8), dropout=1.5)
 
 
 def test_kernel_masks_carry_positions_only_where_needed():
