@@ -205,6 +205,27 @@ class Checkpoints:
             for path in self.runtime.run_on_rank_0(lambda: [str(path) for path in list_checkpoints(self.folder)])
         ]
 
+    def check_room(self, size: int, to_come: int) -> None:
+        """Raises `CheckpointError` if the disk lacks room for the checkpoints there will be at once. Collective.
+
+        `size`: bytes of each; `to_come`: how many the run will write. The oldest goes once a newer one is whole.
+        """
+        there = len(self.committed())
+        most = self.keep + 1 + (self.undecayed_until is not None)
+        more = min(there + to_come, most) - there
+
+        def check() -> None:
+            free, each = shutil.disk_usage(self.folder).free, files.gigabytes(size)
+            if more * size > free:
+                fewer = "a smaller checkpoint.keep, " if self.keep > 1 else ""
+                raise CheckpointError(
+                    f"{self.folder}: {files.gigabytes(free)} free, and {more} more checkpoints of {each} "
+                    f"are there at once (checkpoint.keep={self.keep}, and one while it is written); make room, or set "
+                    f"{fewer}folder= to another disk, or checkpoint.every_steps=0 with checkpoint.at_end=false for none"
+                )
+
+        self.runtime.run_on_rank_0(check)
+
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps: a run that goes on from `step` must not come back to them."""
 

@@ -66,19 +66,21 @@ def matmul_parameters(model: ModelConfig) -> int:
     return parameters(model)[0] + model.width * model.vocab_size
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Of a checkpoint: parameters and the optimizer's state, float32."""
+    matrices, rest = parameters(config.model)
+    of_matrices = 2 if config.optim.optimizer == Optimizer.muon else 3  # with one momentum, or AdamW's two moments
+    return FLOAT32 * (of_matrices * matrices + 3 * rest)
+
+
 def state_bytes(config: Config, world_size: int) -> int:
     """Bytes a rank holds whatever its activations are: parameters, gradients and the optimizer's state, float32.
 
     Ranks along shard, context and tensor share them.
     """
-    matrices, rest = parameters(config.model)
     parallel = config.parallel
     ranks = resolve_shard(parallel, world_size) * parallel.context * parallel.tensor
-    adamw = 4 * FLOAT32  # a parameter, its gradient, two moments
-    if config.optim.optimizer == Optimizer.adamw:
-        return (matrices + rest) * adamw // ranks
-    muon = 3 * FLOAT32  # a parameter, its gradient, one momentum
-    return (rest * adamw + matrices * muon) // ranks
+    return (checkpoint_bytes(config) + FLOAT32 * sum(parameters(config.model))) // ranks
 
 
 def units_of_blocks(config: Config) -> list[range]:

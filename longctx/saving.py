@@ -18,6 +18,7 @@ from longctx.data.mixture import Mixture
 from longctx.errors import UserError
 from longctx.optim import Optimizers
 from longctx.parallel.context_parallel import ContextParallel
+from longctx.plan import checkpoint_bytes
 from longctx.run_info import RunInfo
 from longctx.runtime import Runtime
 from longctx.schedule import decay_start
@@ -76,6 +77,15 @@ class Saving:
         """Makes room for copies in host memory, if checkpoints are written in the background."""
         if self.run.config.checkpoint.asynchronous and self.run.config.checkpoint.every_steps:
             self.checkpoints.prepare(self.state())
+
+    def check_room(self) -> None:
+        """Raises `UserError` if the disk cannot hold what the run will save from here on. Collective."""
+        settings, step, steps = self.run.config.checkpoint, self.progress.step, self.run.config.optim.steps
+        every = settings.every_steps or steps + 1
+        is_extra = settings.at_end and step < steps and steps % every != 0
+        self.checkpoints.check_room(
+            checkpoint_bytes(self.run.config), max(0, steps // every - step // every) + is_extra
+        )
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint, by name."""

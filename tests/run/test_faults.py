@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,7 @@ import torch
 from longctx import runtime, straggler, validation
 from longctx import trainer as trainer_module
 from longctx.checkpoint import Checkpoints, ShardWriter, verify_files
-from longctx.config import ModelConfig, ParallelConfig
+from longctx.config import ModelConfig, Optimizer, ParallelConfig
 from longctx.errors import ConfigError, DataError, UserError
 from longctx.metrics_file import read_metrics
 from longctx.trainer import Trainer
@@ -49,6 +50,45 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, corpu
         assert math.isfinite(losses[2])
         assert unchanged
         assert skipped == 1
+
+
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_a_disk_without_room_for_the_checkpoints_is_refused_at_start(tmp_path, corpus, monkeypatch, optimizer):
+    config = small_config(tmp_path, corpus, checkpoint__every_steps=3, optim__optimizer=optimizer)
+    with trainer_of(config) as trainer:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.saving.state().values())
+    free = mock.Mock(return_value=mock.Mock(free=3 * size))
+    monkeypatch.setattr("longctx.checkpoint.shutil.disk_usage", free)
+    with trainer_of(config):  # steps 3, 6 and 8: the newest two, and one while it is written
+        pass
+    free.return_value.free -= 1
+    with pytest.raises(UserError, match=r"free, and 3 more checkpoints of .*keep=2, .*make room, or set a smaller"):
+        trainer_of(config).__enter__()
+    config.checkpoint.every_steps, config.checkpoint.at_end = 0, False
+    with trainer_of(config):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("keep", "undecayed_until", "there", "to_come", "at_once"),
+    [
+        (2, None, 0, 9, 3),
+        (2, None, 2, 9, 1),
+        (2, 5, 0, 9, 4),
+        (1, None, 0, 1, 1),
+        (9, None, 3, 2, 2),
+        (1, None, 5, 1, 0),
+    ],
+)
+def test_as_many_checkpoints_as_are_there_at_once(
+    tmp_path, monkeypatch, keep, undecayed_until, there, to_come, at_once
+):
+    checkpoints = Checkpoints(tmp_path, keep, runtime.start(60), undecayed_until)
+    monkeypatch.setattr(Checkpoints, "committed", lambda _: [tmp_path] * there)
+    monkeypatch.setattr("longctx.checkpoint.shutil.disk_usage", lambda _: mock.Mock(free=1000 * at_once))
+    checkpoints.check_room(1000, to_come)
+    with pytest.raises(UserError, match=f"{at_once} more checkpoints") if at_once else nullcontext():
+        checkpoints.check_room(1001, to_come)
 
 
 def steps_while_saving(rank, config, fails):
