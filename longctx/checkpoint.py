@@ -208,7 +208,8 @@ class Checkpoints:
     def check_room(self, size: int, to_come: int) -> None:
         """Raises `CheckpointError` if the disk lacks room for the checkpoints there will be at once. Collective.
 
-        `size`: bytes of each; `to_come`: how many the run will write. The oldest goes once a newer one is whole.
+        `size`: bytes of each; `to_come`: how many the run will write. The oldest goes once a newer one is whole. Not
+        counted is the best one, which may be among the newest.
         """
         there = len(self.committed())
         most = self.keep + 1 + (self.undecayed_until is not None)

@@ -107,7 +107,8 @@ def backward_items(
     """Numbers of all blocks of keys of all heads, int32: by position, so that they find shared rows in the cache.
 
     A long one that is taken late would keep one program at work when all others have ended. So the last sections are
-    taken together, the longest blocks first: as many sections as have the longest block's work for each program.
+    taken together, the longest blocks first: as many sections as have the longest block's work for each program. Where
+    blocks by position become shorter and shorter, as in causal masks, two sections do as well one after the other.
     `in_turns`: together, but by position; `last_first`: by position from the last block on, section after section.
     """
     tiles = row_tiles(mask, block_q, block_k)
@@ -117,7 +118,9 @@ def backward_items(
     if last_first:
         return _numbers(section * n + order, together)
     longest = F.pad(visited, (0, 1)).max()  # 0 if there are no keys
-    at_the_end = (programs * longest / visited.sum().clamp(min=1) / together).round().clamp(min=1)
+    at_the_end = (programs * longest / visited.sum().clamp(min=1) / together).round()
+    is_longest_first = (visited[order].diff() <= 0).all()
+    at_the_end = torch.where(is_longest_first & (at_the_end <= 2), 0, at_the_end)
     is_end = section >= len(section) - at_the_end
     if not in_turns:
         order = torch.where(is_end, _longest_first(visited), order)

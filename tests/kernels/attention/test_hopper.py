@@ -320,11 +320,19 @@ def test_order_of_items_backward():
     assert items(tiles.backward_items(mask, 1, 8, 8, 3, 1, 4, False, False), 4, 1) == of
     of = [(0, block) for block in position] + [(head, block) for block in position for head in (1, 2)]
     assert items(tiles.backward_items(mask, 1, 8, 8, 3, 1, 4, True, False), 4, 1) == of
-    # where two are taken at a time anyway, these, and for a hundred all
+    # where two are taken at a time anyway, these; not for two programs, and for a hundred all
     of = [(head, block) for block in position for head in (0, 1)] + [(h, block) for block in longest for h in (2, 3)]
+    assert items(tiles.backward_items(mask, 1, 8, 8, 4, 2, 3, False, False), 4, 2) == of
+    of = [(first + head, block) for first in (0, 2) for block in position for head in (0, 1)]
     assert items(tiles.backward_items(mask, 1, 8, 8, 4, 2, 2, False, False), 4, 2) == of
     of = [(head, block) for block in longest for head in range(4)]
     assert items(tiles.backward_items(mask, 1, 8, 8, 4, 2, 100, False, False), 4, 2) == of
+    # whose blocks become shorter, two heads are not taken together, three are
+    causal = KeyIntervals.causal(32).with_bounds(DEVICE)
+    of = [(head, block) for head in (0, 1, 2) for block in position]
+    assert items(tiles.backward_items(causal, 1, 8, 8, 3, 1, 6, False, False), 4, 1) == of
+    of = [(head, block) for block in position for head in (0, 1, 2)]
+    assert items(tiles.backward_items(causal, 1, 8, 8, 3, 1, 7, False, False), 4, 1) == of
     # of two sequences, in turns from the last blocks on: head after head
     of = [(head, 4 * sequence + block) for head in (0, 1) for block in (3, 2, 1, 0) for sequence in (0, 1)]
     assert items(tiles.backward_items(mask, 2, 8, 8, 2, 1, 4, True, True), 8, 1) == of
