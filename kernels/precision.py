@@ -10,7 +10,7 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in the dtype of torch.autocast, where that is on, as it does for matrix products: not float64, nor
     integers."""
     device = next(x.device.type for x in tensors if x is not None)
-    # torch.amp.is_autocast_available says the same of "meta", but torch 2.11 cannot trace it
+    # "meta" has no autocast; torch.amp.is_autocast_available says so, but torch 2.11 cannot trace it
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from longctx import files
+from longctx.checkpoint_room import check_room
 from longctx.errors import UserError
 from longctx.files import sha256, sync
 from longctx.host_memory import host_tensor
@@ -205,25 +206,13 @@ class Checkpoints:
             for path in self.runtime.run_on_rank_0(lambda: [str(path) for path in list_checkpoints(self.folder)])
         ]
 
-    def check_room(self, size: int, to_come: int) -> None:
-        """Raises `CheckpointError` if the disk lacks room for the checkpoints there will be at once. Collective.
-
-        `size`: bytes of each; `to_come`: how many the run will write. The oldest goes once a newer one is whole. Not
-        counted is the best one, which may be among the newest.
-        """
-        there = len(self.committed())
-        most = self.keep + 1 + (self.undecayed_until is not None)
-        more = min(there + to_come, most) - there
+    def check_room(self, start: int, to_come: list[int], size: int, keeps_best: bool) -> None:
+        """See `checkpoint_room.check_room`, for a run that goes on from step `start`. Collective."""
 
         def check() -> None:
-            free, each = shutil.disk_usage(self.folder).free, files.gigabytes(size)
-            if more * size > free:
-                fewer = "a smaller checkpoint.keep, " if self.keep > 1 else ""
-                raise CheckpointError(
-                    f"{self.folder}: {files.gigabytes(free)} free, and {more} more checkpoints of {each} "
-                    f"are there at once (checkpoint.keep={self.keep}, and one while it is written); make room, or set "
-                    f"{fewer}folder= to another disk, or checkpoint.every_steps=0 with checkpoint.at_end=false for none"
-                )
+            self._remove_leftovers()
+            there = [step for path in list_checkpoints(self.folder) if (step := _step(path)) <= start]
+            check_room(self.folder, there, to_come, size, self.keep, self.undecayed_until, keeps_best)
 
         self.runtime.run_on_rank_0(check)
 
@@ -310,6 +299,10 @@ class Checkpoints:
         for old in list_checkpoints(self.folder)[: -self.keep]:
             if old not in stay:
                 self._remove(old)
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Of saves that did not end, and of checkpoints that were being removed."""
         for leftover in self.folder.glob("step_*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -498,7 +491,6 @@ class ShardWriter(HuggingFaceStorageWriter):
             facts = {hf.CUSTOM_METADATA_KEY: json.dumps(places), hf.DCP_VERSION_KEY: str(hf.HF_DCP_VERSION)}
             file = Path(self.path) / hf._gen_file_name(1, 1, plan.storage_data["shard_index"])
             write_safetensors(file, tensors, facts | {hf.FORMAT_KEY: hf.FORMAT_VALUE})
-            files.readable_as_its_folder(file)
             self.names.append(file.name)
         done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         done.set_result([])  # where each tensor lies is read from the files

@@ -170,11 +170,10 @@ def sample_texts(
     prompts = [ids or [tokens.end_of_document] for ids in prompts]
     new_tokens = settings.sample_tokens
     if longest is not None:
-        new_tokens = min(new_tokens, longest // _pieces(mesh) * _pieces(mesh) - max(map(len, prompts)))
-    if new_tokens < 1:
-        return [f"(none: a prompt of {max(map(len, prompts))} tokens leaves no room in {longest} positions)"] * len(
-            prompts
-        )
+        room, asked_for = longest // _pieces(mesh) * _pieces(mesh), max(map(len, prompts))
+        if room <= asked_for:
+            return [f"(none: the longest prompt has {asked_for} tokens, and texts may have {room})"] * len(prompts)
+        new_tokens = min(new_tokens, room - asked_for)
     texts = generate(model, prompts, new_tokens, mesh, device, tokens.tokenizer_vocab)
     if tokens.chat_prompt:  # an answer ends with its turn
         texts = [

@@ -34,11 +34,6 @@ def replace_file(path: Path, content: bytes) -> None:
     beside.replace(path)
 
 
-def readable_as_its_folder(path: Path) -> None:
-    """Lets those read and write a file who may do so in its folder: safetensors makes files for their owner alone."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
 def outside(folder: Path, name: str) -> str | None:
     """Why `name`, as a manifest gives it, is no file of `folder` itself; None: it is one, or is missing."""
     if Path(name).name != name or name in ("", ".", ".."):

@@ -39,7 +39,8 @@ class Metrics:
         is_on_gpus = facts["device"] != "CPU"  # ranks on CPUs share one machine, whose speed is that of all
         self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
-        self.history = History(run.folder / "history.json", self._last_step(), start)
+        has_steps = start < run.config.optim.steps
+        self.history = History(run.folder / "history.json", self._last_step(), start, has_steps)
         self._forget_steps_after(start)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
@@ -196,14 +197,17 @@ class Metrics:
 class History:
     """How often a run was started, and what that cost; kept in a file beside its metrics."""
 
-    def __init__(self, path: Path, last_step: int | None, start: int) -> None:
-        """A start at step `start`, after one that had logged `last_step`; None: this is the first."""
+    def __init__(self, path: Path, last_step: int | None, start: int, has_steps: bool) -> None:
+        """A start at step `start`, after one that had logged `last_step`; None: this is the first.
+
+        `has_steps`: there are some to take; a complete run that is started once more was not started again.
+        """
         self.path, self.started_at, self.restarts, self.lost_steps = path, time.time(), 0, 0
         self.logged = 0  # the last step that W&B has seen
         if last_step is not None:
             earlier = _read_history(path)
             self.started_at = earlier.get("started_at", self.started_at)
-            self.restarts = int(earlier.get("restarts", 0)) + 1
+            self.restarts = int(earlier.get("restarts", 0)) + has_steps
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
             self.logged = max(last_step, int(earlier.get("logged", 0)))
         self._write()

@@ -78,14 +78,15 @@ class Saving:
         if self.run.config.checkpoint.asynchronous and self.run.config.checkpoint.every_steps:
             self.checkpoints.prepare(self.state())
 
-    def check_room(self) -> None:
+    def _check_room(self) -> None:
         """Raises `UserError` if the disk cannot hold what the run will save from here on. Collective."""
-        settings, step, steps = self.run.config.checkpoint, self.progress.step, self.run.config.optim.steps
-        every = settings.every_steps or steps + 1
-        is_extra = settings.at_end and step < steps and steps % every != 0
-        self.checkpoints.check_room(
-            checkpoint_bytes(self.run.config), max(0, steps // every - step // every) + is_extra
-        )
+        config, step, steps = self.run.config, self.progress.step, self.run.config.optim.steps
+        every, validated_every = config.checkpoint.every_steps, config.validation.every_steps
+        to_come = [s for s in range(step + 1, steps) if s % every == 0] if every else []
+        keeps_best = bool(validated_every) and any(s % validated_every == 0 for s in to_come)
+        if config.checkpoint.at_end and step < steps:
+            to_come.append(steps)
+        self.checkpoints.check_room(step, to_come, checkpoint_bytes(config), keeps_best)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint, by name."""
@@ -170,7 +171,7 @@ class Saving:
         """Goes on from the newest checkpoint of this run, or from the one that `checkpoint.resume` names.
 
         Returns whether there is one that was made by the layout of this run. Collective. Raises `UserError` if there is
-        one that this run cannot go on from.
+        one that this run cannot go on from, or no room for what it will save.
         """
         checkpoint, progress = self.run.config.checkpoint, self.progress
         newest = self.checkpoints.newest()
@@ -191,6 +192,7 @@ class Saving:
             if not is_restart:
                 newest = Path(given), self.checkpoints.verify(Path(given))
         if not newest:
+            self._check_room()
             return False
         path, manifest = newest
         facts = manifest["facts"]
@@ -212,6 +214,7 @@ class Saving:
         # what the weights have cost, those of a branch too; of a checkpoint that does not say it: unknown, or nearly
         progress.pflop = facts.get("pflop", math.nan)
         progress.device_s = facts.get("device_s", facts["trained_s"] * facts["layout"]["world_size"])
+        self._check_room()
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None
         anew = "" if is_same_order else "; the data comes in another order here and is read from its first sequence on"

@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "muon": {"local_part"},
     "offloaded_adamw": {"host_memory", "local_part", "plan"},
     "optim": {"config", "muon", "offloaded_adamw", "schedule"},
-    "checkpoint": {"errors", "files", "host_memory", "local_part", "runtime"},
+    "checkpoint_room": {"errors", "files"},
+    "checkpoint": {"checkpoint_room", "errors", "files", "host_memory", "local_part", "runtime"},
     "hugging_face": {"checkpoint", "config", "data", "errors", "files", "local_part", "model", "runtime"},
     "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime", "step_time"},
     "run_record": {"files", "resume", "run_info"},
@@ -67,7 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "batch", "config", "data", "model", "parallel", "power", "runtime", "step_counters", "step_time", "straggler",
     },
     "saving": {
-        "checkpoint", "config", "data", "errors", "optim", "parallel", "resume", "run_info", "runtime", "schedule",
+        "checkpoint", "config", "data", "errors", "optim", "parallel", "plan", "resume", "run_info", "runtime",
+        "schedule",
     },
     "trainer": {
         "batch", "config", "data", "errors", "hugging_face", "metrics", "model", "optim", "parallel", "run_folder",

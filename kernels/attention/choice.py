@@ -57,7 +57,7 @@ def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> 
     }
 
 
-def explanation(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:
+def explain_choice(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:
     """What `auto` takes for a call, and why none of the others: a line each, fastest first."""
     chosen, reasons = choose_implementation("auto", q, mask, options), unsupported(q, mask, options)
     kind = _kind(mask)

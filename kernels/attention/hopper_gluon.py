@@ -106,7 +106,6 @@ def _hiding(n):
             lines.append(f"""
                 sub.s32 columns, {bound}, {operand(2, row)};
                 max.s32 columns, columns, 0;
-                min.s32 columns, columns, {2 * n};
                 shr.u32 eighths, columns, 3;
                 and.b32 columns, columns, 7;
                 min.u32 columns, columns, 2;
@@ -125,14 +124,14 @@ def _hiding(n):
 
 @gluon.constexpr_function
 def _hiding_operands(n):
-    return ",".join(["=f"] * n + ["f"] * n + ["r"] * (3 * n))
+    return ",".join(["=&f"] * n + ["f"] * n + ["r"] * (3 * n))
 
 
 @gluon.jit
 def hide_unseen(score, key, row_start, row_end):
     """Scores (64, K) of a warpgroup's product, -inf where key (K,) is not in [row_start, row_end) (64,).
 
-    Keys follow one another. It is `where(seen, score, -inf)` in half of its instructions.
+    Keys follow one another, bounds are 0 or more. It is `where(seen, score, -inf)` in half of its instructions.
     """
     gl.static_assert(score.shape[0] == 64 and score.shape[1] <= 128 and gl.num_warps() == 4)
     n: gl.constexpr = score.shape[0] * score.shape[1] // 128  # of a thread

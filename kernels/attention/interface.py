@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longctx.kernels import precision
 from longctx.kernels.attention.block_mask import BlockMask
-from longctx.kernels.attention.choice import choose_implementation, explanation
+from longctx.kernels.attention.choice import choose_implementation, explain_choice
 from longctx.kernels.attention.custom_op import Call, attention_op
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
@@ -55,17 +54,23 @@ def attention(
         q, scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout=dropout, seed=seed, deterministic=deterministic
     )
     call = Call(mask, options, choose_implementation(implementation, q, mask, options))
-    refuse_tangents(q, k, v, sink)
+    refuse_tangents(q, k, v, sink, alibi_slopes)
     return _attention(q, k, v, sink, *call.flat())
 
 
-def explain(q: Tensor, mask: KeyIntervals | BlockMask, scale: float | None = None, **options: Any) -> str:
-    """What `auto` takes for a call of `attention`, and why none of the others, see `choice.explanation`.
-
-    `options`: `softcap`, `alibi_slopes`, `dropout` and `deterministic`, as that call has them.
-    """
-    options.setdefault("seed", torch.zeros(1, dtype=torch.int64, device=q.device))  # none is drawn to explain
-    return explanation(q, mask, make_options(q, scale, **options))
+def explain(
+    q: Tensor, mask: KeyIntervals | BlockMask, scale: float | None = None, *, softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, dropout: float = 0.0, deterministic: bool = False,
+) -> str:  # fmt: skip
+    """What `auto` takes for such a call of `attention`, and why none of the others: a line each, fastest first."""
+    (q,) = precision.autocast(q)  # pyright: ignore[reportAssignmentType]
+    _check_kind(mask)
+    del sink  # every implementation has it
+    no_seed = torch.zeros(1, dtype=torch.int64, device=q.device)  # none is drawn to explain
+    options = make_options(
+        q, scale, softcap=softcap, alibi_slopes=alibi_slopes, dropout=dropout, seed=no_seed, deterministic=deterministic
+    )
+    return explain_choice(q, mask, options)
 
 
 def make_options(
@@ -111,9 +116,13 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("attention: " + "; ".join(problems))
 
 
-def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
+def _check_kind(mask: KeyIntervals | BlockMask) -> None:
     if not isinstance(mask, KeyIntervals | BlockMask):
         raise TypeError(f"attention: mask is a {type(mask).__name__}, must be a KeyIntervals or BlockMask")
+
+
+def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, k: Tensor) -> None:
+    _check_kind(mask)
     problems = []
     if (q.shape[1], k.shape[1]) != (mask.n_queries, mask.n_keys):
         problems.append(

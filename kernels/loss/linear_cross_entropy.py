@@ -57,7 +57,7 @@ def linear_cross_entropy(
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0)
     hidden, weight, bias = precision.autocast(hidden, weight, bias)  # pyright: ignore[reportAssignmentType]
     _check(hidden, weight, bias, targets, options, reduction, token_weight)
-    refuse_tangents(hidden, weight, bias)
+    refuse_tangents(hidden, weight, bias, token_weight)
     call = (*options, hardware.triton_or_reference(implementation, hidden))
     dtype = precision.accumulation_dtype(hidden.dtype)
     if token_weight is None:

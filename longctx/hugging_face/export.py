@@ -36,7 +36,7 @@ from longctx.data.tokenizer import (
     open_tokenizer,
     vocab_size,
 )
-from longctx.files import disk_problem, readable_as_its_folder
+from longctx.files import disk_problem
 from longctx.hugging_face.convert import PretrainedError, Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
@@ -141,6 +141,7 @@ def export_weights(
             (work / name).write_text(content, encoding="utf-8")
         work.rename(folder)
     except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)  # what is free is told without it
         needed = dtype.itemsize * sum(_numbers_in(tensor, saved) for lot in lots for tensor in lot)
         raise CheckpointError(disk_problem(error, folder, needed)) from None
     finally:
@@ -156,7 +157,6 @@ def _write(
     for number, lot in enumerate(lots, 1):
         name = "model.safetensors" if len(lots) == 1 else f"model-{number:05d}-of-{len(lots):05d}.safetensors"
         write_safetensors(folder / name, _read(checkpoint, lot, saved, dtype), {"format": "pt"})
-        readable_as_its_folder(folder / name)
         weight_map |= {tensor.name: name for tensor in lot}
         names.append(name)
     if len(lots) > 1:

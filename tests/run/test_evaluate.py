@@ -43,7 +43,8 @@ def test_samples_end_with_their_turn_and_with_the_models_positions(tmp_path, cor
         call(31)
         assert asked[-1][0] == 30 - asked[-1][1]  # in whole pairs of chunks
         longest = asked[-1][1]
-        assert call(longest) == 2 * [f"(none: a prompt of {longest} tokens leaves no room in {longest} positions)"]
+        told = f"(none: the longest prompt has {longest} tokens, and texts may have {longest // 2 * 2})"
+        assert call(longest) == [told, told]
         tokens.chat_prompt = ["", ""]
         cut = call()
         assert all(

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +18,8 @@ import torch
 
 from longctx import runtime, straggler, validation
 from longctx import trainer as trainer_module
-from longctx.checkpoint import Checkpoints, ShardWriter, verify_files
+from longctx.checkpoint import BEST_BY, Checkpoints, ShardWriter, list_checkpoints, verify_files
+from longctx.checkpoint_room import more_at_once
 from longctx.config import ModelConfig, Optimizer, ParallelConfig
 from longctx.errors import ConfigError, DataError, UserError
 from longctx.metrics_file import read_metrics
@@ -57,38 +57,55 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_start(tmp_path, c
     config = small_config(tmp_path, corpus, checkpoint__every_steps=3, optim__optimizer=optimizer)
     with trainer_of(config) as trainer:
         size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.saving.state().values())
-    free = mock.Mock(return_value=mock.Mock(free=3 * size))
-    monkeypatch.setattr("longctx.checkpoint.shutil.disk_usage", free)
+    disk = mock.Mock(total=9 * size, free=3 * size)
+    monkeypatch.setattr("longctx.checkpoint_room.shutil.disk_usage", lambda _: disk)
+    leftover = config.run_folder / "checkpoints" / "step_3.tmp-0"
+    leftover.mkdir()
     with trainer_of(config):  # steps 3, 6 and 8: the newest two, and one while it is written
-        pass
-    free.return_value.free -= 1
-    with pytest.raises(UserError, match=r"free, and 3 more checkpoints of .*keep=2, .*make room, or set a smaller"):
+        assert not leftover.exists()
+    disk.free -= 1
+    needed = r"10\.\d MB free, 10\.\d MB needed for 3 more" if optimizer == Optimizer.adamw else "for 3 more"
+    with pytest.raises(UserError, match=rf"{needed} checkpoints of .*keep=2, .*make room, or set a smaller"):
         trainer_of(config).__enter__()
-    config.checkpoint.every_steps, config.checkpoint.at_end = 0, False
+    disk.total = 0
     with trainer_of(config):
         pass
+
+
+def saved_at_once(folder: Path, there: list[int], to_come: list[int], keep: int, undecayed_until: int | None) -> int:
+    """How many a folder holds at most beyond `there`; the first one is the best."""
+    checkpoints = Checkpoints(folder, 9, runtime.start(60), undecayed_until)
+    for step in there:
+        checkpoints.save(step, {}, {BEST_BY: step})
+    checkpoints.keep, most = keep, len(there)
+    for step in to_come:
+        most = max(most, len(list_checkpoints(folder)) + 1)
+        checkpoints.save(step, {}, {BEST_BY: step})
+    return most - len(there)
 
 
 @pytest.mark.parametrize(
     ("keep", "undecayed_until", "there", "to_come", "at_once"),
     [
-        (2, None, 0, 9, 3),
-        (2, None, 2, 9, 1),
-        (2, 5, 0, 9, 4),
-        (1, None, 0, 1, 1),
-        (9, None, 3, 2, 2),
-        (1, None, 5, 1, 0),
+        (2, None, [], [1, 2, 3, 4, 5, 6], 4),
+        (1, None, [], [1, 2, 3, 4], 3),
+        (2, 3, [], [1, 2, 3, 4, 5, 6, 7], 5),
+        (2, 3, [], [1, 2, 3, 4], 4),
+        (2, None, [1, 2, 3], [4], 1),
+        (1, None, [1, 2, 3, 4, 5], [6, 7], 1),
+        (9, None, [1, 2], [3, 4], 2),
+        (1, None, [1], [], 0),
     ],
 )
-def test_as_many_checkpoints_as_are_there_at_once(
-    tmp_path, monkeypatch, keep, undecayed_until, there, to_come, at_once
-):
-    checkpoints = Checkpoints(tmp_path, keep, runtime.start(60), undecayed_until)
-    monkeypatch.setattr(Checkpoints, "committed", lambda _: [tmp_path] * there)
-    monkeypatch.setattr("longctx.checkpoint.shutil.disk_usage", lambda _: mock.Mock(free=1000 * at_once))
-    checkpoints.check_room(1000, to_come)
-    with pytest.raises(UserError, match=f"{at_once} more checkpoints") if at_once else nullcontext():
-        checkpoints.check_room(1001, to_come)
+def test_as_many_checkpoints_as_are_there_at_once(tmp_path, keep, undecayed_until, there, to_come, at_once):
+    assert more_at_once(there, to_come, keep, undecayed_until, True) == at_once
+    assert saved_at_once(tmp_path, there, to_come, keep, undecayed_until) == at_once
+
+
+def test_without_validation_no_best_checkpoint_stays():
+    assert more_at_once([], [1, 2, 3, 4], 2, None, False) == 3
+    assert more_at_once([1, 2], [3, 4], 2, None, False) == 1
+    assert more_at_once([], [1, 2, 3, 4, 5, 6], 2, 1, False) == 4
 
 
 def steps_while_saving(rank, config, fails):

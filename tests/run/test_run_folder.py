@@ -222,6 +222,16 @@ def test_files_of_a_run_that_cannot_be_read_are_set_aside(tmp_path, corpus, hist
     assert [path.read_bytes() for path in folder.glob("history.unreadable-*.json")] == [history]
 
 
+def test_a_complete_run_that_is_started_once_more_was_not_restarted(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=2)
+    restarts = []
+    for steps in (2, 2, 3):
+        config.optim.steps = steps
+        assert go(config).is_complete
+        restarts.append(json.loads((config.run_folder / "history.json").read_bytes())["restarts"])
+    assert restarts == [0, 0, 1]
+
+
 # consoles and disks that take no more --------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Which calls go to them is tested everywhere. Memory that nobody has written is N
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 
 from attention_checks import LARGE_MASKS, check
 from longctx.kernels import hardware
-from longctx.kernels.attention import hopper, hopper_backward, hopper_scheduler, passes, tiles, triton_backward
+from longctx.kernels.attention import (
+    hopper,
+    hopper_backward,
+    hopper_gluon,
+    hopper_scheduler,
+    passes,
+    tiles,
+    triton_backward,
+)
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.hopper_forward import forward_on_hopper
 from longctx.kernels.attention.interface import attention
@@ -288,6 +297,49 @@ def test_statistics_of_rows():
     torch.testing.assert_close(exponent[0, 1, :5], lse[0, 1] / math.log(2))
     torch.testing.assert_close(delta[..., :5], 0.5 * ((dout * out).sum(-1).transpose(1, 2) - dlse))
     assert torch.equal(delta[..., 5:], torch.zeros(1, 2, 3, device=DEVICE))
+
+
+PTX = {  # what these instructions compute of 32-bit integers
+    "sub": lambda a, b: (a - b) % 2**32, "max": max, "min": min, "shr": lambda a, b: a >> b, "and": lambda a, b: a & b,
+    "mad": lambda a, b, c: a * b + c, "shl": lambda a, b: a << b if b < 32 else 0, "not": lambda a: ~a % 2**32,
+    "setp": lambda a, b: a != b, "selp": lambda a, b, is_first: a if is_first else b,
+}  # fmt: skip
+
+
+def computed(ptx: str, values: dict[str, float]) -> dict[str, float]:
+    """What straight PTX leaves in its registers: those of `values`, by name, and others."""
+    values = dict(values)
+    for line in re.sub(r"\.reg [^;]*;", "", ptx.strip().strip("{}")).split(";"):
+        name, _, operands = line.strip().partition(" ")
+        target, *sources = operands.split(", ")
+        numbers = [-math.inf if x == "0fFF800000" else values[x] if x in values else int(x) for x in sources if name]
+        if ".s32" in name:
+            numbers = [(x + 2**31) % 2**32 - 2**31 for x in numbers]
+        values |= {target: PTX[name.split(".")[0]](*(numbers))} if name else {}
+    return values
+
+
+@pytest.mark.parametrize("n_keys", [64, 128])
+@settings(max_examples=100)
+@given(
+    lane=st.integers(0, 3),
+    first=st.sampled_from([0, 1024]),
+    bounds=st.lists(st.integers(-10, 140) | st.sampled_from([-1024, 2**30]), min_size=4, max_size=4),
+)
+def test_scores_are_hidden_as_the_mask_says(n_keys, lane, first, bounds):
+    """The instructions for a thread, which has pairs of columns of two rows, 8 apart, as WGMMA lays them out."""
+    n, bounds = n_keys // 2, [max(0, first + bound) for bound in bounds]
+    rows = bounds[:2], bounds[2:]
+    place = [(i // 2 % 2, first + 2 * lane + i // 4 * 8 + i % 2) for i in range(n)]
+    operands = [
+        *(float(i) for i in range(n)),
+        *(key for _, key in place),
+        *(rows[row][0] for row, _ in place),
+        *(rows[row][1] for row, _ in place),
+    ]
+    found = computed(hopper_gluon._hiding(n), {f"${n + i}": x for i, x in enumerate(operands)})
+    seen = [rows[row][0] <= key < rows[row][1] for row, key in place]
+    assert [found[f"${i}"] for i in range(n)] == [i if seen[i] else -math.inf for i in range(n)]
 
 
 def items(found: torch.Tensor, blocks: int, together: int) -> list[tuple[int, int]]:

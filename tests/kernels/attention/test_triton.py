@@ -344,6 +344,10 @@ def test_the_choice_is_explained():
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="dropout"):
         explain(q, KeyIntervals.causal(8), dropout=1.5)
+    with pytest.raises(TypeError, match="mask is a Tensor"):
+        explain(q, q)
+    with torch.autocast(DEVICE, torch.float16):
+        assert "a causal mask in torch.float16 with" in explain(q.to(DEVICE), KeyIntervals.causal(8))
 
 
 def test_kernel_masks_carry_positions_only_where_needed():
