@@ -100,7 +100,8 @@ def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
     assert len(ids) == 1
 
 
-def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, monkeypatch):
+@pytest.mark.parametrize("ends", [(5,), pytest.param((5, 3), marks=pytest.mark.slow)])
+def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, monkeypatch, ends):
     """W&B keeps the first value of a step, so a lower rate after a divergence would not be seen there.
 
     Also if another start came between, which logged nothing; the new run is given the steps that stay.
@@ -120,7 +121,7 @@ def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, 
     with WandbServer("well") as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        for step in (5, 3):  # behind the checkpoint of step 3, and at it
+        for step in ends:  # behind the checkpoint of step 3, and at it
             monkeypatch.setattr(trainer_module.Trainer, "train_step", ending_at(step))
             with pytest.raises(UserError, match="lost"):
                 train(config)
@@ -131,7 +132,7 @@ def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, 
         train(config)
         ids.append((config.run_folder / "wandb_id").read_text())
         steps = [row["step"] for row in server.logged[before:] if "loss/train" in row]
-    assert ids[0] == ids[1] != ids[2]
+    assert set(ids[:-1]) == {ids[0]} != {ids[-1]}
     assert steps == list(range(1, 9))
 
 
