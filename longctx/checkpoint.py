@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from longctx import files
-from longctx.checkpoint_room import check_room
+from longctx.checkpoint_room import check_room, staying
 from longctx.errors import UserError
 from longctx.files import sha256, sync
 from longctx.host_memory import host_tensor
@@ -295,9 +295,10 @@ class Checkpoints:
     def _tidy_up(self, newest: Path) -> None:
         """What follows a commit: links to it, and old ones removed. What fails is told, and the run goes on."""
         self._point("latest", newest)
-        stay = [newest, self._point_to_best(), self.undecayed()]
-        for old in list_checkpoints(self.folder)[: -self.keep]:
-            if old not in stay:
+        best, committed = self._point_to_best(), list_checkpoints(self.folder)
+        stay = staying([_step(path) for path in committed], self.keep, self.undecayed_until)
+        for old in committed:
+            if _step(old) not in stay and old not in (newest, best):
                 self._remove(old)
         self._remove_leftovers()
 

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the checkpoints that a run will write, before it begins."""
+"""Which checkpoints stay, and whether the disk has room for those that a run will write, before it begins."""
 
 from __future__ import annotations
 
@@ -35,15 +35,22 @@ def more_at_once(
 ) -> int:  # fmt: skip
     """How many checkpoints are on the disk at once, at most, beyond those of the steps `there`, in order.
 
-    Old ones go once a newer one is whole. The newest `keep` stay, the last one up to step `undecayed_until`, and with
-    `keeps_best` one more, as the best one may be none of these. (`Checkpoints`)
+    Old ones go once a newer one is whole. With `keeps_best` one more stays, as the best one may be none of `staying`.
     """
     left, most = list(there), len(there)
     for step in to_come:
         left.append(step)
         most = max(most, len(left))
-        undecayed = max((s for s in left if s <= (undecayed_until or 0)), default=None)
-        old = [s for s in left[:-keep] if s != undecayed]
-        gone = old[:-1] if keeps_best else old
-        left = [s for s in left if s not in gone]
+        stay = staying(left, keep, undecayed_until)
+        old = [s for s in left if s not in stay]
+        if keeps_best:
+            stay |= set(old[-1:])
+        left = [s for s in left if s in stay]
     return most - len(there)
+
+
+def staying(steps: list[int], keep: int, undecayed_until: int | None) -> set[int]:
+    """Of the checkpoints of `steps`, in order, those that stay beside the best one: the newest `keep`, and the last one
+    up to step `undecayed_until`."""
+    undecayed = [step for step in steps if undecayed_until is not None and step <= undecayed_until]
+    return {*steps[-keep:], *undecayed[-1:]}

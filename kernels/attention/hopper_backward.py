@@ -63,13 +63,7 @@ from longctx.kernels.attention.hopper_scheduler import (
 )
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
-from longctx.kernels.attention.tiles import (
-    backward_items,
-    key_tiles,
-    padded_bounds,
-    row_tiles,
-    shares_last_rows,
-)
+from longctx.kernels.attention.tiles import backward_items, key_tiles, padded_bounds, row_tiles, shares_last_rows
 from longctx.kernels.attention.triton_tile import wait_for
 from longctx.kernels.triton_math import LOG2_E
 

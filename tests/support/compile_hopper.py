@@ -80,7 +80,7 @@ def main(is_short: bool) -> None:
     if not is_short:
         for head_dim in (64, 128, 256):
             compile_case(head_dim, into=True)
-        for head_dim in (64, 128, 256):  # without heads that share keys, dQ's turns go the other way
+            # without heads that share keys, dQ's turns go the other way
             compile_case(head_dim, deterministic=True, kv_heads=4)
         torch.set_default_dtype(torch.bfloat16)  # which is not what sums are in
         compile_case(128, torch.float16)

@@ -11,6 +11,20 @@ from typing import NamedTuple
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+WITHOUT_RESULT = [
+    "STG",
+    "STS",
+    "STL",
+    "STSM",
+    "RED",
+    "BAR",
+    "BRA",
+    "SYNCS",
+    "ISETP",
+    "FSETP",
+    "R2UR",
+    "R2P",
+]  # in a thread's registers
 
 
 class Code(NamedTuple):
@@ -102,20 +116,7 @@ def overwritten_operands(loop: list[str]) -> list[str]:
 
 def _written(instruction: str) -> set[int]:
     name, _, operands = instruction.partition(" ")
-    if name.split(".")[0] in (
-        "STG",
-        "STS",
-        "STL",
-        "STSM",
-        "RED",
-        "BAR",
-        "BRA",
-        "SYNCS",
-        "ISETP",
-        "FSETP",
-        "R2UR",
-        "R2P",
-    ):
+    if name.split(".")[0] in WITHOUT_RESULT:
         return set()
     target = re.match(r"(?:U?P\w+, )*R(\d+)\b", operands)
     if not target:
