@@ -81,7 +81,8 @@ class Saving:
     def _check_room(self) -> None:
         """Raises `UserError` if the disk cannot hold what the run will save from here on. Collective."""
         config, step, steps = self.run.config, self.progress.step, self.run.config.optim.steps
-        every, validated_every = config.checkpoint.every_steps, config.validation.every_steps
+        every = config.checkpoint.every_steps
+        validated_every = config.validation.every_steps if config.validation.sequences else 0
         to_come = list(range((step // every + 1) * every, steps, every)) if every else []
         keeps_best = bool(validated_every) and any(s % validated_every == 0 for s in to_come)
         if config.checkpoint.at_end and step < steps:

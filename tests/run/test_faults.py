@@ -72,6 +72,19 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_start(tmp_path, c
         pass
 
 
+@pytest.mark.parametrize(("sequences", "every_steps", "keeps_best"), [(4, 4, True), (4, 3, False), (0, 4, False)])
+def test_the_best_checkpoint_is_counted_where_steps_that_are_saved_are_validated(
+    tmp_path, corpus, monkeypatch, sequences, every_steps, keeps_best
+):
+    config = small_config(tmp_path, corpus, checkpoint__every_steps=2, checkpoint__at_end=False)
+    config.validation.sequences, config.validation.every_steps, config.optim.steps = sequences, every_steps, 6
+    asked = mock.Mock()
+    monkeypatch.setattr(Checkpoints, "check_room", asked)
+    with trainer_of(config):
+        start, to_come, _size, counts_best = asked.call_args[0]
+    assert (start, to_come, counts_best) == (0, [2, 4], keeps_best)
+
+
 def saved_at_once(folder: Path, there: list[int], to_come: list[int], keep: int, undecayed_until: int | None) -> int:
     """How many a folder holds at most beyond `there`; the first one is the best."""
     checkpoints = Checkpoints(folder, 9, runtime.start(60), undecayed_until)
