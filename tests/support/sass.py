@@ -11,20 +11,8 @@ from typing import NamedTuple
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-WITHOUT_RESULT = [
-    "STG",
-    "STS",
-    "STL",
-    "STSM",
-    "RED",
-    "BAR",
-    "BRA",
-    "SYNCS",
-    "ISETP",
-    "FSETP",
-    "R2UR",
-    "R2P",
-]  # in a thread's registers
+# instructions that write nothing into a thread's registers
+WITHOUT_RESULT = ["STG", "STS", "STL", "STSM", "RED", "BAR", "BRA", "SYNCS", "ISETP", "FSETP", "R2UR", "R2P"]
 
 
 class Code(NamedTuple):
