@@ -21,10 +21,10 @@ train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run
 	fi
 
 test: .venv/.dev .venv/triton-3.6.0 ## the test suite, some seven minutes on two CPU cores
-	$(BIN)/python -m pytest -n 3 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-all: .venv/.dev .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0 ## that and the long tests, before a release
-	LONGCTX_KILLS=17 LONGCTX_THOROUGH=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
+	LONGCTX_KILLS=17 LONGCTX_THOROUGH=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/.dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -44,9 +44,10 @@ SEVERAL_PROCESSES = ("run_on_ranks", "run_on_new_ranks", "started_ranks", "TORCH
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    for item in items:  # where several workers run, a folder's tests of many ranks stay on one: they share processes
+    for item in items:  # where several workers run, tests of many ranks stay on one or the other: they share processes
         if any(hasattr(item.module, name) for name in SEVERAL_PROCESSES):
-            item.add_marker(pytest.mark.xdist_group(f"ranks, {item.path.parent.name}"))
+            which = "parallel" if item.path.parent.name == "parallel" else "others"
+            item.add_marker(pytest.mark.xdist_group(f"ranks, {which}"))
         elif "machine_code" in item.path.parts or item.path.name == "test_package.py":  # compiled, or built, once
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
