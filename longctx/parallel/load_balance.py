@@ -1,13 +1,14 @@
 """Who holds which tokens of a sequence: pure functions of sizes and of the work of each token.
 
 Zigzag: a sequence is cut into 2 * size chunks and rank r holds chunks r and 2 * size - 1 - r, so that under a causal
-mask of one document all ranks have the same work. Where documents make the work uneven, smaller chunks go to the rank
-that has the least so far. A rank's tokens stay in ascending order, and every rank holds equally many. Ranks that trade
-heads hold one run of tokens each.
+mask of one document all ranks have the same work. Where documents make the work uneven, the sequence is cut elsewhere,
+into as many runs. A rank's tokens stay in ascending order, and every rank holds equally many. Ranks that trade heads
+hold one run of tokens each.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals, to_device
 from longctx.kernels.attention.mask_cache import cached_per_mask
 from longctx.kernels.attention.tiles import TILE
 
-TOLERANCE = 1.02  # most to mean work over ranks, above which smaller chunks are tried
+TOLERANCE = 1.02  # most to mean work over ranks, above which runs are cut elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +110,17 @@ def in_order(length: int, size: int) -> Split:
 
 
 def balanced(work: Tensor, size: int) -> Split:
-    """Zigzag where that shares the work evenly, else the coarsest chunks that do, or come closest.
+    """Zigzag where that shares the work evenly, else runs of other lengths that do: at most 2 * size - 1 in all.
 
     work (sequence,): of each token, in any unit, such as the number of keys it sees.
     """
     length, work = len(work), work.double()
-    best, least = zigzag(length, size), imbalance(work, zigzag(length, size))
-    pieces = 2
-    while least > TOLERANCE and length % (2 * size * pieces * TILE) == 0:
-        owners = _owners(work.view(2 * size * pieces, -1).sum(1).tolist(), size)
-        split = _of_owners(owners, length, size)
-        if (found := imbalance(work, split)) < least:
-            best, least = split, found
-        pieces *= 2
-    return best
+    even = zigzag(length, size)
+    if imbalance(work, even) <= TOLERANCE:
+        return even
+    piece = math.gcd(length // size, TILE)
+    owners = _owners_of_pieces(work.view(-1, piece).sum(1), size)
+    return min(even, _of_owners(owners, length, size), key=lambda split: imbalance(work, split))
 
 
 def imbalance(work: Tensor, split: Split) -> float:
@@ -131,20 +129,28 @@ def imbalance(work: Tensor, split: Split) -> float:
     return float(of_ranks.max() / of_ranks.mean()) if of_ranks.any() else 1.0
 
 
-def _owners(work: list[float], size: int) -> tuple[int, ...]:
-    """An owner for each chunk: from the largest on, the least loaded rank that has room. (Graham 1969)"""
-    room, load, owners = [len(work) // size] * size, [0.0] * size, [0] * len(work)
-    for chunk in sorted(range(len(work)), key=lambda chunk: -work[chunk]):
-        owner = min((rank for rank in range(size) if room[rank]), key=lambda rank: load[rank])
-        owners[chunk] = owner
-        room[owner] -= 1
-        load[owner] += work[chunk]
-    return tuple(owners)
+def _owners_of_pieces(work: Tensor, size: int) -> tuple[int, ...]:
+    """A rank for each piece, so that all have as many pieces and nearly the same work.
+
+    The last rank takes a window of neighbouring pieces, the one before it a window of what is left, closed up, and so
+    on. Of as many pieces as a rank is due, some window has no more than the mean work and some no less; on the way from
+    one to the other comes the one to take. Under a causal mask of one document it lies in the middle, and all of it is
+    zigzag. (Necklace splitting, of two kinds of beads: Goldberg and West 1985, Alon 1987)
+    """
+    share, left = len(work) // size, torch.arange(len(work))
+    owners = torch.zeros(len(work), dtype=torch.int64)
+    for rank in range(size - 1, 0, -1):
+        before = torch.nn.functional.pad(work[left].cumsum(0), (1, 0))
+        of_windows = before[share:] - before[:-share]
+        first = int((of_windows - before[-1] / (rank + 1)).abs().argmin())
+        owners[left[first : first + share]] = rank
+        left = torch.cat([left[:first], left[first + share :]])
+    return tuple(owners.tolist())
 
 
 @lru_cache(maxsize=64)  # masks are known by their splits
 @torch.inference_mode(False)
 def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
-    """Chunks of equal length, given the rank of each."""
+    """Pieces of equal length, given the rank of each."""
     chunks = torch.arange(length).view(len(owners), -1)
     return Split(torch.cat([chunks[torch.tensor(owners) == rank].flatten() for rank in range(size)]), size)
