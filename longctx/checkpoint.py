@@ -211,8 +211,9 @@ class Checkpoints:
 
         def check() -> None:
             self._remove_leftovers()
-            there = [step for path in list_checkpoints(self.folder) if (step := _step(path)) <= start]
-            check_room(self.folder, there, to_come, size, self.keep, self.undecayed_until, keeps_best)
+            there = [path for path in list_checkpoints(self.folder) if _step(path) <= start]
+            has_best = keeps_best or best_of(there) is not None
+            check_room(self.folder, [*map(_step, there)], to_come, size, self.keep, self.undecayed_until, has_best)
 
         self.runtime.run_on_rank_0(check)
 

@@ -430,7 +430,7 @@ class CheckpointConfig:
     @property
     def branches_from(self) -> str:
         """The step folder that `resume` names; empty: none."""
-        return "" if self.resume in ("auto", "never") else self.resume
+        return "" if self.resume in ("auto", "never") else str(Path(self.resume).expanduser())
 
 
 @dataclass
@@ -473,7 +473,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.folder) / self.name
+        return Path(self.folder).expanduser() / self.name
 
 
 class Key(NamedTuple):

@@ -29,8 +29,11 @@ SLOW_STEPS = 3  # in a row, of which an alert tells
 class Metrics:
     """Collects the numbers of each step on rank 0; on the other ranks it does nothing."""
 
-    def __init__(self, run: RunInfo, facts: dict[str, Any], start: int, is_main: bool) -> None:
-        """`facts`: see `run_facts.collect`; `start`: the step from which the run goes on."""
+    def __init__(
+        self, run: RunInfo, facts: dict[str, Any], start: int, is_main: bool, is_branching: bool = False
+    ) -> None:
+        """`facts`: see `run_facts.collect`; `start`: the step from which the run goes on, with `is_branching` of
+        another run, so that no step of an earlier start under this name belongs to it."""
         steps = run.config.optim.steps
         self.is_main, self.steps, self.logging = is_main, steps, run.config.logging
         self.wandb: WandbThread | None = None
@@ -40,8 +43,9 @@ class Metrics:
         self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
         has_steps = start < run.config.optim.steps
-        self.history = History(run.folder / "history.json", self._last_step(), start, has_steps)
-        self._forget_steps_after(start)
+        own_steps = 0 if is_branching else start
+        self.history = History(run.folder / "history.json", self._last_step(), own_steps, has_steps)
+        self._forget_steps_after(own_steps)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
         self.since_line = (0.0, 0.0)  # tokens, and seconds of the steps that trained on them
@@ -52,7 +56,7 @@ class Metrics:
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
         self.record = RunRecord(run, facts)
-        if self.history.logged > start and self.record.is_changed():
+        if self.history.logged > own_steps and (is_branching or self.record.is_changed()):
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
             self.history.forget_steps_after(start)
         if start < steps:  # else the record is that of the start that trained
@@ -198,14 +202,15 @@ class History:
     """How often a run was started, and what that cost; kept in a file beside its metrics."""
 
     def __init__(self, path: Path, last_step: int | None, start: int, has_steps: bool) -> None:
-        """A start at step `start`, after one that had logged `last_step`; None: this is the first.
+        """A start at step `start`, after one that had logged `last_step`; None: there was none, or it logged nothing.
 
         `has_steps`: there are some to take; a complete run that is started once more was not started again.
         """
         self.path, self.started_at, self.restarts, self.lost_steps = path, time.time(), 0, 0
         self.logged = 0  # the last step that W&B has seen
-        if last_step is not None:
-            earlier = _read_history(path)
+        earlier = _read_history(path)
+        if earlier or last_step is not None:
+            last_step = last_step or 0
             self.started_at = earlier.get("started_at", self.started_at)
             self.restarts = int(earlier.get("restarts", 0)) + has_steps
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from longctx.config import Config, warmup_steps
+from longctx.config import Config, OptimConfig, warmup_steps
 from longctx.errors import UserError
 
 WINDOWS = "windows"  # key of a checkpoint's facts on its data: how text is cut into sequences
@@ -28,14 +28,19 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
             f"{path}: the run is at step {step}, after its last one, optim.steps={config.optim.steps}; give "
             f"optim.steps={step} or more, another name, or with that an earlier step's checkpoint as checkpoint.resume"
         )
+    if not is_own and step >= config.optim.steps:
+        raise UserError(
+            f"{path}: is of step {step}, and a branch counts on from there: optim.steps={config.optim.steps} leaves it "
+            f"no step; give optim.steps={step + config.optim.steps} for {config.optim.steps} more"
+        )
     changed = changes(manifest["facts"]["configuration"], now)
     if is_own and (other := of_another_run(changed)):
         raise UserError(
             f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
             f"one with another name, from these weights with checkpoint.resume={path}"
         )
-    warmup = warmup_steps(config.optim)
-    again = f"; the learning rate is in its warm-up of {warmup} steps again" if 0 < step < warmup else ""
+    warmup, before = warmup_steps(config.optim), _saved_warmup_steps(manifest["facts"]["configuration"])
+    again = f"; the learning rate is in its warm-up of {warmup} steps again" if max(1, before) <= step < warmup else ""
     return f"changed since {path}: {in_words(changed)}{again}" if changed else None
 
 
@@ -73,6 +78,12 @@ def of_another_run(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, 
         for key, values in changed.items()
         if key == "optim.optimizer" or (key.startswith("model.") and key not in HARMLESS)
     }
+
+
+def _saved_warmup_steps(configuration: str) -> int:
+    """Of a configuration as YAML."""
+    optim = OmegaConf.create(configuration).optim
+    return warmup_steps(OptimConfig(steps=optim.steps, warmup_steps=optim.get("warmup_steps")))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Saving:
         self.say = runtime.say  # that of the metrics, once there are any
         self.saved_step: int | None = None
         self.origin: str | None = None  # the checkpoint of which this run is a branch
+        self.is_branching = False  # this start begins at a checkpoint of another run
         self.stall_s = 0.0  # that training has waited for checkpoints, since it was last asked
 
     def prepare(self) -> None:
@@ -184,20 +185,23 @@ class Saving:
             self.origin = given = _in_one_way(given)
             origin = newest[1]["facts"]["resumed_from"] if newest else None
             is_restart = origin is not None and _in_one_way(origin) == given  # goes on where it was
-            if newest and not is_restart and Path(given).parent != self.checkpoints.folder.resolve():
+            if newest and not is_restart and not self._is_own(Path(given)):
                 began = f"at {origin}" if origin else "anew"
                 raise UserError(
                     f"{self.checkpoints.folder} has checkpoints of a run that began {began}, "
                     f"not at {given}: give the branch another name, or remove the folder"
                 )
             if not is_restart:
-                newest = Path(given), self.checkpoints.verify(Path(given))
+                self.is_branching = not self._is_own(Path(given))
+                # `latest` of a run that goes on may lead elsewhere by the time that the tensors are read
+                path = Path(self.runtime.run_on_rank_0(lambda: str(Path(given).resolve())))
+                newest = path, self.checkpoints.verify(path)
         if not newest:
             self._check_room()
             return False
+        is_own = not self.is_branching
         path, manifest = newest
         facts = manifest["facts"]
-        is_own = path.resolve().parent == self.checkpoints.folder.resolve()
         if is_own and not self.origin:  # a branch that goes on without saying so stays one
             self.origin = facts["resumed_from"]
         is_same_order = resume.is_same_order(path, facts["data"], self.data_order(), is_own)
@@ -221,6 +225,10 @@ class Saving:
         anew = "" if is_same_order else "; the data comes in another order here and is read from its first sequence on"
         self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read{anew}")
         return self.layout() == {key: facts["layout"].get(key) for key in self.layout()}
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""
+        return checkpoint.parent.resolve() == self.checkpoints.folder.resolve()
 
 
 def _in_one_way(checkpoint: str) -> str:

@@ -155,7 +155,7 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SWEEP_ID"}  # the name has its trial
     if subprocess.run(command, env=environment).returncode:
         raise RuntimeError(f"{composed.name} failed; its output says why")
-    return last_validation_loss(Path(composed.folder) / composed.name / "metrics.jsonl")
+    return last_validation_loss(Path(composed.folder).expanduser() / composed.name / "metrics.jsonl")
 
 
 def end_of_jobs() -> None:

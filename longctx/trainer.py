@@ -18,6 +18,7 @@ from longctx.data.loader import Loader
 from longctx.errors import UserError
 from longctx.hugging_face.load import start_from_pretrained
 from longctx.metrics import Metrics
+from longctx.metrics_file import is_validated
 from longctx.model.implementations import implementations
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.fsdp import time_waits
@@ -89,7 +90,7 @@ class Trainer:
         predicted = {"mem/predicted_gib": "predicted_gib", "time/predicted_s": "predicted_s"}
         self.predicted = {name: self.facts[fact] for name, fact in predicted.items() if fact in self.facts}
         self.metrics = runtime.run_on_all_ranks(
-            lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main)
+            lambda: Metrics(self.run_info, self.facts, progress.step, runtime.is_main, self.saving.is_branching)
         )
         if_it_fails.callback(lambda: self.metrics.close(Ending(1, "failed at its start")))
         tflops = self.facts["flops_per_token"] * self.facts["tokens_per_step"] / 1e12
@@ -119,6 +120,8 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Trains to the last step or until a signal, and saves; returns the last validation's results, if there are."""
         config, progress = self.config, self.progress
+        if self._was_stopped_before_validation():
+            self._record(self.validate())
         started, first_step = time.perf_counter(), self.step
         while self.step < config.optim.steps and not self.is_stopped:
             is_traced = self.runtime.is_main and self.step + 1 == config.logging.trace_step
@@ -146,9 +149,22 @@ class Trainer:
         self.saving.wait()
         results = {} if self.is_stopped else self.validate()
         self.pass_gate_together(is_open=False)
+        self._record(results)
+        return results
+
+    def _was_stopped_before_validation(self) -> bool:
+        """Whether the step that the run goes on from was to be validated, and a signal came first. Collective."""
+        if self.validation.source is None or self.saving.saved_step != self.step:
+            return False
+        file = self.run_info.metrics_file
+        return self._is_due(self.config.validation.every_steps) and not self.runtime.run_on_rank_0(
+            lambda: is_validated(file, self.step)
+        )
+
+    def _record(self, results: dict[str, float]) -> None:
+        """Adds what validation has found to the checkpoint of this step, if there are both."""
         if results and self.saving.saved_step == self.step:
             self.saving.record_loss(results["loss/val"])
-        return results
 
     def _is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps, 0: never, is to be done before the next one."""

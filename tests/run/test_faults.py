@@ -115,6 +115,17 @@ def test_as_many_checkpoints_as_are_there_at_once(tmp_path, keep, undecayed_unti
     assert saved_at_once(tmp_path, there, to_come, keep, undecayed_until) == at_once
 
 
+def test_the_best_checkpoint_of_before_is_counted(tmp_path, monkeypatch):
+    """Of a run that is not validated any more."""
+    asked = mock.Mock()
+    monkeypatch.setattr("longctx.checkpoint.check_room", asked)
+    checkpoints = Checkpoints(tmp_path, 2, runtime.start(60), None)
+    for facts, has_best in (({}, False), ({BEST_BY: 1.0}, True)):
+        checkpoints.save(1 + has_best, {}, facts)
+        checkpoints.check_room(2, [3, 4], 10, False)
+        assert asked.call_args[0][-1] is has_best
+
+
 def test_without_validation_no_best_checkpoint_stays():
     assert more_at_once([], [1, 2, 3, 4], 2, None, False) == 3
     assert more_at_once([1, 2], [3, 4], 2, None, False) == 1

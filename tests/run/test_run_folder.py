@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from longctx import checkpoint, runtime
+from longctx import checkpoint, resume, runtime
 from longctx import run_folder as run_folder_module
-from longctx.checkpoint import CheckpointError, Checkpoints, list_checkpoints, read_manifest, verify_files
+from longctx.checkpoint import (
+    BEST_BY,
+    CheckpointError,
+    Checkpoints,
+    list_checkpoints,
+    read_manifest,
+    verify_files,
+)
 from longctx.config import Config, LoggingConfig, WandbMode
 from longctx.errors import UserError
 from longctx.files import write_manifest
-from longctx.metrics import Metrics
+from longctx.local_part import local_of
+from longctx.metrics import History, Metrics
 from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
 from ranks import run_on_ranks
@@ -298,3 +308,122 @@ def test_a_folder_that_is_renamed_ends_a_run_with_a_message(tmp_path, corpus):
 
     with pytest.raises(UserError, match="No such file or directory"):
         rename_and_train()
+
+
+def test_a_checkpoint_on_another_disk_is_still_of_the_run(tmp_path, corpus):
+    """A link in its place: the run goes on from it, and no checkpoint is set aside."""
+    config = small_config(tmp_path / "runs", corpus, optim__steps=4, checkpoint__every_steps=2)
+    train(config)
+    folder, disk = config.run_folder / "checkpoints", tmp_path / "disk"
+    disk.mkdir()
+    (folder / "step_4").rename(disk / "step_4")
+    (folder / "step_4").symlink_to(disk / "step_4")
+    config.optim.steps = 6
+    with trainer_of(config) as trainer:
+        assert (trainer.step, trainer.saving.saved_step, trainer.saving.is_branching) == (4, 4, False)
+        assert trainer.progress.trained_s > 0
+    assert [path.name for path in list_checkpoints(folder)] == ["step_2", "step_4"]
+    config.seed = 7
+    with pytest.raises(UserError, match="was trained on another order of sequences: seed was 0, is 7"):
+        train(config)
+
+
+def saved_embedding(folder: Path) -> torch.Tensor:
+    """Of a run of one process."""
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor("model.embedding.weight")
+
+
+def test_a_branch_from_the_latest_of_a_run_that_goes_on_is_of_one_step(tmp_path, corpus, monkeypatch):
+    """`latest` moves between the check of the files and the reading of the tensors."""
+    config = small_config(tmp_path, corpus, optim__steps=4, checkpoint__every_steps=2)
+    train(config)
+    latest = config.run_folder / "checkpoints" / "latest"
+    verify = Checkpoints.verify
+    latest.unlink()
+    latest.symlink_to("step_2")
+
+    def moved(self, path):
+        manifest = verify(self, path)
+        latest.unlink()
+        latest.symlink_to("step_4")
+        return manifest
+
+    monkeypatch.setattr(Checkpoints, "verify", moved)
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=6, checkpoint__resume=str(latest))
+    with trainer_of(branch) as trainer:
+        assert (trainer.step, trainer.saving.origin) == (2, str(latest))
+        now = local_of(trainer.saving.state()["model.embedding.weight"])
+        assert now.equal(saved_embedding(latest.parent / "step_2"))
+        assert not now.equal(saved_embedding(latest.parent / "step_4"))
+
+
+def test_a_branch_takes_no_metrics_of_an_unsaved_run_of_its_name(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=3))
+    start = str(tmp_path / "test" / "checkpoints" / "step_3")
+    mistaken = small_config(tmp_path, corpus, name="branch", checkpoint__at_end=False)
+    with trainer_of(mistaken) as trainer:
+        for _ in range(2):
+            trainer.metrics.log(trainer.step + 1, {"loss/train": trainer.train_step()[0]["loss/train"]})
+    train(small_config(tmp_path, corpus, name="branch", optim__steps=5, checkpoint__resume=start))
+    rows = read_metrics(tmp_path / "branch" / "metrics.jsonl")
+    assert sorted({row["step"] for row in rows}) == [4, 5]
+    assert len(list((tmp_path / "branch").glob("metrics.*.jsonl"))) == 1
+    assert rows[0]["run/restarts"] == 1
+
+
+def test_a_branch_without_a_step_of_its_own_is_refused(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=3))
+    start = str(tmp_path / "test" / "checkpoints" / "step_3")
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=2, checkpoint__resume=start)
+    with pytest.raises(
+        UserError, match=r"is of step 3, .*optim.steps=2 leaves it no step; give optim.steps=5 for 2 more"
+    ):
+        train(branch)
+    assert not (tmp_path / "branch" / "run.json").exists()
+
+
+def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, optim__steps=6, validation__every_steps=2)
+    with trainer_of(config) as trainer:
+        step = trainer.train_step
+
+        def stopped_in_step_4():
+            if trainer.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step()
+
+        trainer.train_step = stopped_in_step_4
+        trainer.run()
+        assert trainer.step == 4
+    train(config)
+    rows = read_metrics(config.run_folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss/val" in row] == [2, 4, 6]
+    saved = read_manifest(config.run_folder / "checkpoints" / "step_4")["facts"]
+    assert saved[BEST_BY] == next(row["loss/val"] for row in rows if row["step"] == 4 and "loss/val" in row)
+
+
+def test_a_home_folder_is_meant_by_its_sign(tmp_path, corpus, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = small_config(Path("~/runs"), corpus, checkpoint__resume="~/runs/a")
+    assert config.run_folder == tmp_path / "runs" / "test"
+    assert config.checkpoint.branches_from == str(tmp_path / "runs" / "a")
+
+
+def test_a_start_that_logged_nothing_was_a_start(tmp_path):
+    first = History(tmp_path / "history.json", None, 0, has_steps=True)
+    again = History(tmp_path / "history.json", None, 4, has_steps=True)
+    assert (first.restarts, again.restarts, again.lost_steps) == (0, 1, 0)
+    assert again.started_at == first.started_at
+
+
+@pytest.mark.parametrize(("saved_steps", "step", "is_said"), [(100, 3, False), (100, 5, True), (2000, 4, False)])
+def test_a_warm_up_is_said_to_come_again_only_where_one_was_over(tmp_path, corpus, saved_steps, step, is_said):
+    before = small_config(tmp_path, corpus, optim__steps=saved_steps, optim__warmup_steps=None)
+    now = small_config(tmp_path, corpus, optim__steps=1000, optim__warmup_steps=None, optim__lr=1e-3)
+    manifest = {"step": step, "facts": {"configuration": run_info(before).config_yaml}}
+    said = resume.compare(tmp_path, manifest, now, run_info(now).config_yaml, is_own=True)
+    assert said is not None
+    assert "optim.lr 0.003 -> 0.001" in said
+    assert ("in its warm-up of 50 steps again" in said) == is_said
