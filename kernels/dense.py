@@ -185,7 +185,8 @@ class _MLP(torch.autograd.Function):
         if before is None or torch.is_grad_enabled():  # it has a graph of its own, for second derivatives
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
-        if ctx.implementation == "reference":
+        has_graph = torch.is_grad_enabled() and type(inner) is Tensor  # which the op in place would not be part of
+        if ctx.implementation == "reference" or has_graph:
             inner, after, dbias1 = gelu_backward_reference(inner, before)
         elif type(inner) is Tensor:
             after, dbias1 = gelu_backward_(inner, before)

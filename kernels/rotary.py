@@ -290,6 +290,8 @@ def _check(q, k, cos, sin, positions, inplace) -> None:
             problems.append(f"k {tuple(k.shape)} {k.dtype}: must be {(batch, sequence, '*', head_dim)} {q.dtype}, as q")
         if cos.shape != sin.shape or cos.dtype != sin.dtype:
             problems.append(f"cos {tuple(cos.shape)} {cos.dtype}, sin {tuple(sin.shape)} {sin.dtype}: must be alike")
+        if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+            problems.append("cos and sin get no gradient here: give them detached")
         if not 1 <= cos.shape[-1] <= head_dim // 2:
             problems.append(f"cos {tuple(cos.shape)}: its last dim must be 1 to head_dim / 2 = {head_dim // 2}")
         if positions is None and (cos.ndim != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != sequence):

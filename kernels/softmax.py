@@ -237,6 +237,8 @@ def masked_softmax(x, mask, scale, causal, mask_keeps, implementation) -> Tensor
     problems = []
     if not x.is_floating_point() or not 2 <= x.ndim <= 4:
         problems.append(f"x {tuple(x.shape)} {x.dtype}: must be (..., rows, columns) of 2 to 4 dims, floating")
+    if isinstance(scale, Tensor):
+        problems.append("scale: must be a number; multiply a learned one into x")
     if mask is not None:
         if mask.dtype != torch.bool and not mask.is_floating_point():
             problems.append(f"mask {mask.dtype}: must be boolean, or floating to be added")

@@ -72,9 +72,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "schedule",
     },
     "trainer": {
-        "batch", "config", "data", "errors", "hugging_face", "metrics", "model", "optim", "parallel", "run_folder",
-        "run_facts", "run_info", "runtime", "saving", "sources", "step_clock", "step_counters", "stopping",
-        "throughput", "trace", "validation",
+        "batch", "config", "data", "errors", "hugging_face", "metrics", "metrics_file", "model", "optim", "parallel",
+        "run_folder", "run_facts", "run_info", "runtime", "saving", "sources", "step_clock", "step_counters",
+        "stopping", "throughput", "trace", "validation",
     },
     "train": {"command_line", "config", "errors", "metrics_file", "run", "run_info", "runtime", "slurm", "suggest"},
     "run": {

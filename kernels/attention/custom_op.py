@@ -61,6 +61,11 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def _as_given(q: Tensor) -> torch.autocast:
+    """Autocast has cast the op's inputs and ends there: inside, products are of the dtypes that the op chooses."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 def _lse_shape(q: Tensor, *_others: Any) -> tuple[int, ...]:
     return q.shape[0], q.shape[2], q.shape[1]
 
@@ -84,11 +89,13 @@ def attention_op(
 
     def op_forward(q, k, v, sink, *values):
         call, others = split(values)
-        return forward(q, k, v, sink, call, *others)
+        with _as_given(q):
+            return forward(q, k, v, sink, call, *others)
 
     def op_backward(dout, dlse, q, k, v, out, lse, *values):
         call, others = split(values)
-        return backward(dout.contiguous(), dlse, Saved(q, k, v, out, lse), call, *others)
+        with _as_given(q):
+            return backward(dout.contiguous(), dlse, Saved(q, k, v, out, lse), call, *others)
 
     op = custom_op(
         f"longctx::{name}",

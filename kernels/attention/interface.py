@@ -130,11 +130,27 @@ def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, 
             f"the call has {q.shape[1]} and {k.shape[1]}"
         )
     bounds = mask.intervals.start if isinstance(mask, BlockMask) else mask.start
+    problems += kept_problems(mask, q) if isinstance(mask, BlockMask) else []
     problems += [] if bounds is None else bound_problems(bounds, q)
     if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
         problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
+
+
+def kept_problems(mask: BlockMask, q: Tensor) -> list[str]:
+    """What is wrong with a mask of blocks for queries like `q`."""
+    kept, problems = mask.kept, []
+    blocks = -(-mask.n_queries // mask.block_q), -(-mask.n_keys // mask.block_k)
+    if kept.dtype != torch.bool or kept.shape not in ((1, *blocks), (q.shape[2], *blocks)):
+        problems.append(
+            f"kept {tuple(kept.shape)} {kept.dtype}: must be torch.bool, (1 or {q.shape[2]}, {blocks[0]}, {blocks[1]})"
+        )
+    if not kept.is_contiguous() or kept.device != q.device:
+        problems.append(f"kept is to be contiguous and on {q.device}: give kept.contiguous().to(q.device)")
+    if mask.intervals.start is None:
+        problems.append("its intervals have no bounds: give intervals.with_bounds(q.device)")
+    return problems
 
 
 def bound_problems(bounds: Tensor, q: Tensor) -> list[str]:
@@ -165,11 +181,14 @@ def check_options(options: Options, q: Tensor) -> None:
         )
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         problems.append("alibi_slopes get no gradient here: give them detached")
-    for name, tensor in (("alibi_slopes", slopes), ("seed", options.seed)):
+    seed = options.seed
+    if seed is not None and not isinstance(seed, Tensor):
+        raise ValueError(f"attention: seed {seed!r}: must be a tensor, such as torch.tensor(1, device=q.device)")
+    for name, tensor in (("alibi_slopes", slopes), ("seed", seed)):
         if tensor is not None and tensor.device != q.device:
             problems.append(f"{name} on {tensor.device}, q on {q.device}: must be on one device")
-    if options.seed is not None and (options.seed.dtype != torch.int64 or options.seed.numel() != 1):
-        problems.append(f"seed {tuple(options.seed.shape)} {options.seed.dtype}: must be one torch.int64")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        problems.append(f"seed {tuple(seed.shape)} {seed.dtype}: must be one torch.int64")
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
 

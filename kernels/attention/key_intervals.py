@@ -15,6 +15,8 @@ from torch import Tensor
 from longctx.kernels import hardware
 from longctx.kernels.attention.mask_cache import cached_per_mask
 
+_FAR = 1 << 32  # tokens: farther than any position, and still far from what int64 holds
+
 
 @dataclass(frozen=True, eq=False)
 class KeyIntervals:
@@ -149,7 +151,7 @@ class KeyIntervals:
 
     def window(self, size: int, device: torch.device | str) -> KeyIntervals:
         """The same mask where each row sees only the last `size` keys up to its own position (that included)."""
-        return self.band(_left_of_window(size), None, device)
+        return self.band(_left_of_window(size), 0, device)
 
     def band(self, left: int | None, right: int | None, device: torch.device | str) -> KeyIntervals:
         """The same mask where a row at position p sees only the keys p - left to p + right; None: no limit there.
@@ -157,16 +159,20 @@ class KeyIntervals:
         For masks over all keys, so before `keys` takes a subset of them.
         """
         start, end = self.bounds(device)
-        position = self.positions(device)[0]
-        first = start if left is None else torch.maximum(start, position - left)
+        position = self.positions(device)[0].long()  # any limit may be given: none wraps around
+
+        def limit(offset: int) -> Tensor:
+            return (position + max(-_FAR, min(_FAR, offset))).clamp(0, torch.iinfo(start.dtype).max).to(start.dtype)
+
+        first = start if left is None else torch.maximum(start, limit(-left))
         if right is not None:
-            end = torch.maximum(start, torch.minimum(end, position + (right + 1)))
+            end = torch.maximum(start, torch.minimum(end, limit(right + 1)))
         first, end = (bound.contiguous() for bound in torch.broadcast_tensors(first, end))
         return replace(self, is_causal=False, start=first, end=end)
 
     def windowed(self, size: int, device: torch.device) -> KeyIntervals:
         """As `window`: for the same mask and size the same tensors each time, which caches know."""
-        return banded(self, _left_of_window(size), None, device)
+        return banded(self, _left_of_window(size), 0, device)
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` over the same keys: ascending ones, such as one rank's, for a kernel."""

@@ -111,7 +111,10 @@ def statistics_of(
 ) -> Tensor:
     """See `reference.cross_entropy_statistics`."""
     if not logits.shape[1]:
-        return torch.tensor([-torch.inf, 0, 0, 0], device=logits.device).unsqueeze(1).repeat(1, len(logits))
+        none = torch.tensor(
+            [-torch.inf, 0, 0, 0], device=logits.device, dtype=precision.accumulation_dtype(logits.dtype)
+        )
+        return none.unsqueeze(1).repeat(1, len(logits))
     if implementation == "triton":
         return triton_cross_entropy.statistics(addressing.readable(logits), targets, options, first_class)
     return reference.cross_entropy_statistics(logits, targets, options, first_class)
@@ -272,12 +275,16 @@ def _setup_loss(ctx, inputs, output) -> None:
 
 def handed_out_once(ctx) -> tuple[Tensor, ...]:
     """The gradients that a forward pass has made, which the backward pass scales in place."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("a loss whose gradient is made with it has no second derivative; use torch's loss for that")
+    _refuse_second_derivative()
     if ctx.gradients is None:
         raise RuntimeError("a second backward pass through this loss: its gradient is gone; compute the loss again")
     gradients, ctx.gradients = ctx.gradients, None
     return gradients
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("a loss whose gradient is made in place has no second derivative; use torch's loss for that")
 
 
 def _loss_autograd(ctx, dloss: Tensor, _dgradient: None):
@@ -302,6 +309,7 @@ class _InPlaceLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
+        _refuse_second_derivative()
         logits, targets, lse = ctx.saved_tensors
         cross_entropy_gradient_(gradients[0], logits, targets, lse, 0, logits.shape[-1], *ctx.call)
         return logits.detach(), None, None

@@ -65,6 +65,8 @@ def cross_entropy_gradient(
 
     The classes are those from `first_class` on of `n_classes`, `lse` is that of all of them.
     """
+    if not logits.shape[1]:  # a rank may hold no class
+        return torch.empty_like(logits)
     x = capped(logits, options.softcap)
     gradient = (x - lse.unsqueeze(1)).exp_()
     if options.z_loss:

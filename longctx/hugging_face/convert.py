@@ -263,7 +263,7 @@ def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
         raise PretrainedError(f"{where}: biases of attention or of the MLP alone are not supported")
     own: dict[str, Any] = {}
     if kind == "mistral":
-        own = {"window": fields.get("sliding_window") or 0, "full_attention_every": 0}
+        own = {"window": fields.get("sliding_window", 4096) or 0, "full_attention_every": 0}
     if kind == "smollm3":
         own = {"no_rotary_every": _no_rotary_every(fields, where)}
     heads = fields["num_attention_heads"]
@@ -295,7 +295,8 @@ def _no_rotary_every(fields: dict[str, Any], where: str) -> int:
 
 def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:
     given = fields.get("rope_parameters") or {}
-    given = {"rope_theta": fields.get("rope_theta", 10000.0), **(fields.get("rope_scaling") or {}), **given}
+    theta = 2e6 if fields["model_type"] == "smollm3" else 1e4  # transformers' own where a file names none
+    given = {"rope_theta": fields.get("rope_theta", theta), **(fields.get("rope_scaling") or {}), **given}
     kind = given.get("rope_type", given.get("type", "default"))
     _refuse(given, where, partial_rotary_factor=1.0, truncate=True)
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):

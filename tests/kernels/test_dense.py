@@ -79,9 +79,11 @@ def test_what_is_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_second_derivatives_of_the_reference(recompute):
+@pytest.mark.parametrize(("implementation", "dtype"), [("reference", torch.float64), ("triton", torch.float32)])
+def test_second_derivatives(recompute, implementation, dtype):
     """Of a gradient penalty, whose terms go through the GELU's input too."""
-    inputs = [random(5, 8).double(), random(12, 8).double(), random(6, 12).double(), random(12).double()]
+    shapes = (5, 8), (12, 8), (6, 12), (12,)
+    inputs, tolerance = [random(*shape).to(dtype) for shape in shapes], 1e-9 if dtype == torch.float64 else 1e-4
 
     def penalty(mlp):
         given = [t.detach().clone().requires_grad_() for t in inputs]
@@ -91,9 +93,9 @@ def test_second_derivatives_of_the_reference(recompute):
     def plain(x, weight1, weight2, bias1):
         return F.gelu(x @ weight1.T + bias1, approximate="tanh") @ weight2.T
 
-    ours = penalty(lambda *t: fused_mlp(*t, recompute=recompute, implementation="reference"))
+    ours = penalty(lambda *t: fused_mlp(*t, recompute=recompute, implementation=implementation))
     for mine, true in zip(ours, penalty(plain), strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+        assert float((mine - true).norm() / true.norm()) < tolerance
 
 
 @pytest.mark.parametrize("implementation", ["triton", "reference"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from unittest import mock
@@ -16,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longctx.kernels.compat.liger import CrossEntropyLoss, LinearCrossEntropyLoss
 from longctx.kernels.loss import linear_cross_entropy as module
 from longctx.kernels.loss import triton_cross_entropy
-from longctx.kernels.loss.cross_entropy import cross_entropy
+from longctx.kernels.loss.cross_entropy import cross_entropy, gradient_of, statistics_of
 from longctx.kernels.loss.linear_cross_entropy import cast_in_place, linear_cross_entropy
+from longctx.kernels.loss.options import PLAIN
 from precision import DEVICE, DTYPES, assert_precise, random
 from thorough import examples
 
@@ -186,6 +188,21 @@ def test_a_second_derivative_is_refused():
         loss = cross_entropy(logits * 1, targets, inplace=inplace)
         with pytest.raises(RuntimeError, match="has no second derivative; use torch's loss"):
             torch.autograd.grad(loss, logits, create_graph=True)
+    losses = cross_entropy(logits * 1, targets, reduction="none", inplace=True)
+    with pytest.raises(RuntimeError, match="has no second derivative; use torch's loss"):
+        torch.autograd.grad(losses.sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rank_without_classes(dtype):
+    """What it adds to the statistics of all and to the gradient, in the dtype of sums."""
+    logits, targets = torch.empty(4, 0, dtype=dtype), targets_of(4, 40).cpu()
+    found = statistics_of(logits, targets, PLAIN, 40, "reference")
+    assert (found.dtype, found[0].tolist()) == (dtype, [-math.inf] * 4)
+    lse, weight = torch.zeros(4, dtype=dtype), torch.ones((), dtype=dtype)
+    gradient = torch.empty_like(logits)
+    gradient_of(logits, targets, lse, weight, PLAIN, 40, 40, "reference", gradient)
+    assert gradient.shape == (4, 0)
 
 
 def test_scaling_in_the_kernel():

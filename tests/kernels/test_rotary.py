@@ -139,6 +139,7 @@ def test_refusals():
         (lambda: apply_rotary(q, cos[:, :5], sin[:, :5]), r"cos \(1, 5, 8\): must be \(2 or 1, 6, rotary_dim / 2\)"),
         (lambda: apply_rotary(q[..., :10], cos, sin), "its last dim must be 1 to head_dim / 2 = 5"),
         (lambda: apply_rotary(q, cos, sin[..., :4]), "must be alike"),
+        (lambda: apply_rotary(q, cos.clone().requires_grad_(), sin), "cos and sin get no gradient here"),
         (lambda: apply_rotary_to_both(q, q[:, :3], cos, sin), r"k \(2, 3, 4, 16\) .*: must be \(2, 6, '\*', 16\)"),
         (lambda: apply_rotary(q, cos, sin, positions=torch.zeros(2, 6, dtype=torch.int64)), "must be a table"),
         (lambda: apply_rotary(q.transpose(2, 3), cos2, sin2, inplace=True), "stride 1, not"),

@@ -111,6 +111,7 @@ def test_refusals():
         (lambda: softmax(x, torch.ones(5)), r"mask \(5,\): must broadcast to x, \(2, 3, 4\)"),
         (lambda: softmax(x, torch.ones(4, dtype=torch.int32)), "mask torch.int32: must be boolean, or floating"),
         (lambda: softmax(x, torch.ones(4, requires_grad=True)), "mask: gets no gradient"),
+        (lambda: softmax(x, scale=torch.ones(())), "scale: must be a number; multiply a learned one into x"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -391,6 +391,16 @@ def test_rotary_scalings_are_those_of_transformers(name, is_old):
     assert (rotary.scaling == RotaryScaling.none) == (kind == "default")
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "field", "expected"),
+    [(MistralConfig, "sliding_window", "window", 4096), (SmolLM3Config, "rope_parameters", "rotary", 2e6)],
+)
+def test_a_key_that_a_file_lacks_has_transformers_value(kind, key, field, expected):
+    fields = {name: value for name, value in kind(**SMALL).to_dict().items() if name != key}
+    found = from_config_json(fields, "here")[field]
+    assert (found["theta"] if field == "rotary" else found) == expected
+
+
 @pytest.mark.parametrize("scaling", [RotaryScaling.dynamic, RotaryScaling.ntk])
 def test_a_larger_theta_is_written_as_one(scaling):
     """Exact at every length; transformers' own dynamic scaling goes by the length of each text."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attention_checks import LARGE_MASKS, MASKS, check
 from longctx.kernels.attention import passes
+from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -208,6 +209,45 @@ def test_autocast():
     out.sum().backward()
     assert q.grad is not None
     assert q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_ends_at_the_op(options, dtype):
+    """Inside, products are of the dtypes that the op chooses: results are those of inputs that were cast before."""
+    q, k, v, dout = (torch.randn(1, 64, 2, 16, device=DEVICE, dtype=dtype) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    found = []
+    for is_on in (False, True):
+        with torch.autocast(DEVICE, dtype, enabled=is_on):
+            out, lse = attention(q, k, v, KeyIntervals.causal(64), implementation="reference", **options)
+            gradients = torch.autograd.grad(out, (q, k, v), dout)
+        found.append((out, lse, *gradients))
+    assert found[1][1].dtype == torch.float32
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_mask_of_blocks_that_does_not_fit_is_refused():
+    q = torch.zeros(1, 64, 2, 16, device=DEVICE)
+    intervals = KeyIntervals.causal(64).with_bounds(DEVICE)
+    kept = torch.ones(1, 4, 4, dtype=torch.bool, device=DEVICE)
+    for wrong, message in (
+        (kept.int(), r"kept \(1, 4, 4\) torch.int32: must be torch.bool, \(1 or 2, 4, 4\)"),
+        (kept.expand(3, 4, 4), r"kept \(3, 4, 4\)"),
+        (kept[:, :3], r"kept \(1, 3, 4\)"),
+        (torch.ones(1, 4, 6, dtype=torch.bool, device=DEVICE), r"kept \(1, 4, 6\)"),
+        (kept.tril().transpose(1, 2), "kept is to be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, q, q, BlockMask(wrong, 16, 16, intervals))
+    with pytest.raises(ValueError, match="its intervals have no bounds: give intervals.with_bounds"):
+        attention(q, q, q, BlockMask(kept, 16, 16, KeyIntervals.causal(64)))
+
+
+def test_a_seed_is_a_tensor():
+    x = torch.zeros(2, 8, 4, 4)
+    with pytest.raises(ValueError, match=r"seed 1: must be a tensor, such as torch.tensor\(1, device=q.device\)"):
+        attention(x, x, x, KeyIntervals.causal(8), dropout=0.1, seed=1)
 
 
 def test_a_mask_is_an_object_of_its_own():

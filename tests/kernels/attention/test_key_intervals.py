@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import pytest
@@ -17,6 +18,23 @@ def test_subset_of_keys_keeps_the_mask():
     whole = mask.dense("cpu")
     part = mask.rows(rows).keys(keys).dense("cpu")
     assert torch.equal(part[0, 0], whole[0, 0][rows][:, keys])
+
+
+@pytest.mark.parametrize("size", [2, 2**31 + 5, 2**32, 2**32 + 1, sys.maxsize])
+def test_a_window_shows_nothing_that_comes_later(size):
+    """Of any mask and size: one larger than the sequence is none."""
+    for mask in (KeyIntervals.full(6, 6), KeyIntervals.causal(6)):
+        seen = mask.window(size, "cpu").dense("cpu")[0, 0]
+        assert seen.equal(torch.ones(6, 6, dtype=torch.bool).tril().triu(1 - min(size, 6)))
+
+
+def test_limits_beyond_any_position():
+    mask = KeyIntervals.full(6, 6)
+    for far in (2**31 - 1, 2**31, 2**32, sys.maxsize):
+        assert mask.band(4, far, "cpu").dense("cpu").equal(mask.band(4, None, "cpu").dense("cpu"))
+        assert mask.band(far, 1, "cpu").dense("cpu").equal(mask.band(None, 1, "cpu").dense("cpu"))
+        assert not mask.band(-far, None, "cpu").dense("cpu").any()
+        assert not mask.band(None, -far, "cpu").dense("cpu").any()
 
 
 def test_the_window_of_a_mask_is_made_once():
