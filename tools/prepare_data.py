@@ -21,7 +21,7 @@ from longctx.data.lengths import draw_lengths, length_table
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare, preparing
 from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files
 from longctx.data.tokens import Manifest, TokenFolder
-from longctx.errors import UserError
+from longctx.errors import DataError, UserError
 
 
 def main() -> None:
@@ -54,11 +54,14 @@ def main() -> None:
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers} is less than 1")
     for path in arguments.input:
-        if arguments.output.absolute().is_relative_to(path.absolute()):
+        if arguments.output.resolve().is_relative_to(path.resolve()):
             parser.error(f"--output {arguments.output} is inside the input {path}; give a folder beside it")
     source = ", ".join(str(path) for path in arguments.input)
     try:
         found = find_files(arguments.input)
+        if not found.files:
+            left_out = "".join(f"\n  {name}: {why}" for name, why in found.left_out)
+            raise DataError(f"{source}: no files to read{left_out and '; left out:'}{left_out}")
         pieces = cut_files(found.files, arguments.text_field, arguments.skip_unreadable)
         manifest = prepare(
             pieces, arguments.output, arguments.tokenizer, arguments.validation_fraction, source=source,

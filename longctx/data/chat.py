@@ -60,12 +60,20 @@ class ChatTokenizer:
             self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
         if template_file is not None:
             self.tokenizer.chat_template = template_file.read_text(encoding="utf-8")
-        elif not self.tokenizer.chat_template:
+        elif not self.tokenizer.chat_template and (folder / CHAT_TEMPLATE).is_file():
+            self.tokenizer.chat_template = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        if not self.tokenizer.chat_template:
             raise DataError(
                 f"{tokenizer_file}: has no chat template beside it (chat_template.jinja, or in tokenizer_config.json), "
                 "and the input holds conversations; give one with --chat-template FILE"
             )
         self.template: str = self.tokenizer.get_chat_template()
+        missing = set(re.findall(r"\b(?:bos|eos)_token\b", self.template)) - set(self.tokenizer.special_tokens_map)
+        if missing and not is_whole:  # jinja would write nothing in their place
+            raise DataError(
+                f"{tokenizer_file}: the chat template writes {' and '.join(sorted(missing))}, which "
+                "tokenizer_config.json names: put it and the template beside a file of the name tokenizer.json"
+            )
         self.marks_answers = bool(GENERATION.search(self.template))
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
@@ -125,6 +133,13 @@ class ChatTokenizer:
                 )
             found.append((len(before), len(until)))
         return found
+
+
+def files_of_chats(tokenizer_file: Path, template_file: Path | None) -> list[Path]:
+    """What decides how conversations are written, beside the tokenizer: of these the files that are there."""
+    folder = tokenizer_file.parent
+    files = [template_file or folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"]
+    return [file for file in files if file.is_file()]
 
 
 @cache

@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.chat import CHAT_TEMPLATE, Chat, ChatError, Completion, chat_tokenizer
+from longctx.data.chat import CHAT_TEMPLATE, Chat, ChatError, Completion, chat_tokenizer, files_of_chats
 from longctx.data.text import MIB, Document, Piece, Skipped
 from longctx.data.tokenizer import (
     count_bytes,
@@ -57,7 +57,7 @@ class Recipe:
     validation_fraction: float
     max_document_tokens: int | None
     chat_template_file: str = ""  # of conversations; empty: what lies beside the tokenizer
-    chat_template_sha256: str = ""
+    chat_template_sha256: str = ""  # with that of the tokenizer's special tokens
     skip_unreadable: bool = False
 
     @property
@@ -102,7 +102,7 @@ def prepare(
         validation_fraction,
         max_document_tokens,
         "" if chat_template is None else str(chat_template.resolve()),
-        "" if chat_template is None else sha256(chat_template),
+        "".join(sha256(file) for file in files_of_chats(tokenizer_file, chat_template)),
         skip_unreadable,
     )
     work = work or preparing(folder)
@@ -123,6 +123,8 @@ def _prepare(
     pieces: Sequence[Piece], folder: Path, tokenizer_file: Path, recipe: Recipe, token_lengths: np.ndarray, source: str,
     workers: int, work: Path,
 ) -> Manifest:  # fmt: skip
+    if work.exists() and any(work.iterdir()) and not (work / "lock").exists():
+        raise DataError(f"{work}: holds what no preparation has written; rename it, or give another --output")
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
@@ -133,11 +135,7 @@ def _prepare(
         shards = {split: [Shard(**s) for piece in by_piece for s in piece["shards"][split]] for split in SPLITS}
         if not shards["train"]:
             shutil.rmtree(work)
-            held_out = sum(shard.documents for shard in shards["validation"])
-            why = f"all {held_out} documents were held out; lower the validation fraction or split them into more"
-            raise DataError(
-                f"{source or 'the input'}: no text to train on; {why if held_out else 'every document is empty'}"
-            )
+            raise DataError(f"{source or 'the input'}: no text to train on; {_why_nothing(by_piece, shards)}")
         shutil.copyfile(tokenizer_file, work / "tokenizer.json")
         token_bytes = work / "token_bytes.bin"
         token_lengths.tofile(token_bytes)
@@ -158,6 +156,16 @@ def _prepare(
         work.rename(folder)
         sync(folder.parent)
     return manifest
+
+
+def _why_nothing(by_piece: list[dict[str, Any]], shards: dict[str, list[Shard]]) -> str:
+    """Why nothing is left to train on."""
+    if held_out := sum(shard.documents for shard in shards["validation"]):
+        return f"all {held_out} documents were held out; lower the validation fraction or split them into more"
+    if skipped := sum(piece["skipped"] for piece in by_piece):
+        example = next(example for piece in by_piece for example in piece["skipped_examples"])
+        return f"{skipped} documents were left out, such as {example}"
+    return "every document is empty"
 
 
 def _chat_prompt(recipe: Recipe) -> list[str]:
@@ -254,9 +262,9 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
         except ChatError as error:
             if not recipe.skip_unreadable:
                 raise DataError(
-                    f"{document.name}: {error}; or leave out what cannot be read with --skip-unreadable"
+                    f"{document.place}: {error}; or leave out what cannot be read with --skip-unreadable"
                 ) from None
-            skipped.append(f"{document.name}: {error}")
+            skipped.append(f"{document.place}: {error}")
             continue
         if not len(ids):
             continue
@@ -268,7 +276,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
             if is_trained.any():
                 writer.add(ids, text_bytes, is_trained)
             else:
-                skipped.append(f"{document.name}: no turn of the assistant, so nothing to train on")
+                skipped.append(f"{document.place}: no turn of the assistant, so nothing to train on")
             continue
         limit = max(1, recipe.max_document_tokens - frame) if recipe.max_document_tokens else len(ids)
         for first in range(0, len(ids), limit):
@@ -300,12 +308,21 @@ def _encode_document(
             return ids, None, text_bytes
         case Chat() as chat:
             ids, is_trained = chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).encode(chat)
+            if len(ids) and ids.max() >= recipe.vocab_size:
+                raise DataError(
+                    f"{recipe.tokenizer_file}: has {recipe.vocab_size} tokens, and conversations have token "
+                    f"{ids.max()}, which only tokenizer_config.json adds: save the tokenizer with it (save_pretrained)"
+                )
             return ids, is_trained, sum(len(str(message.get("content", "")).encode()) for message in chat.messages)
         case Completion(prompt, text):
-            (before, prompt_bytes), (after, bytes_after) = (_encode(tokenizer, [part]) for part in (prompt, text))
+            (before, _), (after, _), (whole, text_bytes) = (
+                _encode(tokenizer, [part]) for part in (prompt, text, prompt + text)
+            )
+            if np.array_equal(whole[: len(before)], before):  # else a token reaches from one into the other
+                after = whole[len(before) :]  # without the space that some tokenizers put before a text
             ids = np.concatenate([recipe.document_begin, before, after, recipe.document_end]).astype(np.int64)
             is_trained = np.arange(len(ids)) >= len(recipe.document_begin) + len(before)
-            return ids, is_trained & bool(len(after)), prompt_bytes + bytes_after
+            return ids, is_trained & bool(len(after)), text_bytes
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,11 @@ class Document(NamedTuple):
     pieces: Iterable[str]  # the text, in pieces that may be tokenized apart from each other
     is_validation: bool | None = None  # None: the hash of the name decides
     answers: Chat | Completion | None = None  # in place of a text: what is trained on in parts only
+    where: Callable[[], str] | None = None  # its place, for messages; None: its name says it
+
+    @property
+    def place(self) -> str:
+        return self.where() if self.where else self.name
 
 
 class Skipped(NamedTuple):
@@ -112,9 +118,10 @@ class FilePiece:
                     begin += len(lines.readline()) - 1
                 while (end is None or begin < end) and (line := lines.readline()):
                     if line.strip():
-                        yield self._document(f"{part.name}@{begin}", _content_of_line, line, part.path, begin)
+                        where = partial(_line_at, part.path, begin)
+                        yield self._document(f"{part.name}@{begin}", _content_of_line, line, where)
                     begin += len(line)
-        except OSError as error:
+        except _damage() as error:
             raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
 
     def _read_parquet(self, part: Range) -> Iterator[Document | Skipped]:
@@ -125,9 +132,9 @@ class FilePiece:
             with pq.ParquetFile(part.path) as file:
                 there = file.schema_arrow.names
                 columns = [self.text_field] if self.text_field in there else [c for c in CONVERSATIONS if c in there]
-                if self.text_field in columns and self.text_field != "messages" and "messages" in there:
+                if self.text_field in columns and (other := _conversation_beside(self.text_field, set(there))):
                     raise UnreadableError(
-                        f"{part.path}: columns {self.text_field!r} and 'messages': drop the one not to be trained on"
+                        f"{part.path}: columns {self.text_field!r} and {other}: drop what is not to be trained on"
                     )
                 if not columns:
                     raise DataError(
@@ -145,11 +152,12 @@ class FilePiece:
             raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
 
     def _document(
-        self, name: str, content_of: Callable[..., str | Chat | Completion], *arguments: Any
+        self, name: str, content_of: Callable[..., str | Chat | Completion], found: Any, where: Callable[[], str]
     ) -> Document | Skipped:  # fmt: skip
         try:
-            content = content_of(*arguments, self.text_field)
-            return Document(name, [content]) if isinstance(content, str) else Document(name, [], answers=content)
+            content = content_of(found, where, self.text_field)
+            pieces, answers = ([content], None) if isinstance(content, str) else ([], content)
+            return Document(name, pieces, answers=answers, where=where)
         except UnreadableError as error:
             if not self.skip_unreadable:
                 raise
@@ -181,13 +189,31 @@ def find_files(paths: list[Path]) -> Input:
     for path in (Path(os.path.abspath(path)) for path in paths):  # names must not depend on where one stands
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
-        if not path.is_dir():
+        if path.is_file():
             files.append((path, path.name))
             continue
+        if not path.is_dir():
+            raise DataError(f"{path}: is no file that can be read twice (a pipe?); write it to a file first")
         found, others = _search(path)
         files += [(file, str(file.relative_to(path.parent))) for file in sorted(found)]
         left_out += [(str(other.relative_to(path.parent)), why) for other, why in sorted(others)]
-    return Input(files, left_out)
+    return _each_once(files, left_out)
+
+
+def _each_once(files: list[tuple[Path, str]], left_out: list[tuple[str, str]]) -> Input:
+    """Without the other names of a file: a text that is read twice would be held out and trained on."""
+    names: dict[tuple[int, int], str] = {}
+    for path, name in sorted(files, key=lambda file: file[0].is_symlink()):  # a file itself before links to it
+        stat = path.stat()
+        names.setdefault((stat.st_dev, stat.st_ino), name)
+    kept: dict[str, Path] = {}
+    for path, name in files:
+        stat = path.stat()
+        first = names[stat.st_dev, stat.st_ino]
+        if first == name and kept.setdefault(name, path) is path:
+            continue
+        left_out.append((name, f"the same file as {first}"))
+    return Input([(path, name) for name, path in kept.items()], left_out)
 
 
 def _search(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -259,7 +285,7 @@ def _kind(path: Path, text_field: str) -> str:
             while first and not first.strip():
                 first = file.readline(LONGEST_FIRST_LINE)
             second = file.readline(LONGEST_FIRST_LINE) if first.lstrip().startswith(b"{") else b""
-    except OSError:  # reading it will say so
+    except _damage():  # reading it will say so
         return "text"
     if first.startswith(b"PAR1"):
         return "parquet"
@@ -361,19 +387,28 @@ def _text_parts(path: Path) -> Iterator[str]:
                 offset += len(part)
     except UnicodeDecodeError as error:
         raise UnreadableError(f"{path}: byte {offset + error.start} is not UTF-8; convert or remove the file") from None
-    except OSError as error:
+    except _damage() as error:
         raise UnreadableError(f"{path}: {error}; the file is damaged or cannot be read") from None
 
 
-def _content_of_line(line: bytes, path: Path, offset: int, text_field: str) -> str | Chat | Completion:
-    def where() -> str:
-        number, left = 1, offset
-        with _open(path) as file:
-            while left and (part := file.read(min(MIB, left))):
-                number += part.count(b"\n")
-                left -= len(part)
-        return f"{path}:{number}"
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    import pyarrow as pa
 
+    return OSError, pa.ArrowException
+
+
+def _line_at(path: Path, offset: int) -> str:
+    """The place of the line that begins at a byte."""
+    number, left = 1, offset
+    with _open(path) as file:
+        while left and (part := file.read(min(MIB, left))):
+            number += part.count(b"\n")
+            left -= len(part)
+    return f"{path}:{number}"
+
+
+def _content_of_line(line: bytes, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -384,9 +419,9 @@ def _content_of_line(line: bytes, path: Path, offset: int, text_field: str) -> s
 def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
     """What a record holds: a text, a conversation (`messages`), or `prompt` and `completion`, texts or messages."""
     record = record if isinstance(record, dict) else {}
-    both = record.get(text_field) is not None and record.get("messages") is not None
-    if both and text_field != "messages":
-        raise UnreadableError(f"{where()}: fields {text_field!r} and 'messages': drop the one not to be trained on")
+    there = {key for key, value in record.items() if value is not None}
+    if text_field in there and (other := _conversation_beside(text_field, there)):
+        raise UnreadableError(f"{where()}: fields {text_field!r} and {other}: drop what is not to be trained on")
     if text_field in record and (record[text_field] is not None or "messages" not in record):
         return _checked(record[text_field], where, text_field)
     tools = record.get("tools")
@@ -407,6 +442,15 @@ def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Ch
     raise UnreadableError(
         f"{where()}: no field {text_field!r}; name it with --text-field (also read: messages; prompt and completion)"
     )
+
+
+def _conversation_beside(text_field: str, there: set[str]) -> str:
+    """Which of the fields that are there hold what is trained on in parts, beside a text; empty: none."""
+    if text_field in CONVERSATIONS:
+        return ""
+    if "messages" in there:
+        return "'messages'"
+    return "'prompt' with 'completion'" if {"prompt", "completion"} <= there else ""
 
 
 def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str, Any]]:

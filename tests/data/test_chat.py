@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from corpora import find_pieces
 from longctx.config import DataConfig
-from longctx.data.chat import Chat, ChatError, ChatTokenizer
+from longctx.data.chat import Chat, ChatError, ChatTokenizer, chat_tokenizer
 from longctx.data.loader import ShuffledTokens
 from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, pack
@@ -238,7 +240,7 @@ def test_what_cannot_be_rendered_is_named(tmp_path, folder):
     file = template_file(folder, "{{ raise_exception('only words') if messages[-1].content == '!' }}" + CHATML)
     pieces = find_pieces([records(tmp_path, bad, {"messages": [USER, ANSWER]})])
     options = {"validation_fraction": 0.0, "chat_template": file}
-    with pytest.raises(DataError, match=r"chats.jsonl@0: the chat template does not take it .*only words.*skip-unread"):
+    with pytest.raises(DataError, match=r"chats.jsonl:1: the chat template does not take it .*only words.*skip-unread"):
         prepare(pieces, tmp_path / "a", folder / "tokenizer.json", **options)
     assert prepare(pieces, tmp_path / "b", folder / "tokenizer.json", skip_unreadable=True, **options).skipped == 1
     with pytest.raises(DataError, match="has no chat template beside it"):
@@ -251,7 +253,8 @@ def test_what_cannot_be_rendered_is_named(tmp_path, folder):
         ({"messages": "hello"}, "field 'messages' holds no list"),
         ({"prompt": "a"}, "no field 'text'; name it with --text-field"),
         ({"messages": [USER, ANSWER], "tools": "{"}, "field 'tools' is not JSON"),
-        ({"messages": [USER, ANSWER], "text": "both"}, "fields 'text' and 'messages': drop the one"),
+        ({"messages": [USER, ANSWER], "text": "both"}, "fields 'text' and 'messages': drop what is not"),
+        ({"prompt": "a", "completion": "b", "text": "ab"}, "'text' and 'prompt' with 'completion': drop what is not"),
         (
             {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]},
             "content of a message holds no text but {'a'",
@@ -263,3 +266,53 @@ def test_what_cannot_be_rendered_is_named(tmp_path, folder):
         pieces = find_pieces([records(tmp_path, line)])
         with pytest.raises(DataError, match=said):
             prepare(pieces, tmp_path / "d", folder / "tokenizer.json", validation_fraction=0.0, chat_template=file)
+
+
+def test_special_tokens_of_a_template_are_those_of_the_tokenizers_configuration(tmp_path, folder):
+    """Jinja writes nothing for a name that it does not know: no answer would have its end."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "tokenizer.json", alone)
+    (alone / "chat_template.jinja").write_text(BRACKETS)
+    message = "the chat template writes bos_token and eos_token, which tokenizer_config.json names"
+    for template in (None, template_file(folder, BRACKETS)):
+        with pytest.raises(DataError, match=message):
+            ChatTokenizer(alone / "tokenizer.json", template)
+    (alone / "chat_template.jinja").write_text(CHATML)
+    assert ChatTokenizer(alone / "tokenizer.json").template == CHATML
+
+
+def test_a_mended_template_begins_anew(tmp_path, folder):
+    """That which lies beside the tokenizer, too: what was done with the one before is not kept."""
+    tokenizer = tmp_path / "model"
+    shutil.copytree(folder, tokenizer)
+    template = tokenizer / "chat_template.jinja"
+    chats = [{"messages": [USER, ANSWER]}] * 3 + [{"messages": [USER, {"role": "assistant", "content": "!"}]}]
+    pieces = []
+    for number, chat in enumerate(chats):
+        (tmp_path / f"{number}").mkdir()
+        pieces += find_pieces([records(tmp_path / f"{number}", chat)])
+    template.write_text("OLD{{ raise_exception('no') if messages[-1].content == '!' }}" + CHATML)
+    with pytest.raises(DataError, match="does not take it"):
+        prepare(pieces, tmp_path / "corpus", tokenizer / "tokenizer.json", validation_fraction=0.0)
+    template.write_text("NEW" + CHATML)
+    chat_tokenizer.cache_clear()
+    prepare(pieces, tmp_path / "corpus", tokenizer / "tokenizer.json", validation_fraction=0.0)
+    ids = np.concatenate([np.asarray(d) for d in TokenFolder(tmp_path / "corpus", 1 << 16).splits["train"].tokens])
+    text = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).decode(ids.tolist(), skip_special_tokens=False)
+    assert (text.count("NEW"), text.count("OLD")) == (4, 0)
+
+
+def test_a_completion_goes_on_where_its_prompt_ends(tmp_path):
+    """Though the tokenizer puts a space before each text that it is given, as SentencePiece's do."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", *"▁ThecapitlofrnsP."])}, []))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompt, completion = "The capital of France is", " Paris."
+    pieces = find_pieces([records(tmp_path, {"prompt": prompt, "completion": completion})])
+    prepare(pieces, tmp_path / "corpus", tmp_path / "tokenizer.json", validation_fraction=0.0)
+    split = TokenFolder(tmp_path / "corpus", 1 << 16).splits["train"]
+    ids, is_trained = np.asarray(split.tokens[0]), split.trained_of_shard(0)
+    assert ids.tolist() == [*tokenizer.encode(prompt + completion).ids, 0]
+    assert "".join(tokenizer.id_to_token(i) for i in ids[is_trained].tolist()) == "▁Paris.</s>"

@@ -402,7 +402,7 @@ def test_copies_to_train_on_ask_for_what_stood_before(length, vocab_size, number
     assert np.array_equal(whole[asked + 1][:-1], targets[asked][:-1])
     assert tokens.max() < vocab_size
     if length >= 1000:
-        assert 0.15 < len(asked) / length < 0.6
+        assert 0.05 < len(asked) / length < 0.7
     if (
         vocab_size > 5000
     ):  # eight tokens up to a target stand somewhere before it, where attention reaches, and it after
@@ -410,6 +410,13 @@ def test_copies_to_train_on_ask_for_what_stood_before(length, vocab_size, number
         for at in asked[:: max(1, len(asked) // 20)]:
             before = text[at - 7 : at + 1]
             assert any(text[i : i + 8] == before and text[i + 8] == targets[at] for i in range(start[at], at - 8)), at
+
+
+@pytest.mark.parametrize(("span", "share"), [(None, 0.38), (256, 0.26), (1024, 0.36)])
+def test_how_many_tokens_copies_ask_for(span, share):
+    """Half of them are copies, but for what begins each and the first of a span."""
+    targets = [copies_sequence(number, 3000, 9000, 1, span)[1] for number in range(50)]
+    assert np.mean([(t != IGNORE_INDEX).mean() for t in targets]) == pytest.approx(share, abs=0.02)
 
 
 def test_builtin_packages():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, processors
 
 from corpora import byte_tokenizer, documents_of, find_pieces, make_corpus, prepared
+from in_process import run_script
 from longctx.config import DataConfig, TokenDtype
 from longctx.data import tokenizer as tokenizer_module
 from longctx.data import tokens
@@ -202,6 +204,63 @@ def test_hidden_files_are_left_out_and_named(tmp_path):
         (f"{name}/elsewhere", "a link to a folder; name that folder as an input of its own"),
         (f"{name}/gone", "no file, or a link to nothing"),
     ]
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path):
+    """Else a text could be held out and trained on: links, as in a cache of downloads, and inputs that overlap."""
+    blobs, snapshot = tmp_path / "data" / "blobs", tmp_path / "data" / "snapshots"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir()
+    (blobs / "f00").write_text("one")
+    (snapshot / "a.txt").symlink_to(blobs / "f00")
+    (snapshot / "b.txt").write_text("two")
+    assert texts_of([tmp_path / "data"]) == ["one", "two"]
+    assert find_files([tmp_path / "data"]).left_out == [("data/snapshots/a.txt", "the same file as data/blobs/f00")]
+    assert texts_of([snapshot]) == ["one", "two"]
+    for paths in ([tmp_path / "data", snapshot], [snapshot] * 2, [snapshot, snapshot / "b.txt"]):
+        assert texts_of(paths) == ["one", "two"]
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: is no file that can be read twice \(a pipe\?\); write it to a file"):
+        find_files([tmp_path / "pipe"])
+
+
+def test_bzip2_with_an_empty_stream_is_named(tmp_path):
+    """Which pyarrow does not read, and says so by an exception of its own."""
+    (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(b"one\n") + bz2.compress(b"") + bz2.compress(b"two\n"))
+    with pytest.raises(DataError, match=r"a.txt.bz2: .*the file is damaged or cannot be read; or leave out"):
+        texts_of([tmp_path])
+
+
+def test_the_output_is_not_inside_the_input(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text\n" * 50)
+    (tmp_path / "link").symlink_to(texts)
+    tool, options = ROOT / "tools" / "prepare_data.py", ["--validation-fraction", "0", "--workers", "1"]
+    for output in ("corpus", "../link/corpus"):
+        refused = run_script(tool, ".", "--output", output, *options, folder=texts)
+        assert f"--output {output} is inside the input .; give a folder beside it" in refused.stderr
+    assert run_script(tool, ".", "--output", "../corpus", *options, folder=texts).returncode == 0
+    (tmp_path / "none").mkdir()
+    nothing = run_script(tool, "none", "--output", "other", *options, folder=tmp_path)
+    assert nothing.stderr == "prepare_data.py: none: no files to read\n"
+    (tmp_path / "c.jsonl").write_text('{"content": "x"}\n' * 3)
+    words = "c.jsonl", "--output", "other", "--skip-unreadable", *options
+    said = run_script(tool, *words, folder=tmp_path).stderr
+    assert "no text to train on; 3 documents were left out, such as" in said
+    assert "c.jsonl:1: no field 'text'" in said
+
+
+def test_a_folder_of_ones_own_is_not_emptied(tmp_path):
+    (tmp_path / "c.preparing").mkdir()
+    (tmp_path / "c.preparing" / "notes.txt").write_text("mine")
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(DataError, match=r"c.preparing: holds what no preparation has written; rename it"):
+        prepare(find_pieces([tmp_path / "a.txt"]), tmp_path / "c", validation_fraction=0.0)
+    assert (tmp_path / "c.preparing" / "notes.txt").read_text() == "mine"
 
 
 @pytest.fixture
