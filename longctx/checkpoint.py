@@ -244,8 +244,8 @@ class Checkpoints:
         ]
         if problems:
             raise CheckpointError(
-                f"{path}: not a checkpoint of this model and optimizer: {problems[0]}; give the run another name, or "
-                "the configuration of the checkpoint"
+                f"{path}: not a checkpoint of this model and optimizer: {problems[0]}; give the configuration of the "
+                "checkpoint, or begin anew: with another name, and without checkpoint.resume"
             )
         try:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), planner=PartLoader())
@@ -355,7 +355,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         return files.read_manifest(file, FORMAT)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no {MANIFEST} in it, so it is no checkpoint; name a step_N folder") from None
+        why = f"no {MANIFEST} in it, so it is no checkpoint" if path.is_dir() else "there is no such folder"
+        latest = path / "checkpoints" / "latest"
+        instead = latest if latest.exists() else "a folder of the name step_N"
+        raise CheckpointError(f"{path}: {why}; name {instead}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
     except OSError as error:

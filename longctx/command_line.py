@@ -101,6 +101,11 @@ def script() -> list[str]:
     return [str(_as_from_here(file))] if file.exists() else ["-m", "longctx.train"]
 
 
+def torchrun() -> str:
+    """The one of this environment, named as from here."""
+    return str(_as_from_here(Path(sys.executable).parent / "torchrun"))
+
+
 def _as_from_here(path: Path) -> Path:
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
@@ -117,12 +122,11 @@ def resume_command(config: Config, overrides: list[str], world_size: int, **chan
 
     `changes`: keys (`optim__steps`) with other values.
     """
-    tools = _as_from_here(Path(sys.executable).parent)
-    launcher = [str(tools / "python")]
+    launcher = [str(_as_from_here(Path(sys.executable).parent / "python"))]
     if world_size > 1:
         per_machine = ranks_of_a_machine(world_size)
         meeting = meeting_of(world_size // per_machine, os.environ.get("MASTER_ADDR", "HOST"))
-        launcher = [str(tools / "torchrun"), *meeting, "--nproc-per-node", str(per_machine)]
+        launcher = [torchrun(), *meeting, "--nproc-per-node", str(per_machine)]
     given = {"name": config.name} | {key.replace("__", "."): value for key, value in changes.items()}
     kept = [w for w in overrides if w.partition("=")[0].lstrip("+") not in (*given, "optim.steps", "checkpoint.resume")]
     given.setdefault("optim.steps", str(config.optim.steps))

@@ -37,7 +37,7 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
     if is_own and (other := of_another_run(changed)):
         raise UserError(
             f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
-            f"one with another name, from these weights with checkpoint.resume={path}"
+            f"one with another name: from its beginning, or, if the tensors are alike, with checkpoint.resume={path}"
         )
     warmup, before = warmup_steps(config.optim), _saved_warmup_steps(manifest["facts"]["configuration"])
     again = f"; the learning rate is in its warm-up of {warmup} steps again" if max(1, before) <= step < warmup else ""

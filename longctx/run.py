@@ -16,7 +16,7 @@ import torch
 from longctx import plan, remedies, step_time
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Positions
+from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Optimizer, Positions, RotaryScaling
 from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.evaluate import sample_texts
@@ -112,7 +112,7 @@ def introduce(trainer: Trainer) -> None:
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "
         f"{trainer.loader.accumulation} micro-batches of {trainer.loader.micro_batch}\n"
         f"{context}{traffic_in_words(facts)}attention: {facts['attention']}, other fused ops: {facts['fused_ops']}\n"
-        f"{kept_and_where(config)}{expected_memory(trainer)}"
+        f"{kept_and_where(config)}{expected_memory(trainer)}{unused(config, trainer.run_info.overrides)}"
         f"steps {trainer.step} to {config.optim.steps}, files in {config.run_folder}"
     )
 
@@ -149,6 +149,17 @@ def kept_and_where(config: Config) -> str:
     if parallel.is_tiled and parallel.compile:
         said.append("blocks are not compiled")
     return f"to hold less: {', '.join(said)}\n" if said else ""
+
+
+def unused(config: Config, overrides: list[str]) -> str:
+    """Lines on words of the command line that do nothing in this run; empty if all do something."""
+    typed = {word.partition("=")[0].lstrip("+") for word in overrides}
+    needed = {}
+    if config.model.rotary.scaling == RotaryScaling.none:
+        needed |= dict.fromkeys(("model.rotary.factor", "model.rotary.original_length"), "a model.rotary.scaling")
+    if config.optim.optimizer != Optimizer.muon:
+        needed |= dict.fromkeys(("optim.muon_lr", "optim.muon_momentum"), "optim.optimizer=muon")
+    return "".join(f"{key} does nothing without {what}\n" for key, what in needed.items() if key in typed)
 
 
 def expected_memory(trainer: Trainer) -> str:

@@ -182,6 +182,8 @@ class Saving:
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
         if given := checkpoint.branches_from:
+            if Path(given).name == given and not Path(given).exists():  # a word
+                raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
             self.origin = given = _in_one_way(given)
             origin = newest[1]["facts"]["resumed_from"] if newest else None
             is_restart = origin is not None and _in_one_way(origin) == given  # goes on where it was

@@ -12,7 +12,9 @@ from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
 from longctx.data.tokenizer import as_trained, check_same_ids, kept_tokenizer
+from longctx.data.tokens import TokenFolder
 from longctx.errors import DataError
+from longctx.files import sha256
 from longctx.runtime import Runtime
 
 Validation = ChainedTokens | RecallStream
@@ -33,6 +35,8 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
     tokens = runtime.run_on_all_ranks(
         lambda: Mixture([open_corpus(f, vocab_size, data, rank, ranks) for f in folders], list(weights.values()))
     )
+    if data.tokenizer:
+        runtime.run_on_all_ranks(lambda: refuse_another_tokenizer(Path(data.tokenizer).expanduser(), tokens))
     seen_by_main = runtime.run_on_rank_0(tokens.fingerprint)
 
     def check_same() -> None:  # machines with other versions of Python or torch have other sources
@@ -45,6 +49,17 @@ def open_tokens(config: Config, runtime: Runtime) -> Mixture | None:
     for note in tokens.notes:
         runtime.say(note)
     return tokens
+
+
+def refuse_another_tokenizer(file: Path, tokens: Mixture) -> None:
+    """Raises `DataError` if all that is read was prepared by longctx, and with another tokenizer than `file`."""
+    prepared = [corpus for corpus in tokens.corpora if isinstance(corpus, TokenFolder)]
+    given = sha256(file) if file.is_file() else ""
+    if len(prepared) == len(tokens.corpora) and any(c.manifest.tokenizer_sha256 != given for c in prepared):
+        raise DataError(
+            f"data.tokenizer={file}: is for files of Megatron and nanoGPT, which come without one; {tokens} was "
+            "prepared with its own: leave it out"
+        )
 
 
 def check_tokenizers(config: Config, tokens: Mixture | None, runtime: Runtime) -> None:

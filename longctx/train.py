@@ -11,6 +11,7 @@ import faulthandler
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -241,11 +242,21 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{Path(sys.argv[0]).name}: {message}" if is_main() else 2)
 
 
+def leave_before_the_run(number: int, _frame: object) -> NoReturn:
+    """What a signal does until the run answers it by itself."""
+    if is_main():
+        print(f"{signal.Signals(number).name} before the run has begun: nothing to save", flush=True)
+    sys.exit(0)
+
+
 def start() -> None:
     """What the command line asks for, in this process."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a shortened trace
     if sys.stderr is not None:
         faulthandler.enable()  # tells where a rank stood when the system ended it (SIGBUS of a file that was cut short)
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, leave_before_the_run)
     try:
         slurm.join(os.environ)
     except ConfigError as error:

@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # what is read and written
     "data": {"batch", "config", "errors", "files"},
-    "sources": {"config", "data", "errors", "runtime"},
+    "sources": {"config", "data", "errors", "files", "runtime"},
     "muon": {"local_part"},
     "offloaded_adamw": {"host_memory", "local_part", "plan"},
     "optim": {"config", "muon", "offloaded_adamw", "schedule"},

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longctx import plan, remedies, step_time, train
-from longctx.command_line import meeting_of, script
+from longctx.command_line import config_folder, meeting_of, quoted, script, torchrun
 from longctx.config import Config, Recompute, Strategy
 from longctx.config_checks import check
 from longctx.errors import ConfigError
@@ -86,13 +88,18 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
     return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0], numbers["host_gib"])
 
 
-def composed(words: list[str]) -> Config:
-    """The configuration that train.py would have. Raises `ConfigError`, or what Hydra raises."""
+def composed(words: list[str], gpus: int | None = None, folder: Path | None = None) -> Config:
+    """What train.py would have, on so many ranks or those there are; `folder`: of one's own recipes.
+
+    Raises `ConfigError`, or what Hydra raises.
+    """
     named = [] if "name" in keys_of(words) else ["name=plan"]  # else named by the clock
-    with initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
-        found = compose("train", overrides=[*train.typed(words), *named])
-    train.refuse_unknown_keys(found)
-    config = OmegaConf.to_object(found)
+    where = [] if folder is None else [f"hydra.searchpath=[{quoted(f'file://{folder.resolve()}')}]"]
+    ranks = mock.patch.dict(os.environ, {"WORLD_SIZE": str(gpus)} if gpus else {})  # which recipes make layouts of
+    with ranks, initialize_config_dir(str(train.CONFIGS), version_base="1.3"):
+        found = compose("train", overrides=[*where, *train.typed(words), *named])
+        train.refuse_unknown_keys(found)
+        config = OmegaConf.to_object(found)
     assert isinstance(config, Config)
     return config
 
@@ -186,6 +193,7 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
             )
         )  # fmt: skip
     if not found:
+        check(config, gpus)  # what is wrong with the layout that was asked for, rather than with another one
         raise problems[0]
     return sorted(found, key=lambda p: (not p.fits, p.seconds, not p.is_auto))  # of equals the plainest, as they come
 
@@ -194,8 +202,17 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
     """What starts a plan: what was typed, and what it adds."""
     typed, count = keys_of(words), machines.gpus // machines.per_machine
     added = [word for word in p.words if word.partition("=")[0] not in typed]
-    launcher = ["torchrun", *meeting_of(count, "HOST"), "--nproc-per-node", str(machines.per_machine)]
-    return shlex.join([*launcher, *script(), *words, *added])
+    launcher = [torchrun(), *meeting_of(count, "HOST"), "--nproc-per-node", str(machines.per_machine)]
+    return shlex.join([*launcher, *script(), *config_folder(sys.argv), *words, *added])
+
+
+def precision_and_kernels(config: Config) -> str:
+    """What decides whether memory and seconds of a run are known."""
+    model, precision = config.model, config.precision
+    return (
+        f"precision.compute={precision.compute}, model.head_dim={model.head_dim}, model.attention={model.attention}, "
+        f"model.fused_ops={model.fused_ops}"
+    )
 
 
 def row(p: Plan, usable: float, width: int) -> str:
@@ -210,15 +227,16 @@ def row(p: Plan, usable: float, width: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", help="recipe=... gpus=N, and any words of train.py")
+    parser.add_argument("--config-dir", type=Path, help="folder of recipes of your own, as of train.py")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     words, machines = parsed(arguments.words)
     try:
-        config, rates = composed(words), step_time.rates(machines.gpu)
+        config, rates = composed(words, machines.gpus, arguments.config_dir), step_time.rates(machines.gpu)
         if not plan.is_foreseen(config.model.attention, config.model.fused_ops) or not step_time.is_timed(config):
             sys.exit(
-                "plan: memory and seconds are known of 16 bits, head dims up to 256 and the fused kernels; leave "
-                "model.attention, model.fused_ops and precision as they are, or run it"
+                "plan: memory and seconds are known of 16 bits (precision=bf16), head dims up to 256 and the fused "
+                f"kernels (model.attention=auto, model.fused_ops=auto); here {precision_and_kernels(config)}"
             )
         usable = remedies.usable(rates["gib"] * plan.GIB)
         found = plans(config, words, machines, rates, usable)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from longctx import machine, resume, train
+from longctx.checkpoint import CheckpointError, read_manifest
 from longctx.command_line import how_to_go_on, name_of_job, quoted, refuse_foreign_launchers, resume_command, split
 from longctx.config import Config, ParallelConfig, Schedule, warmup_steps
 from longctx.config_checks import check
@@ -20,6 +23,7 @@ from longctx.errors import ConfigError, UserError
 from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
 from longctx.plan import parameters, state_bytes
+from longctx.run import unused
 from longctx.step_time import in_words
 from longctx.suggest import explain_unknown_key, text_keys
 from runs import ROOT, TORCHRUN, composed, run_info, small_config
@@ -368,3 +372,49 @@ def test_metrics_have_no_nan(tmp_path, corpus):
     metrics = Metrics(run_info(config), {"device": "CPU", "ranks": 1}, 3, True)
     metrics.close()
     assert (tmp_path / "test" / "metrics.jsonl").read_bytes() == before  # of a run that has resumed, too
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_run_begins(number):
+    """While torch is imported, as when a word was mistyped."""
+    main = "train.main = lambda: [print('there', flush=True), time.sleep(60)]"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import time; from longctx import train; {main}; train.start()"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=20)
+    assert (process.returncode, said, errors) == (0, f"{number.name} before the run has begun: nothing to save\n", "")
+
+
+def test_words_that_do_nothing_are_said():
+    words = ["model.rotary.factor=4", "optim.muon_lr=0.1", "optim.lr=1e-3"]
+    assert unused(composed("recipe=gpt_tiny", "optim=adamw", *words), words) == (
+        "model.rotary.factor does nothing without a model.rotary.scaling\n"
+        "optim.muon_lr does nothing without optim.optimizer=muon\n"
+    )
+    yarn = ["model.rotary.factor=4", "model.rotary.scaling=yarn", "model.rotary.original_length=64"]
+    assert unused(composed("recipe=gpt_tiny", "optim=muon", *yarn), [*yarn, "optim.muon_lr=0.1"]) == ""
+
+
+def test_what_is_no_checkpoint_is_told_apart(tmp_path, corpus):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "latest").mkdir(parents=True)
+    for path, message in (
+        (tmp_path / "none", "none: there is no such folder; name a folder of the name step_N"),
+        (tmp_path, "no manifest.json in it, so it is no checkpoint; name a folder of the name step_N"),
+        (folder, f"no manifest.json in it, so it is no checkpoint; name {folder}/checkpoints/latest"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            read_manifest(path)
+    config = small_config(tmp_path, corpus, checkpoint__resume="none")
+    with pytest.raises(UserError, match="checkpoint.resume=none: must be auto, never, or the folder of a checkpoint"):
+        run(config)
+
+
+def test_a_tokenizer_beside_tokens_that_have_their_own_is_refused(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, data__tokenizer="other.json")
+    with pytest.raises(UserError, match=r"data.tokenizer=other.json: is for files of Megatron .*: leave it out"):
+        run(config)

@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
 from unittest import mock
@@ -210,7 +211,12 @@ def test_the_command_of_each_recipe_is_one_that_can_be_started(recipe, monkeypat
         (["recipe=gpt_32k", "gpus=3"], "data.sequences_per_step=2 is no multiple of the 3 ranks"),
         (["recipe=gpt_32k", "gpus=1", "parallel.shard=0"], "parallel.shard=0: give 1 or more"),
         (["recipe=gpt_32k", "gpus=2", "+foo=3"], "foo is no key of the configuration"),
-        (["recipe=gpt_32k", "gpus=2", "precision.compute=float32"], "plan: memory and seconds are known of 16 bits"),
+        (["recipe=gpt_32k", "gpus=2", "precision.compute=float32"], "16 bits (precision=bf16), head dims"),
+        (["recipe=llama3_8b_1m", "gpus=3"], "data.sequence_length=1048576 is no multiple of 6"),
+        (
+            ["recipe=llama3_8b_1m", "gpus=8", "data.sequence_length=0"],
+            "1 problem in this run's configuration:\n  - data.sequence_length=0",
+        ),
     ],
     ids=str,
 )
@@ -251,11 +257,24 @@ def test_the_command_of_a_plan():
     result = run_tool("plan", *words, "--json")
     assert result.returncode == 0, result.stderr
     typed = shlex.split(json.loads(result.stdout)["command"])
-    assert typed[:9] == ["torchrun", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500",
-                         "--nproc-per-node", "8"]  # fmt: skip
+    assert Path(typed[0]).absolute() == Path(sys.executable).parent / "torchrun"
+    assert typed[1:9] == ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500",
+                          "--nproc-per-node", "8"]  # fmt: skip
     assert [word for word in words if not word.startswith("gpus=")] == typed[10:16]
     assert {word.partition("=")[0] for word in typed[16:]} == {"parallel.strategy", "parallel.recompute"}
     assert "parallel.recompute=none" in typed  # all choices wait for launches, and this is the plainest
+
+
+def test_a_plan_of_a_recipe_of_ones_own(tmp_path):
+    folder = tmp_path / "of mine"
+    (folder / "recipe").mkdir(parents=True)
+    (folder / "recipe" / "small.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: gpt_124m]\ndata: {sequence_length: 8192}\n"
+    )
+    result = run_tool("plan", "recipe=small", "gpus=1", "--config-dir", str(folder))
+    assert result.returncode == 0, result.stderr
+    assert "sequences of 8,192 tokens a step on 1 x NVIDIA H200" in result.stdout
+    assert f"train.py --config-dir '{folder}' recipe=small " in result.stdout
 
 
 def test_rates_are_fitted_to_steps():

@@ -257,7 +257,7 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="in only one of them"):
         checkpoints.load(path, manifest, {"model.embedding.weight": torch.zeros(8192, 32)})
     other = {name: torch.zeros(3, 3, dtype=torch.bfloat16) for name in manifest["tensors"]}
-    with pytest.raises(CheckpointError, match=r"is float32 \[.*\], the run's is bfloat16 \[3, 3\]; give the run"):
+    with pytest.raises(CheckpointError, match=r"is float32 \[.*\], the run's is bfloat16 \[3, 3\]; give the conf"):
         checkpoints.load(path, manifest, other)
 
 
