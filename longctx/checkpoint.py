@@ -176,7 +176,8 @@ class Checkpoints:
         def write() -> None:
             manifest = read_manifest(path)
             manifest["facts"] |= facts
-            files.write_manifest(path / MANIFEST, manifest, self.folder / f"{path.name}.tmp-manifest")
+            there = path.resolve()  # which a link may have on another disk
+            files.write_manifest(there / MANIFEST, manifest, there.with_name(f"{path.name}.tmp-manifest"))
             self._point_to_best()
 
         self.runtime.run_on_rank_0(write)
@@ -306,7 +307,10 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         """Of saves that did not end, and of checkpoints that were being removed."""
         for leftover in self.folder.glob("step_*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _remove(self, old: Path) -> None:
         try:
@@ -357,7 +361,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         why = f"no {MANIFEST} in it, so it is no checkpoint" if path.is_dir() else "there is no such folder"
         latest = path / "checkpoints" / "latest"
-        instead = latest if latest.exists() else "a folder of the name step_N"
+        instead = latest if latest.exists() else "a step_N folder"
         raise CheckpointError(f"{path}: {why}; name {instead}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None

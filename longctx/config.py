@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
@@ -430,7 +431,7 @@ class CheckpointConfig:
     @property
     def branches_from(self) -> str:
         """The step folder that `resume` names; empty: none."""
-        return "" if self.resume in ("auto", "never") else str(Path(self.resume).expanduser())
+        return "" if self.resume in ("auto", "never") else os.path.expanduser(self.resume)
 
 
 @dataclass
@@ -473,7 +474,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.folder).expanduser() / self.name
+        return Path(os.path.expanduser(self.folder)) / self.name
 
 
 class Key(NamedTuple):

@@ -32,8 +32,8 @@ class Metrics:
     def __init__(
         self, run: RunInfo, facts: dict[str, Any], start: int, is_main: bool, is_branching: bool = False
     ) -> None:
-        """`facts`: see `run_facts.collect`; `start`: the step from which the run goes on, with `is_branching` of
-        another run, so that no step of an earlier start under this name belongs to it."""
+        """`facts`: see `run_facts.collect`; `start`: the step from which the run goes on; `is_branching`: from a
+        checkpoint of another run."""
         steps = run.config.optim.steps
         self.is_main, self.steps, self.logging = is_main, steps, run.config.logging
         self.wandb: WandbThread | None = None
@@ -43,9 +43,10 @@ class Metrics:
         self.devices, self.unit = (facts["ranks"], "tokens/s/GPU") if is_on_gpus else (1, "tokens/s")
         self.path = run.metrics_file
         has_steps = start < run.config.optim.steps
-        own_steps = 0 if is_branching else start
-        self.history = History(run.folder / "history.json", self._last_step(), own_steps, has_steps)
-        self._forget_steps_after(own_steps)
+        self.record = RunRecord(run, facts)
+        is_anew = start == 0 or (is_branching and not self.record.is_same_branch())
+        self.history = History(run.folder / "history.json", self._last_step(), start, has_steps)
+        self._forget_steps_after(start, is_anew)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
         self.since_line = (0.0, 0.0)  # tokens, and seconds of the steps that trained on them
@@ -55,8 +56,8 @@ class Metrics:
         self.span: float | None = None  # of attention, by the curriculum
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
-        self.record = RunRecord(run, facts)
-        if self.history.logged > own_steps and (is_branching or self.record.is_changed()):
+        is_of_another = is_branching and is_anew
+        if (self.history.logged > start or is_of_another) and (is_of_another or self.record.is_changed()):
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
             self.history.forget_steps_after(start)
         if start < steps:  # else the record is that of the start that trained
@@ -78,11 +79,11 @@ class Metrics:
             say(f"{self.path}: {len(unread)} lines cannot be read; they are in {beside} now")
         return max((int(row["step"]) for _, row in rows if row is not None), default=None)
 
-    def _forget_steps_after(self, start: int) -> None:
+    def _forget_steps_after(self, start: int, is_anew: bool) -> None:
         """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""
         if not self.path.exists():
             return
-        if start == 0:
+        if is_anew:
             self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
             return
         lines = self.path.read_bytes().split(b"\n")

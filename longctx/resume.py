@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
     if is_own and (other := of_another_run(changed)):
         raise UserError(
             f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
-            f"one with another name: from its beginning, or, if the tensors are alike, with checkpoint.resume={path}"
+            f"one with another name: from its beginning, or, with a model of the same shapes, checkpoint.resume={path}"
         )
     warmup, before = warmup_steps(config.optim), _saved_warmup_steps(manifest["facts"]["configuration"])
     again = f"; the learning rate is in its warm-up of {warmup} steps again" if max(1, before) <= step < warmup else ""
@@ -64,6 +65,12 @@ def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> its value before and now, of two configurations as YAML; keys that only one has are left out."""
     old, new = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
     return {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and key not in PLACES}
+
+
+def of_same_branch(before: str, now: str) -> bool:
+    """Whether two configurations as YAML begin at the same checkpoint of another run."""
+    places = [OmegaConf.create(text).checkpoint.resume for text in (before, now)]
+    return len({os.path.abspath(os.path.expanduser(place)) for place in places}) == 1
 
 
 def in_words(changed: dict[str, tuple[Any, Any]]) -> str:

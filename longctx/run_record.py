@@ -75,6 +75,11 @@ class RunRecord:
         changed = resume.changes(path.read_text(encoding="utf-8"), self.run.config_yaml)
         return any(not key.startswith(("logging.", "checkpoint.", "validation.")) for key in changed)
 
+    def is_same_branch(self) -> bool:
+        """Whether the last start of the run began at the checkpoint of another run that this one begins at."""
+        path = self.run.folder / CONFIG
+        return path.exists() and resume.of_same_branch(path.read_text(encoding="utf-8"), self.run.config_yaml)
+
     def begin(self) -> None:
         """Writes what is known before the first step."""
         self.has_begun = True

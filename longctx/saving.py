@@ -182,7 +182,8 @@ class Saving:
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
             )
         if given := checkpoint.branches_from:
-            if Path(given).name == given and not Path(given).exists():  # a word
+            is_there = self.runtime.run_on_rank_0(lambda: os.path.exists(given))
+            if Path(given).name == given and not is_there:  # a word
                 raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
             self.origin = given = _in_one_way(given)
             origin = newest[1]["facts"]["resumed_from"] if newest else None

@@ -156,7 +156,7 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SWEEP_ID"}  # the name has its trial
     if subprocess.run(command, env=environment).returncode:
         raise RuntimeError(f"{composed.name} failed; its output says why")
-    return last_validation_loss(Path(composed.folder).expanduser() / composed.name / "metrics.jsonl")
+    return last_validation_loss(Path(os.path.expanduser(composed.folder)) / composed.name / "metrics.jsonl")
 
 
 def end_of_jobs() -> None:
@@ -243,10 +243,10 @@ def fail(message: str) -> NoReturn:
 
 
 def leave_before_the_run(number: int, _frame: object) -> NoReturn:
-    """What a signal does until the run answers it by itself."""
+    """What a signal does until a run answers it, and between the jobs of a multirun; the exit code tells torchrun."""
     if is_main():
-        print(f"{signal.Signals(number).name} before the run has begun: nothing to save", flush=True)
-    sys.exit(0)
+        print(f"{signal.Signals(number).name} while no run is in progress: nothing to save", flush=True)
+    sys.exit(128 + number)
 
 
 def start() -> None:

@@ -120,7 +120,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Trains to the last step or until a signal, and saves; returns the last validation's results, if there are."""
         config, progress = self.config, self.progress
-        if self._was_stopped_before_validation():
+        if self._lacks_validation():
             self._record(self.validate())
         started, first_step = time.perf_counter(), self.step
         while self.step < config.optim.steps and not self.is_stopped:
@@ -152,8 +152,8 @@ class Trainer:
         self._record(results)
         return results
 
-    def _was_stopped_before_validation(self) -> bool:
-        """Whether the step that the run goes on from was to be validated, and a signal came first. Collective."""
+    def _lacks_validation(self) -> bool:
+        """Whether the step that the run goes on from is to be validated and was not, as after a signal. Collective."""
         if self.validation.source is None or self.saving.saved_step != self.step:
             return False
         file = self.run_info.metrics_file

@@ -225,7 +225,9 @@ def row(p: Plan, usable: float, width: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("words", nargs="+", help="recipe=... gpus=N, and any words of train.py")
     parser.add_argument("--config-dir", type=Path, help="folder of recipes of your own, as of train.py")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -61,7 +61,7 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _as_given(q: Tensor) -> torch.autocast:
+def _without_autocast(q: Tensor) -> torch.autocast:
     """Autocast has cast the op's inputs and ends there: inside, products are of the dtypes that the op chooses."""
     return torch.autocast(q.device.type, enabled=False)
 
@@ -89,12 +89,12 @@ def attention_op(
 
     def op_forward(q, k, v, sink, *values):
         call, others = split(values)
-        with _as_given(q):
+        with _without_autocast(q):
             return forward(q, k, v, sink, call, *others)
 
     def op_backward(dout, dlse, q, k, v, out, lse, *values):
         call, others = split(values)
-        with _as_given(q):
+        with _without_autocast(q):
             return backward(dout.contiguous(), dlse, Saved(q, k, v, out, lse), call, *others)
 
     op = custom_op(

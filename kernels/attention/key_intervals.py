@@ -15,7 +15,7 @@ from torch import Tensor
 from longctx.kernels import hardware
 from longctx.kernels.attention.mask_cache import cached_per_mask
 
-_FAR = 1 << 32  # tokens: farther than any position, and still far from what int64 holds
+_FAR = 1 << 32  # tokens, farther than any position: limits are clamped to it, so that sums fit int64
 
 
 @dataclass(frozen=True, eq=False)

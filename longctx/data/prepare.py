@@ -151,9 +151,9 @@ def _prepare(
         manifest.write(work)
         for number in range(len(pieces)):
             _record(work, number).unlink()
-        (work / "lock").unlink()
         sync(work)
         work.rename(folder)
+        (folder / "lock").unlink()
         sync(folder.parent)
     return manifest
 
@@ -252,10 +252,11 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
     tokenizer = _tokenizer(recipe.tokenizer_file)
     writers = {split: ShardWriter(work, f"{split}_{number:05d}", recipe.dtype) for split in SPLITS}
     frame = len(recipe.document_begin) + len(recipe.document_end)
-    skipped: list[str] = []
+    skipped, examples = 0, []
     for document in piece.documents():
         if isinstance(document, Skipped):
-            skipped.append(document.why)
+            skipped += 1
+            examples += [document.why] if len(examples) < EXAMPLES else []
             continue
         try:
             ids, is_trained, text_bytes = _encode_document(tokenizer, document, recipe)
@@ -264,7 +265,8 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
                 raise DataError(
                     f"{document.place}: {error}; or leave out what cannot be read with --skip-unreadable"
                 ) from None
-            skipped.append(f"{document.place}: {error}")
+            skipped += 1
+            examples += [f"{document.place}: {error}"] if len(examples) < EXAMPLES else []
             continue
         if not len(ids):
             continue
@@ -276,7 +278,9 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
             if is_trained.any():
                 writer.add(ids, text_bytes, is_trained)
             else:
-                skipped.append(f"{document.place}: no turn of the assistant, so nothing to train on")
+                skipped += 1
+                why = "no turn of the assistant, so nothing to train on"
+                examples += [f"{document.place}: {why}"] if len(examples) < EXAMPLES else []
             continue
         limit = max(1, recipe.max_document_tokens - frame) if recipe.max_document_tokens else len(ids)
         for first in range(0, len(ids), limit):
@@ -285,7 +289,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
             writer.add(np.concatenate([recipe.document_begin, part, recipe.document_end]), share)
     shards = {split: [shard.fields() for shard in writer.finish()] for split, writer in writers.items()}
     fields = {"format": PIECE_FORMAT, "identity": _identity(piece, recipe), "shards": shards}
-    fields |= {"skipped": len(skipped), "skipped_examples": skipped[:EXAMPLES]}
+    fields |= {"skipped": skipped, "skipped_examples": examples}
     write_manifest(_record(work, number), fields)
     return fields
 
@@ -315,14 +319,13 @@ def _encode_document(
                 )
             return ids, is_trained, sum(len(str(message.get("content", "")).encode()) for message in chat.messages)
         case Completion(prompt, text):
-            (before, _), (after, _), (whole, text_bytes) = (
-                _encode(tokenizer, [part]) for part in (prompt, text, prompt + text)
-            )
-            if np.array_equal(whole[: len(before)], before):  # else a token reaches from one into the other
-                after = whole[len(before) :]  # without the space that some tokenizers put before a text
-            ids = np.concatenate([recipe.document_begin, before, after, recipe.document_end]).astype(np.int64)
-            is_trained = np.arange(len(ids)) >= len(recipe.document_begin) + len(before)
-            return ids, is_trained & bool(len(after)), text_bytes
+            # encoded in one, as some tokenizers put a space before each text; what differs from the prompt alone is new
+            (before, _), (whole, text_bytes) = (_encode(tokenizer, [part]) for part in (prompt, prompt + text))
+            alike = whole[: len(before)] == before[: len(whole)]
+            given = len(before) if alike.all() else int(alike.argmin())
+            ids = np.concatenate([recipe.document_begin, whole, recipe.document_end]).astype(np.int64)
+            is_trained = np.arange(len(ids)) >= len(recipe.document_begin) + given
+            return ids, is_trained & bool(text), text_bytes
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:

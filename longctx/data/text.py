@@ -36,11 +36,11 @@ class Document(NamedTuple):
     pieces: Iterable[str]  # the text, in pieces that may be tokenized apart from each other
     is_validation: bool | None = None  # None: the hash of the name decides
     answers: Chat | Completion | None = None  # in place of a text: what is trained on in parts only
-    where: Callable[[], str] | None = None  # its place, for messages; None: its name says it
+    find_place: Callable[[], str] | None = None  # for messages, which takes reading; None: its name says it
 
     @property
     def place(self) -> str:
-        return self.where() if self.where else self.name
+        return self.find_place() if self.find_place else self.name
 
 
 class Skipped(NamedTuple):
@@ -157,7 +157,7 @@ class FilePiece:
         try:
             content = content_of(found, where, self.text_field)
             pieces, answers = ([content], None) if isinstance(content, str) else ([], content)
-            return Document(name, pieces, answers=answers, where=where)
+            return Document(name, pieces, answers=answers, find_place=where)
         except UnreadableError as error:
             if not self.skip_unreadable:
                 raise
@@ -193,7 +193,7 @@ def find_files(paths: list[Path]) -> Input:
             files.append((path, path.name))
             continue
         if not path.is_dir():
-            raise DataError(f"{path}: is no file that can be read twice (a pipe?); write it to a file first")
+            raise DataError(f"{path}: is a pipe or a device, which cannot be read twice; write it to a file first")
         found, others = _search(path)
         files += [(file, str(file.relative_to(path.parent))) for file in sorted(found)]
         left_out += [(str(other.relative_to(path.parent)), why) for other, why in sorted(others)]
@@ -202,18 +202,15 @@ def find_files(paths: list[Path]) -> Input:
 
 def _each_once(files: list[tuple[Path, str]], left_out: list[tuple[str, str]]) -> Input:
     """Without the other names of a file: a text that is read twice would be held out and trained on."""
-    names: dict[tuple[int, int], str] = {}
-    for path, name in sorted(files, key=lambda file: file[0].is_symlink()):  # a file itself before links to it
-        stat = path.stat()
-        names.setdefault((stat.st_dev, stat.st_ino), name)
-    kept: dict[str, Path] = {}
-    for path, name in files:
-        stat = path.stat()
-        first = names[stat.st_dev, stat.st_ino]
-        if first == name and kept.setdefault(name, path) is path:
-            continue
-        left_out.append((name, f"the same file as {first}"))
-    return Input([(path, name) for name, path in kept.items()], left_out)
+    chosen: dict[tuple[int, int], int] = {}  # of each file the place of one of its names
+    places = {}
+    for place in sorted(range(len(files)), key=lambda i: files[i][0].is_symlink()):  # a file itself before links to it
+        stat = files[place][0].stat()
+        places[place] = chosen.setdefault((stat.st_dev, stat.st_ino), place)
+    for place, first in sorted(places.items()):
+        if place != first:
+            left_out.append((files[place][1], f"the same file as {files[first][1]}"))
+    return Input([files[place] for place in sorted(chosen.values())], left_out)
 
 
 def _search(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -446,11 +443,9 @@ def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Ch
 
 def _conversation_beside(text_field: str, there: set[str]) -> str:
     """Which of the fields that are there hold what is trained on in parts, beside a text; empty: none."""
-    if text_field in CONVERSATIONS:
-        return ""
-    if "messages" in there:
+    if "messages" in there - {text_field}:
         return "'messages'"
-    return "'prompt' with 'completion'" if {"prompt", "completion"} <= there else ""
+    return "'prompt' with 'completion'" if {"prompt", "completion"} <= there - {text_field} else ""
 
 
 def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ def in_order(length: int, size: int) -> Split:
 
 
 def balanced(work: Tensor, size: int) -> Split:
-    """Zigzag where that shares the work evenly, else runs of other lengths that do: at most 2 * size - 1 in all.
+    """Zigzag where that shares the work evenly, else runs of other lengths that do: 2 * size - 1 in all, or a few more.
 
     work (sequence,): of each token, in any unit, such as the number of keys it sees.
     """
@@ -119,8 +119,9 @@ def balanced(work: Tensor, size: int) -> Split:
     if imbalance(work, even) <= TOLERANCE:
         return even
     piece = math.gcd(length // size, TILE)
-    owners = _owners_of_pieces(work.view(-1, piece).sum(1), size)
-    return min(even, _of_owners(owners, length, size), key=lambda split: imbalance(work, split))
+    of_pieces = work.view(-1, piece).sum(1)
+    owners = _evened(_owners_of_pieces(of_pieces, size), of_pieces, size)
+    return min(even, _of_owners(tuple(owners.tolist()), length, size), key=lambda split: imbalance(work, split))
 
 
 def imbalance(work: Tensor, split: Split) -> float:
@@ -129,7 +130,7 @@ def imbalance(work: Tensor, split: Split) -> float:
     return float(of_ranks.max() / of_ranks.mean()) if of_ranks.any() else 1.0
 
 
-def _owners_of_pieces(work: Tensor, size: int) -> tuple[int, ...]:
+def _owners_of_pieces(work: Tensor, size: int) -> Tensor:
     """A rank for each piece, so that all have as many pieces and nearly the same work.
 
     The last rank takes a window of neighbouring pieces, the one before it a window of what is left, closed up, and so
@@ -145,12 +146,32 @@ def _owners_of_pieces(work: Tensor, size: int) -> tuple[int, ...]:
         first = int((of_windows - before[-1] / (rank + 1)).abs().argmin())
         owners[left[first : first + share]] = rank
         left = torch.cat([left[:first], left[first + share :]])
-    return tuple(owners.tolist())
+    return owners
+
+
+def _evened(owners: Tensor, work: Tensor, size: int) -> Tensor:
+    """The same but for pieces that the most and the least loaded rank exchange, where shards of few pieces need it."""
+    owners = owners.clone()
+    loads = torch.zeros(size, dtype=work.dtype).index_add(0, owners, work)
+    for _ in range(2 * size):
+        most, least = int(loads.argmax()), int(loads.argmin())
+        if loads[most] <= TOLERANCE * loads.mean():
+            break
+        mine, other = (owners == most).nonzero().flatten(), (owners == least).nonzero().flatten()
+        gain = work[mine].unsqueeze(1) - work[other]  # of each pair of pieces
+        wanted = (loads[most] - loads[least]) / 2
+        give, take = divmod(int((gain - wanted).abs().argmin()), len(other))
+        if not 0 < gain[give, take] < 2 * wanted:
+            break
+        owners[mine[give]], owners[other[take]] = least, most
+        loads[most] -= gain[give, take]
+        loads[least] += gain[give, take]
+    return owners
 
 
 @lru_cache(maxsize=64)  # masks are known by their splits
 @torch.inference_mode(False)
 def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
     """Pieces of equal length, given the rank of each."""
-    chunks = torch.arange(length).view(len(owners), -1)
-    return Split(torch.cat([chunks[torch.tensor(owners) == rank].flatten() for rank in range(size)]), size)
+    chunks, owner = torch.arange(length).view(len(owners), -1), torch.tensor(owners)
+    return Split(torch.cat([chunks[owner == rank].flatten() for rank in range(size)]), size)

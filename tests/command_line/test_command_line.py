@@ -386,7 +386,8 @@ def test_a_signal_before_the_run_begins(number):
     assert process.stdout.readline() == "there\n"
     process.send_signal(number)
     said, errors = process.communicate(timeout=20)
-    assert (process.returncode, said, errors) == (0, f"{number.name} before the run has begun: nothing to save\n", "")
+    assert (process.returncode, errors) == (128 + number, "")
+    assert said == f"{number.name} while no run is in progress: nothing to save\n"
 
 
 def test_words_that_do_nothing_are_said():
@@ -403,8 +404,8 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path, corpus):
     folder = tmp_path / "run"
     (folder / "checkpoints" / "latest").mkdir(parents=True)
     for path, message in (
-        (tmp_path / "none", "none: there is no such folder; name a folder of the name step_N"),
-        (tmp_path, "no manifest.json in it, so it is no checkpoint; name a folder of the name step_N"),
+        (tmp_path / "none", "none: there is no such folder; name a step_N folder"),
+        (tmp_path, "no manifest.json in it, so it is no checkpoint; name a step_N folder"),
         (folder, f"no manifest.json in it, so it is no checkpoint; name {folder}/checkpoints/latest"),
     ):
         with pytest.raises(CheckpointError, match=re.escape(message)):

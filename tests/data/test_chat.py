@@ -303,16 +303,41 @@ def test_a_mended_template_begins_anew(tmp_path, folder):
     assert (text.count("NEW"), text.count("OLD")) == (4, 0)
 
 
-def test_a_completion_goes_on_where_its_prompt_ends(tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "completion", "trained"),
+    [
+        ("The capital of France is", " Paris.", "▁Paris.</s>"),
+        ("The capital i", "s Paris.", "is▁Paris.</s>"),  # a token reaches from one into the other
+        ("The capital", "", ""),
+    ],
+)
+def test_a_completion_goes_on_where_its_prompt_ends(tmp_path, prompt, completion, trained):
     """Though the tokenizer puts a space before each text that it is given, as SentencePiece's do."""
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["</s>", *"▁ThecapitlofrnsP."])}, []))
+    vocabulary = {c: i for i, c in enumerate(["</s>", *"▁ThecapitlofrnsFP.", "is"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("i", "s")]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    prompt, completion = "The capital of France is", " Paris."
-    pieces = find_pieces([records(tmp_path, {"prompt": prompt, "completion": completion})])
+    line = {"prompt": prompt, "completion": completion}
+    pieces = find_pieces([records(tmp_path, line, {"prompt": "The", "completion": " Paris"})])
     prepare(pieces, tmp_path / "corpus", tmp_path / "tokenizer.json", validation_fraction=0.0)
-    split = TokenFolder(tmp_path / "corpus", 1 << 16).splits["train"]
-    ids, is_trained = np.asarray(split.tokens[0]), split.trained_of_shard(0)
-    assert ids.tolist() == [*tokenizer.encode(prompt + completion).ids, 0]
-    assert "".join(tokenizer.id_to_token(i) for i in ids[is_trained].tolist()) == "▁Paris.</s>"
+    ids, is_trained = first_document(tmp_path / "corpus") if trained else (np.empty(0, int), np.empty(0, bool))
+    assert not trained or ids.tolist() == [*tokenizer.encode(prompt + completion).ids, 0]
+    assert "".join(tokenizer.id_to_token(i) for i in ids[is_trained].tolist()) == trained
+    assert TokenFolder(tmp_path / "corpus", 1 << 16).manifest.skipped == (not trained)
+
+
+def first_document(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    split = TokenFolder(folder, 1 << 16).splits["train"]
+    end = int(split.document_ends[0][0])
+    return np.asarray(split.tokens[0])[:end], split.trained_of_shard(0)[:end]
+
+
+def test_places_of_what_is_left_out_are_looked_up_for_the_examples_alone(tmp_path, folder, monkeypatch):
+    """Each takes reading the file up to there."""
+    looked_up = []
+    monkeypatch.setattr("longctx.data.text._line_at", lambda path, offset: looked_up.append(offset) or f"{path}:?")
+    pieces = find_pieces([records(tmp_path, *[{"messages": [USER]}] * 50, {"messages": [USER, ANSWER]})])
+    template = template_file(folder, CHATML)
+    made = prepare(pieces, tmp_path / "a", folder / "tokenizer.json", validation_fraction=0.0, chat_template=template)
+    assert (made.skipped, len(made.skipped_examples), len(looked_up)) == (50, 20, 20)

@@ -217,13 +217,16 @@ def test_a_file_of_two_names_is_read_once(tmp_path):
     assert texts_of([tmp_path / "data"]) == ["one", "two"]
     assert find_files([tmp_path / "data"]).left_out == [("data/snapshots/a.txt", "the same file as data/blobs/f00")]
     assert texts_of([snapshot]) == ["one", "two"]
+    (tmp_path / "other" / "snapshots").mkdir(parents=True)
+    (tmp_path / "other" / "snapshots" / "b.txt").write_text("another")
+    assert texts_of([snapshot, tmp_path / "other" / "snapshots"]) == ["one", "two", "another"]  # of the same name
     for paths in ([tmp_path / "data", snapshot], [snapshot] * 2, [snapshot, snapshot / "b.txt"]):
         assert texts_of(paths) == ["one", "two"]
 
 
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match=r"pipe: is no file that can be read twice \(a pipe\?\); write it to a file"):
+    with pytest.raises(DataError, match=r"pipe: is a pipe or a device, which cannot be read twice; write it to a file"):
         find_files([tmp_path / "pipe"])
 
 

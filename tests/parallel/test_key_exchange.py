@@ -54,15 +54,15 @@ def test_zigzag():
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("median", [2048, 16384])
-def test_documents_are_shared_evenly(size, median):
-    """The goal: at most 1.05 of the mean; zigzag's are up to twice as uneven. In no more runs than zigzag's."""
+@pytest.mark.parametrize(("length", "median"), [(1 << 17, 2048), (1 << 17, 16384), (1 << 15, 500)])
+def test_documents_are_shared_evenly(size, length, median):
+    """Zigzag's are up to twice as uneven. In no more runs than zigzag's, or a few more where shards are small."""
     of_zigzag = []
-    for seed in range(5):
-        work = work_of(document_starts(1 << 17, median, seed))
+    for seed in range(12):
+        work = work_of(document_starts(length, median, seed))
         split = balanced(work, size)
         assert imbalance(work, split) <= TOLERANCE
-        assert len(spans_of(split.order, size)) <= 2 * size - 1
+        assert len(spans_of(split.order, size)) <= (2 * size - 1) * (1 if length // size > 1 << 14 else 3)
         assert split.order.sort().values.equal(torch.arange(len(work)))
         assert all(bool((split.held(rank).diff() > 0).all()) for rank in range(size))
         of_zigzag.append(imbalance(work, zigzag(len(work), size)))
@@ -74,7 +74,7 @@ def test_one_document_is_cut_as_zigzag_does(size):
     length = 512 * size
     work = torch.arange(1, length + 1)
     assert balanced(work, size).order.equal(zigzag(length, size).order)
-    owners = torch.tensor(_owners_of_pieces(work.double().view(-1, TILE).sum(1), size)).repeat_interleave(TILE)
+    owners = _owners_of_pieces(work.double().view(-1, TILE).sum(1), size).repeat_interleave(TILE)
     assert all(owners[zigzag(length, size).held(rank)].eq(rank).all() for rank in range(size))
 
 

@@ -322,7 +322,10 @@ def test_a_checkpoint_on_another_disk_is_still_of_the_run(tmp_path, corpus):
     with trainer_of(config) as trainer:
         assert (trainer.step, trainer.saving.saved_step, trainer.saving.is_branching) == (4, 4, False)
         assert trainer.progress.trained_s > 0
+        trainer.saving.record_loss(1.5)
     assert [path.name for path in list_checkpoints(folder)] == ["step_2", "step_4"]
+    assert read_manifest(disk / "step_4")["facts"][BEST_BY] == 1.5
+    assert [path.name for path in disk.iterdir()] == ["step_4"]
     config.seed = 7
     with pytest.raises(UserError, match="was trained on another order of sequences: seed was 0, is 7"):
         train(config)
@@ -371,6 +374,24 @@ def test_a_branch_takes_no_metrics_of_an_unsaved_run_of_its_name(tmp_path, corpu
     assert sorted({row["step"] for row in rows}) == [4, 5]
     assert len(list((tmp_path / "branch").glob("metrics.*.jsonl"))) == 1
     assert rows[0]["run/restarts"] == 1
+
+
+def test_a_branch_that_starts_again_before_its_first_checkpoint_is_the_same_run(tmp_path, corpus):
+    train(small_config(tmp_path, corpus, optim__steps=3))
+    start = tmp_path / "test" / "checkpoints" / "step_3"
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=6, checkpoint__resume=str(start))
+    branch.checkpoint.at_end = False
+    with trainer_of(branch) as trainer:
+        for _ in range(2):
+            trainer.metrics.log(trainer.step + 1, {"loss/train": trainer.train_step()[0]["loss/train"]})
+    (branch.run_folder / "wandb_id").write_text("abc")
+    branch.checkpoint.resume = os.path.relpath(start)
+    with trainer_of(branch) as trainer:
+        assert (trainer.step, trainer.saving.is_branching) == (3, True)
+        history = trainer.metrics.history
+        assert (history.restarts, history.lost_steps) == (1, 2)
+    assert (branch.run_folder / "wandb_id").read_text() == "abc"
+    assert list(branch.run_folder.glob("metrics.*.jsonl")) == []
 
 
 def test_a_branch_without_a_step_of_its_own_is_refused(tmp_path, corpus):
