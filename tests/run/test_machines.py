@@ -20,6 +20,7 @@ from corpora import make_corpus
 from longctx.metrics_file import read_metrics
 from machines import Job, Network, why_not
 from runs import ROOT, composed, train
+from thorough import IS_THOROUGH
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -40,6 +41,8 @@ LAYOUTS = {
     "replicas": ["parallel.replicate=2", "parallel.shard=2", "parallel.context=1"],
     "tensor": ["parallel.tensor=2", "parallel.context=2"],
 }
+if not IS_THOROUGH:  # the others go between machines by the same collectives
+    LAYOUTS = {"context": LAYOUTS["context"]}
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_two_machines(network):
-    """They train as one process does in three layouts, refuse a run folder and a corpus that one has and the other has
+    """They train as one process does in each layout, refuse a run folder and a corpus that one has and the other has
     not, and end when the link is cut, each saying which machine it no longer hears of. All in one start, which takes
     longest."""
     one, two = network.machines

@@ -100,7 +100,8 @@ def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
     assert len(ids) == 1
 
 
-@pytest.mark.parametrize("ends", [(5,), pytest.param((5, 3), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [(5,), (5, 3)])
 def test_steps_that_are_taken_again_otherwise_are_another_run(tmp_path, corpus, monkeypatch, ends):
     """W&B keeps the first value of a step, so a lower rate after a divergence would not be seen there.
 

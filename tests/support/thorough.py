@@ -6,8 +6,9 @@ import os
 
 import torch
 
+IS_THOROUGH = torch.cuda.is_available() or "LONGCTX_THOROUGH" in os.environ
+
 
 def examples(most: int) -> int:
     """So many examples of a random test."""
-    is_thorough = torch.cuda.is_available() or "LONGCTX_THOROUGH" in os.environ
-    return most if is_thorough else max(8, most // 4)
+    return most if IS_THOROUGH else max(8, most // 4)
