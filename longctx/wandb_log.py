@@ -69,7 +69,7 @@ class WandbThread:
         """The numbers of a step; those by octave become curves."""
 
         def action(wandb_run: Any) -> None:
-            wandb_run.log(_shown(values | {"step": step}), step=step)
+            wandb_run.log(_shown(values | {"step": step}), step=_not_before(wandb_run, step))
             self.figures.add(values | {"step": step})
             if "loss/val" in values:
                 self._summarize(wandb_run)
@@ -89,7 +89,7 @@ class WandbThread:
             media: dict[str, Any] = {} if report is None else {"report": wandb.Html(str(report), inject=False)}
             if samples:
                 media["samples"] = wandb.Table(columns=["prompt", "text"], data=[list(pair) for pair in samples])
-            wandb_run.log(media, step=step)
+            wandb_run.log(media, step=_not_before(wandb_run, step))
             for trace in traces:
                 wandb_run.log_artifact(str(trace), name=f"trace-{wandb_run.id}", type="trace")
 
@@ -255,6 +255,11 @@ def _shown(values: dict[str, float]) -> dict[str, Any]:
             points = [[octave.bit_length() - 1, by_octave[octave]] for octave in sorted(by_octave)]
             found[name] = wandb.plot.line(wandb.Table(columns=[x, y], data=points), x, y, title=title)
     return found
+
+
+def _not_before(wandb_run: Any, step: int) -> int:
+    """The step that W&B counts: it drops what is logged at an earlier one than it has, as a resumed run may have it."""
+    return max(step, wandb_run.step)
 
 
 def forget_run_id(folder: Path) -> None:
