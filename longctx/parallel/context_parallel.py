@@ -43,6 +43,7 @@ class ContextParallel:
     def __init__(self, choice: Choice, transports: Sequence[Transport]) -> None:
         """`transports`: over the context axis, or over its inner and its outer part; none where the axis has size 1."""
         self.choice, self.transports, self.is_alone = choice, tuple(transports), not transports
+        self.size = math.prod(transport.size for transport in transports)  # a number: torch.compile traces no generator
         self.exchange = _exchange(choice.strategy, self.transports) if self.transports else None
         self.name = f"context {next(_numbers)}"
         _open[self.name] = self
@@ -84,10 +85,9 @@ class ContextParallel:
 
         `positions` (batch, tokens): of each token in its document.
         """
-        size = math.prod(transport.size for transport in self.transports)
-        if size == 1 or self.choice.splits_heads:
-            return in_order(positions.shape[1], size)
-        return balanced(keys_seen(model, positions).sum(0), size)
+        if self.size == 1 or self.choice.splits_heads:
+            return in_order(positions.shape[1], self.size)
+        return balanced(keys_seen(model, positions).sum(0), self.size)
 
     def time_waits(self, waiting: Callable[[], AbstractContextManager[None]]) -> None:
         """From now on enters `waiting` wherever the device may wait for keys, values or gradients of other ranks."""
@@ -170,8 +170,7 @@ class ContextAttend(nn.Module):
         if self.context_parallel.exchange is None:
             raise RuntimeError("this ContextParallel was closed")
         check_inputs(q, k, v)
-        size = math.prod(transport.size for transport in self.context_parallel.transports)
-        heads_over = self.context_parallel.choice.ulysses_size
+        size, heads_over = self.context_parallel.size, self.context_parallel.choice.ulysses_size
         length, starts = len(split.order), whole.start
         assert starts is not None
         problems = []
