@@ -352,10 +352,9 @@ def test_a_mask_that_is_not_split_is_refused():
 )  # fmt: skip
 def test_a_share_that_does_not_fit_is_refused_before_ranks_wait(change, message):
     arguments = {"q": (1, 8, 4, 8), "k": (1, 8, 2, 8), "length": 16, "size": 2, "strategy": Strategy.ring} | change
-    transports = [SimpleNamespace(size=2, rank=0)]
     over_heads = 2 if arguments["strategy"] == Strategy.ulysses else 1
     made = ContextParallel(Choice(arguments["strategy"], over_heads, "as asked for"), ())
-    made.is_alone, made.transports, made.exchange = False, transports, "never asked"
+    made.is_alone, made.size, made.exchange = False, 2, "never asked"
     split = zigzag(arguments["length"], arguments["size"])
     mask = arguments.get("mask", KeyIntervals.causal(arguments["length"]))
     shapes = arguments["q"], arguments["k"], arguments.get("v", arguments["k"])
