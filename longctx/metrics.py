@@ -57,7 +57,7 @@ class Metrics:
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
         is_of_another = is_branching and is_anew
-        if (self.history.logged > start or is_of_another) and (is_of_another or self.record.is_changed()):
+        if is_of_another or (self.history.logged > start and self.record.is_changed()):
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
             self.history.forget_steps_after(start)
         if start < steps:  # else the record is that of the start that trained

@@ -70,7 +70,13 @@ def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:
 def of_same_branch(before: str, now: str) -> bool:
     """Whether two configurations as YAML begin at the same checkpoint of another run."""
     places = [OmegaConf.create(text).checkpoint.resume for text in (before, now)]
-    return len({os.path.abspath(os.path.expanduser(place)) for place in places}) == 1
+    return len({in_one_way(os.path.expanduser(place)) for place in places}) == 1
+
+
+def in_one_way(checkpoint: str) -> str:
+    """The path of a checkpoint however it is written; `latest` stays that, since what it points to moves."""
+    path = Path(os.path.abspath(checkpoint))
+    return str(path.parent.resolve() / path.name)
 
 
 def in_words(changed: dict[str, tuple[Any, Any]]) -> str:

@@ -185,9 +185,9 @@ class Saving:
             is_there = self.runtime.run_on_rank_0(lambda: os.path.exists(given))
             if Path(given).name == given and not is_there:  # a word
                 raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
-            self.origin = given = _in_one_way(given)
+            self.origin = given = resume.in_one_way(given)
             origin = newest[1]["facts"]["resumed_from"] if newest else None
-            is_restart = origin is not None and _in_one_way(origin) == given  # goes on where it was
+            is_restart = origin is not None and resume.in_one_way(origin) == given  # goes on where it was
             if newest and not is_restart and not self._is_own(Path(given)):
                 began = f"at {origin}" if origin else "anew"
                 raise UserError(
@@ -232,9 +232,3 @@ class Saving:
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""
         return checkpoint.parent.resolve() == self.checkpoints.folder.resolve()
-
-
-def _in_one_way(checkpoint: str) -> str:
-    """The path of a checkpoint however it is written; `latest` stays that, since what it points to moves."""
-    path = Path(os.path.abspath(checkpoint))
-    return str(path.parent.resolve() / path.name)

@@ -82,10 +82,11 @@ def test_a_run_started_from_it(installed, tmp_path, corpus):
     words = ["recipe=gpt_tiny", "name=there", "optim.steps=2", "optim.warmup_steps=0", "data.sequence_length=64"]
     words += ["validation.sequences=2", "validation.sample_tokens=0", "model.layers=1"]
     words += ["data=prepared", f"data.folder={corpus}"]
-    done = started(installed, tmp_path, sys.executable, "-m", "longctx.train", *words)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = started(installed, tmp_path, *torchrun, "-m", "longctx.train", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout
-    assert "python -m longctx.train recipe=gpt_tiny" in done.stdout  # how to go on
+    assert "torchrun --nproc-per-node 2 -m longctx.train recipe=gpt_tiny" in done.stdout  # how to go on
     assert (tmp_path / "runs" / "there" / "report.html").exists()
 
 

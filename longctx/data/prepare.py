@@ -252,11 +252,18 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
     tokenizer = _tokenizer(recipe.tokenizer_file)
     writers = {split: ShardWriter(work, f"{split}_{number:05d}", recipe.dtype) for split in SPLITS}
     frame = len(recipe.document_begin) + len(recipe.document_end)
-    skipped, examples = 0, []
+    skipped = 0
+    examples: list[str] = []
+
+    def leave_out(document: Document | Skipped, why: object = "") -> None:
+        nonlocal skipped
+        skipped += 1
+        if len(examples) < EXAMPLES:  # to find a place takes reading
+            examples.append(document.why if isinstance(document, Skipped) else f"{document.place}: {why}")
+
     for document in piece.documents():
         if isinstance(document, Skipped):
-            skipped += 1
-            examples += [document.why] if len(examples) < EXAMPLES else []
+            leave_out(document)
             continue
         try:
             ids, is_trained, text_bytes = _encode_document(tokenizer, document, recipe)
@@ -265,8 +272,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
                 raise DataError(
                     f"{document.place}: {error}; or leave out what cannot be read with --skip-unreadable"
                 ) from None
-            skipped += 1
-            examples += [f"{document.place}: {error}"] if len(examples) < EXAMPLES else []
+            leave_out(document, error)
             continue
         if not len(ids):
             continue
@@ -278,9 +284,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
             if is_trained.any():
                 writer.add(ids, text_bytes, is_trained)
             else:
-                skipped += 1
-                why = "no turn of the assistant, so nothing to train on"
-                examples += [f"{document.place}: {why}"] if len(examples) < EXAMPLES else []
+                leave_out(document, "no turn of the assistant, so nothing to train on")
             continue
         limit = max(1, recipe.max_document_tokens - frame) if recipe.max_document_tokens else len(ids)
         for first in range(0, len(ids), limit):
