@@ -90,7 +90,9 @@ METRICS: dict[str, Metric] = {
     "time/predicted_s": Metric(
         "s", "what longctx/plan.py expects of perf/step_s, with each sequence one document, on measured GPUs", MAIN
     ),
-    "time/left_s": Metric("s", "until the last step, by the mean of this start, validations and saves included", MAIN),
+    "time/left_s": Metric(
+        "s", "until the last step, by the mean of this start without its first 3, validations and saves included", MAIN
+    ),
     "checkpoint/save_s": Metric("s", "of the last checkpoint, from the first byte written to its commit", MAIN, "mean"),
     "checkpoint/gib_per_s": Metric(
         "GiB/s", "bytes of the last checkpoint, of all ranks, over checkpoint/save_s", ALL, "mean"

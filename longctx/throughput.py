@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import time
 
 import torch
 
@@ -19,6 +20,7 @@ from longctx.runtime import Runtime
 from longctx.step_counters import Memory, Summed
 from longctx.step_time import in_words
 from longctx.straggler import product_tflops
+from longctx.summary import WARM_UP_STEPS
 
 GIB = 2.0**30
 LONG_STEP_S = 60  # of which the user is told before
@@ -37,6 +39,25 @@ def peak_tflops(device_name: str, given: float | None) -> float | None:
     if re.search(r"Laptop|MIG|\bD\b", device_name):  # another chip, a part of one, a slower one for China
         return None
     return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)
+
+
+class Pace:
+    """Mean seconds a step since it was made, with what is done between steps: validations, saves.
+
+    The first steps, in which kernels are compiled, count only until there are others.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.steps, self.is_warming_up = time.perf_counter(), 0, True
+
+    def of_steps(self) -> float:
+        """To be asked once at the end of each step."""
+        now = time.perf_counter()
+        self.steps += 1
+        mean = (now - self.began) / self.steps
+        if self.is_warming_up and self.steps == WARM_UP_STEPS:
+            self.began, self.steps, self.is_warming_up = now, 0, False
+        return mean
 
 
 class Throughput:

@@ -35,7 +35,7 @@ from longctx.sources import check_tokenizers, keep_tokenizer, open_tokens, train
 from longctx.step_clock import StepClock
 from longctx.step_counters import Largest, Memory, largest, summed
 from longctx.stopping import StopSignals
-from longctx.throughput import Throughput
+from longctx.throughput import Pace, Throughput
 from longctx.trace import traced
 from longctx.validation import Validation
 
@@ -122,15 +122,15 @@ class Trainer:
         config, progress = self.config, self.progress
         if self._lacks_validation():
             self._record(self.validate())
-        started, first_step = time.perf_counter(), self.step
+        pace = Pace()
         while self.step < config.optim.steps and not self.is_stopped:
             is_traced = self.runtime.is_main and self.step + 1 == config.logging.trace_step
             trace = traced(self.run_info.folder, self.step + 1, self.runtime.device, self.metrics.say)
             with trace if is_traced else nullcontext():
                 values, asked = self.train_step()
             progress.add_costs(values, self.runtime.world_size)
-            a_step = (time.perf_counter() - started) / (self.step - first_step)
-            self._log(values | progress.costs() | {"time/left_s": (config.optim.steps - self.step) * a_step})
+            left_s = (config.optim.steps - self.step) * pace.of_steps()
+            self._log(values | progress.costs() | {"time/left_s": left_s})
             self._refuse_to_go_on_skipping()
             if asked.stop_signal:
                 self.stopped_by = int(asked.stop_signal)

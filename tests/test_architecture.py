@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validation": {"config", "data", "evaluate", "parallel", "runtime", "sources", "stopping", "straggler"},
     "throughput": {
         "batch", "config", "data", "model", "parallel", "power", "runtime", "step_counters", "step_time", "straggler",
+        "summary",
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "optim", "parallel", "plan", "resume", "run_info", "runtime",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from longctx.config import Optimizer
 from longctx.metric_names import METRICS, metric_of, table
 from longctx.metrics_file import read_metrics
 from longctx.summary import summary
-from longctx.throughput import peak_tflops
+from longctx.throughput import Pace, peak_tflops
 from longctx.wandb_log import CURVES
 from runs import ROOT, small_config, train
 
@@ -100,3 +101,11 @@ def test_a_project_is_named_in_full():
 def test_mfu_is_of_the_very_device(device, tflops):
     assert peak_tflops(device, None) == tflops
     assert peak_tflops(device, 100.0) == 100.0
+
+
+def test_the_time_left_forgets_the_steps_that_compile(monkeypatch):
+    ends_of_steps = (100.0, 180.0, 181.0, 182.0, 185.0)
+    seconds = iter((0.0, *ends_of_steps))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    pace = Pace()
+    assert [pace.of_steps() for _ in ends_of_steps] == [100.0, 90.0, pytest.approx(181 / 3), 1.0, 2.0]
