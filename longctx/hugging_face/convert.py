@@ -1,4 +1,4 @@
-"""GPT-2 and Llama's kin (Qwen 2.5 and 3, Mistral, SmolLM3) as Hugging Face names them.
+"""GPT-2 and Llama's kin (Qwen 2.5 and 3, Mistral, Ministral, SmolLM3) as Hugging Face names them.
 
 `config.json`, and the tensors of its safetensors files. Pure functions of a `ModelConfig`; reading and writing files is
 in `load.py` and `export.py`. Llama's tensors keep the halves of a rotary pair apart, as our kernels do, so nothing is
@@ -11,7 +11,16 @@ import math
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from longctx.config import Activation, ModelConfig, Norm, Positions, RotaryScaling, layers_with_rotary
+from longctx.config import (
+    Activation,
+    ModelConfig,
+    Norm,
+    Positions,
+    RotaryConfig,
+    RotaryScaling,
+    layer_windows,
+    layers_with_rotary,
+)
 from longctx.errors import UserError
 from longctx.model.rotary import attention_factor, stretched_theta
 
@@ -33,8 +42,10 @@ class Stored(NamedTuple):
 
 CLASSES = {  # families as `model_type` names them, and their classes in transformers
     "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "mistral": "MistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+    "mistral": "MistralForCausalLM", "ministral": "MinistralForCausalLM", "smollm3": "SmolLM3ForCausalLM",
 }  # fmt: skip
+OF_MISTRAL = ("mistral", "ministral")  # with the same window in all layers, and in some
+FULL, SLIDING = "full_attention", "sliding_attention"  # of `layer_types`
 
 
 def family(config: ModelConfig) -> str:
@@ -71,20 +82,25 @@ def _kind_of_llama(config: ModelConfig) -> str:
     if config.no_rotary_every:
         return "smollm3"
     if config.window:
-        return "mistral"
-    return "qwen2" if config.qkv_bias and not config.projection_bias else "llama"
+        return "ministral" if config.full_attention_every else "mistral"
+    if config.qkv_bias and not config.projection_bias:
+        return "qwen2"
+    # transformers' Llama has heads that are a part of its width each; Mistral without a window is the same model
+    return "llama" if config.width % config.heads == 0 or config.qkv_bias else "mistral"
 
 
 def _not_llama(config: ModelConfig, kind: str) -> list[str]:
     problems = []
     if config.qk_norm and (config.qkv_bias or config.projection_bias or config.no_rotary_every):
         problems.append("with qk_norm (Qwen 3) there are no biases, and all layers have rotary positions")
-    elif config.projection_bias and (not config.qkv_bias or kind == "mistral"):
+    elif config.projection_bias and (not config.qkv_bias or kind in OF_MISTRAL):
         problems.append("biases are everywhere (Llama, SmolLM3), of queries, keys and values (Qwen 2.5), or nowhere")
     elif config.qkv_bias != config.projection_bias and kind != "qwen2":
         problems.append(f"biases of queries, keys and values alone are Qwen 2.5's, which this is not ({kind})")
-    if config.window and (kind != "mistral" or config.full_attention_every):
-        problems.append("model.window is Mistral's alone, in all layers")
+    if config.window and kind not in OF_MISTRAL:
+        problems.append("model.window is Mistral's and Ministral's alone")
+    if kind == "llama" and config.width % config.heads:
+        problems.append(f"biases are of models whose width ({config.width}) is a multiple of its {config.heads} heads")
     return problems
 
 
@@ -182,7 +198,11 @@ def to_config_json(config: ModelConfig, context: int) -> dict[str, Any]:
         "llama": {"mlp_bias": config.projection_bias},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False},
-        "mistral": {"sliding_window": config.window},
+        "mistral": {"sliding_window": config.window or None},
+        "ministral": {
+            "sliding_window": config.window,
+            "layer_types": [SLIDING if window else FULL for window in layer_windows(config)],
+        },
         "smollm3": {
             "mlp_bias": config.projection_bias, "use_sliding_window": False,
             "no_rope_layer_interval": config.no_rotary_every,
@@ -261,11 +281,9 @@ def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
     bias = bool(fields.get("attention_bias", False)) and kind in ("llama", "smollm3", "qwen3")
     if (bias and kind == "qwen3") or of_mlp != (bias and kind in ("llama", "smollm3")):
         raise PretrainedError(f"{where}: biases of attention or of the MLP alone are not supported")
-    own: dict[str, Any] = {}
-    if kind == "mistral":
-        own = {"window": fields.get("sliding_window", 4096) or 0, "full_attention_every": 0}
+    own = _windows(fields, where)
     if kind == "smollm3":
-        own = {"no_rotary_every": _no_rotary_every(fields, where)}
+        own |= {"no_rotary_every": _no_rotary_every(fields, where)}
     heads = fields["num_attention_heads"]
     return {
         "vocab_size": fields["vocab_size"], "layers": fields["num_hidden_layers"], "width": fields["hidden_size"],
@@ -277,6 +295,22 @@ def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
         "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "rotary": _from_rope_parameters(fields, where), **own,
     }  # fmt: skip
+
+
+def _windows(fields: dict[str, Any], where: str) -> dict[str, int]:
+    """The keys of a window, of models that have one. transformers takes a Mistral with `layer_types` for Ministral."""
+    types, can_slide = fields.get("layer_types"), fields["model_type"] in OF_MISTRAL
+    window = (fields.get("sliding_window", 4096) or 0) if can_slide else 0
+    sees_all = [kind == FULL for kind in types] if types else []
+    every = sees_all.index(True) + 1 if window and any(sees_all) else 0
+    found = ModelConfig(layers=len(sees_all), window=window, full_attention_every=every)
+    if all(sees_all) and types:
+        found.window = found.full_attention_every = 0
+    is_known = not types or set(types) <= {FULL, SLIDING}
+    if not is_known or sees_all != [not window for window in layer_windows(found)]:
+        every_nth = ": of so many layers the last sees all keys, the others a window" if can_slide else ""
+        raise PretrainedError(f"{where}: layer_types={types} are not supported{every_nth}")
+    return {"window": found.window, "full_attention_every": found.full_attention_every} if can_slide else {}
 
 
 def _no_rotary_every(fields: dict[str, Any], where: str) -> int:
@@ -294,9 +328,8 @@ def _no_rotary_every(fields: dict[str, Any], where: str) -> int:
 
 
 def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    given = fields.get("rope_parameters") or {}
     theta = 2e6 if fields["model_type"] == "smollm3" else 1e4  # transformers' own where a file names none
-    given = {"rope_theta": fields.get("rope_theta", theta), **(fields.get("rope_scaling") or {}), **given}
+    given = {"rope_theta": fields.get("rope_theta", theta), **_one_scaling(fields, where)}
     kind = given.get("rope_type", given.get("type", "default"))
     _refuse(given, where, partial_rotary_factor=1.0, truncate=True)
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
@@ -304,11 +337,16 @@ def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {"theta": float(given["rope_theta"]), "scaling": RotaryScaling.none}
     if kind == "default":
         return found
-    found |= {"scaling": RotaryScaling(kind), "factor": float(given["factor"])}
+    factor = given.get("factor")
     if kind == "dynamic":
         found["original_length"] = fields["max_position_embeddings"]
     if kind in ("yarn", "llama3"):
-        found["original_length"] = given.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+        longest, key = fields["max_position_embeddings"], "original_max_position_embeddings"
+        found["original_length"] = fields.get(key) or given.get(key) or longest  # as transformers
+        factor = longest / found["original_length"] if kind == "yarn" and factor is None else factor
+    if factor is None:
+        raise PretrainedError(f"{where}: rope_type {kind!r} has no factor")
+    found |= {"scaling": RotaryScaling(kind), "factor": float(factor)}
     if kind == "llama3":
         found |= {
             "low_frequency_factor": given["low_freq_factor"], "high_frequency_factor": given["high_freq_factor"],
@@ -320,16 +358,35 @@ def _from_rope_parameters(fields: dict[str, Any], where: str) -> dict[str, Any]:
         if found["attention_factor"] is None and over and under and found["factor"] > 1:
             slope = 0.1 * math.log(found["factor"])
             found["attention_factor"] = (slope * over + 1) / (slope * under + 1)
+        by_rule = attention_factor(RotaryConfig(scaling=RotaryScaling.yarn, factor=found["factor"]))
+        if found["attention_factor"] is not None and math.isclose(found["attention_factor"], by_rule, rel_tol=1e-6):
+            found["attention_factor"] = None  # which another factor has otherwise
     return found
+
+
+def _one_scaling(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """`rope_parameters`, or `rope_scaling` of versions before 5; both if they agree, as where a file is for all."""
+    new, old = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    old = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+    apart = sorted(key for key, value in old.items() if new and new.get(key) != value)
+    if apart:
+        raise PretrainedError(
+            f"{where}: rope_parameters and rope_scaling differ in {', '.join(apart)}; write what the model is to have "
+            "into rope_parameters, and drop rope_scaling"
+        )
+    return new or old
 
 
 def differences(config: ModelConfig, found: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What of `found` (as `from_config_json` gives it) the run's model has otherwise.
 
     First what the weights do not fit, as overrides that mend it, then what may be changed on purpose: rotary positions.
+    A vocabulary may have more ids than the weights.
     """
     ours = asdict(config)
     wrong = [f"model.{key}={as_yaml(value)}" for key, value in found.items() if key != "rotary" and ours[key] != value]
+    if config.vocab_size > found["vocab_size"]:
+        wrong.remove(f"model.vocab_size={found['vocab_size']}")
     rotary = [f"model.rotary.{k}={as_yaml(v)}" for k, v in found.get("rotary", {}).items() if ours["rotary"][k] != v]
     return wrong, rotary
 

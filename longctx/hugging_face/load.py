@@ -20,6 +20,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 DTYPES = ("F64", "F32", "F16", "BF16")
 ROWS = 4096  # of a matrix, compared at a time
+OF_IDS = ("embedding.weight", "head.weight")  # our parameters with a row an id
 PREFIXES = ("", "transformer.", "model.")  # that a file made from the bare model leaves out
 
 
@@ -35,6 +36,8 @@ def start_from_pretrained(model: nn.Module, config: ModelConfig, runtime: Runtim
     rotary = runtime.run_on_all_ranks(lambda: weights.check(config))
     runtime.run_on_all_ranks(lambda: weights.load(model, config))
     other = f"; its rotary positions had {' '.join(rotary)}" if rotary else ""
+    if more := config.vocab_size - weights.config["vocab_size"]:
+        other += f"; the rows of {more} more ids (model.vocab_size={config.vocab_size}) begin as the mean of the others"
     runtime.say(f"started with the weights of {folder}{other}")
     return weights.context
 
@@ -91,13 +94,13 @@ class PretrainedWeights:
             )
 
     def _paths(self) -> list[Path]:
-        if not (self.folder / INDEX).exists():
-            if not (self.folder / SINGLE).exists():
-                raise PretrainedError(
-                    f"{self.folder}: neither {SINGLE} nor {INDEX} in it; other formats execute code when they are read "
-                    "and are not supported: save the model with safe_serialization=True"
-                )
+        if (self.folder / SINGLE).exists():  # first, as in transformers, which leaves an index of before beside it
             return [self.folder / SINGLE]
+        if not (self.folder / INDEX).exists():
+            raise PretrainedError(
+                f"{self.folder}: neither {SINGLE} nor {INDEX} in it; other formats execute code when they are read "
+                "and are not supported: save the model with safe_serialization=True"
+            )
         where = self.folder / INDEX
         weight_map = _read_json(where, "").get("weight_map")
         if not isinstance(weight_map, dict):
@@ -146,7 +149,10 @@ class PretrainedWeights:
 
     @torch.no_grad()
     def load(self, model: nn.Module, config: ModelConfig) -> None:
-        """Fills the parameters of `model`, whole or sharded ones."""
+        """Fills the parameters of `model`, whole or sharded ones.
+
+        Ids that the files do not have begin with the mean of the rows that are there.
+        """
         parameters = dict(model.named_parameters())
         names = self.names(config)
         for stored in stored_tensors(config):
@@ -158,26 +164,48 @@ class PretrainedWeights:
                 for name in stored.parts:
                     _fill(parameters[name], part, first_row, stored.is_transposed)
                     first_row += parameters[name].shape[0]
+                if stored.parts[0] in OF_IDS and first_row > shape[0]:
+                    _fill_more_rows(parameters[stored.parts[0]], part)
 
     def _check_shape(self, stored: Stored, name: str, shape: list[int], parameters: dict[str, nn.Parameter]) -> None:
         rows = sum(parameters[part].shape[0] for part in stored.parts)
+        if stored.parts[0] in OF_IDS:
+            rows = min(rows, self.config["vocab_size"])
         expected = [rows, *parameters[stored.parts[0]].shape[1:]]
         if list(shape) != expected:
             raise PretrainedError(f"{self.files[name]}: {name} has the shape {list(shape)}, the model's is {expected}")
 
 
 def _fill(parameter: nn.Parameter, part: Any, first_row: int, is_transposed: bool) -> None:
-    """Copies this rank's part out of a tensor in a file, in which the parameter begins at `first_row`."""
-    shape, offset, local = tuple(parameter.shape), (0,) * parameter.ndim, parameter.data
-    if isinstance(parameter, DTensor):
-        shape, offset = local_part(parameter)
-        local = parameter.to_local()
-    if not local.numel():
+    """Copies this rank's part out of a tensor in a file, in which the parameter begins at `first_row`.
+
+    What the file does not reach to stays as it is.
+    """
+    local, index = _local(parameter)
+    rows = part.get_shape()[-1 if is_transposed else 0]
+    begin, end = (min(row + first_row, rows) for row in (index[0].start, index[0].stop))
+    if begin == end or not local.numel():
         return
-    index = list(index_of((shape, offset)))
-    index[0] = slice(index[0].start + first_row, index[0].stop + first_row)
+    index[0] = slice(begin, end)
     values = part[tuple(reversed(index)) if is_transposed else tuple(index)]
-    local.copy_(values.t() if is_transposed else values)
+    local[: end - begin].copy_(values.t() if is_transposed else values)
+
+
+def _fill_more_rows(parameter: nn.Parameter, part: Any) -> None:
+    """The mean of a matrix in a file for each row of this rank's part that lies behind its end."""
+    local, (rows, columns) = _local(parameter)
+    there = part.get_shape()[0]
+    if rows.stop <= there or not local.numel():
+        return
+    total = sum(part[first : first + ROWS, columns].double().sum(dim=0) for first in range(0, there, ROWS))
+    local[max(0, there - rows.start) :] = (total / there).to(local)
+
+
+def _local(parameter: nn.Parameter) -> tuple[torch.Tensor, list[slice]]:
+    """This rank's part of a parameter, and where in it that lies."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(), list(index_of(local_part(parameter)))
+    return parameter.data, [slice(0, size) for size in parameter.shape]
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -66,6 +67,11 @@ MODELS = {
     "qwen2": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}, tie_word_embeddings=True),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "mistral with a window": MistralConfig(**SMALL, sliding_window=11),
+    "mistral, heads of another width": MistralConfig(**SMALL | {"hidden_size": 30}, sliding_window=None),
+    "ministral": MinistralConfig(
+        **SMALL | {"num_hidden_layers": 4}, sliding_window=11,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "smollm3": SmolLM3Config(**SMALL | {"num_hidden_layers": 4}, no_rope_layer_interval=2, pad_token_id=None),
 }  # fmt: skip
 TOKENS = torch.randint(8192, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -126,27 +132,32 @@ def plain(model: ModelConfig) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("name", "parallel", "ranks"),
+    ("name", "parallel", "ranks", "more_ids"),
     [
-        ("qwen3", ParallelConfig(tensor=2), 4),
-        pytest.param("gpt2", ParallelConfig(), 3, marks=pytest.mark.slow),
-        pytest.param("llama", ParallelConfig(), 3, marks=pytest.mark.slow),
-        pytest.param("qwen3", ParallelConfig(), 3, marks=pytest.mark.slow),
-        pytest.param("gpt2", ParallelConfig(tensor=2), 4, marks=pytest.mark.slow),
-        pytest.param("llama", ParallelConfig(tensor=2), 4, marks=pytest.mark.slow),
+        ("qwen3", ParallelConfig(tensor=2), 4, 9),
+        pytest.param("gpt2", ParallelConfig(), 3, 0, marks=pytest.mark.slow),
+        pytest.param("llama", ParallelConfig(), 3, 0, marks=pytest.mark.slow),
+        pytest.param("qwen3", ParallelConfig(), 3, 3000, marks=pytest.mark.slow),
+        pytest.param("gpt2", ParallelConfig(tensor=2), 4, 9, marks=pytest.mark.slow),
+        pytest.param("llama", ParallelConfig(tensor=2), 4, 0, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corpus, name, parallel, ranks):
+def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corpus, name, parallel, ranks, more_ids):
+    """With more ids than the weights have, as where tokens were added for conversations, their rows are the mean."""
     expected = make(tmp_path / "hf", name, max_shard_size="300KB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     model = config_of(tmp_path / "hf")
     model.init_from = str(tmp_path / "hf")
+    model.vocab_size += more_ids
     config = small_config(tmp_path, corpus, model=model, parallel=parallel, data__sequences_per_step=12)
     whole = run_on_ranks(ranks, load_and_save, config)[0]
     ours = build(model, seed=3)
     ours.load_state_dict(whole)
-    assert_close(our_logits(ours), expected)
+    assert_close(our_logits(ours)[..., :8192], expected)
+    for matrix in (whole[name] for name in ("embedding.weight", "head.weight") if name in whole):
+        assert len(matrix) == 8192 + more_ids
+        torch.testing.assert_close(matrix[8192:], matrix[:8192].mean(dim=0).expand(more_ids, -1), rtol=1e-5, atol=1e-6)
 
     step = str(tmp_path / "test" / "checkpoints" / "step_0")
     output_of(CONVERT, "export", step, "--output", str(tmp_path / "back"), "--dtype", "float32")
@@ -155,7 +166,7 @@ def test_a_run_starts_with_them_on_any_layout_and_gives_them_back(tmp_path, corp
         "LMHeadModel" if name == "gpt2" else "ForCausalLM"
     )
     with torch.no_grad():
-        torch.testing.assert_close(back(TOKENS).logits, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(back(TOKENS).logits[..., :8192], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_checkpoint_goes_before_the_weights(tmp_path, corpus, capsys):
@@ -317,8 +328,8 @@ def test_other_tensors_are_refused(tmp_path):
     ("fields", "said"),
     [
         ({"logit_softcap": 5.0}, "model.logit_softcap is in none of them"),
-        ({"window": 8, "full_attention_every": 2}, "model.window is Mistral's alone, in all layers"),
-        ({"window": 8, "qk_norm": True}, "model.window is Mistral's alone"),
+        ({"window": 8, "qk_norm": True}, "model.window is Mistral's and Ministral's alone"),
+        ({"width": 40, "heads": 6, "qkv_bias": True, "projection_bias": True}, r"width \(40\) is a multiple of its 6"),
         ({"window": 8, "qkv_bias": True}, r"alone are Qwen 2.5's, which this is not \(mistral\)"),
         ({"projection_bias": True}, r"biases are everywhere \(Llama, SmolLM3\)"),
         ({"qk_norm": True, "no_rotary_every": 4}, "all layers have rotary positions"),
@@ -340,8 +351,6 @@ def test_our_description_is_read_as_the_same_model(tmp_path, name):
     assert from_config_json(fields, "here") == from_config_json(json.loads(json.dumps(fields)), "here")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
     again = config_of(tmp_path / "hf")
-    assert attention_factor(again.rotary) == attention_factor(config.rotary)  # written down, where it followed before
-    again.rotary.attention_factor = config.rotary.attention_factor
     assert again == config
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
@@ -366,6 +375,7 @@ ROPES = {
     "yarn": YARN,
     "yarn, factor given": YARN | {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0},
     "yarn, scales": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2},
+    "yarn, no factor": YARN | {"factor": None},
 }  # fmt: skip
 
 
@@ -425,6 +435,19 @@ def resave(folder: Path, change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def test_a_whole_file_goes_before_an_index(tmp_path):
+    """As transformers reads them, whose save_pretrained leaves the index of larger files before."""
+    make(tmp_path, "llama", max_shard_size="300KB")
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    expected = make(tmp_path / "whole", "llama")
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    config = config_of(tmp_path)
+    model = build(config, seed=0)
+    PretrainedWeights(tmp_path).load(model, config)
+    assert_close(our_logits(model), expected)
+
+
 def test_an_output_matrix_of_its_own_is_not_dropped(tmp_path):
     """config.json says tied, the file has another lm_head: transformers would use that of the file's."""
     make(tmp_path, "llama tied")
@@ -459,6 +482,57 @@ def test_quantized_weights_are_refused(tmp_path):
     edit(tmp_path / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(PretrainedError, match=r"the weights are quantized \(fp8\); take the bfloat16 weights"):
         open_in_run(tmp_path, model)
+
+
+def test_a_scaling_that_is_named_twice_is_one_or_refused():
+    """A model card's `rope_scaling` beside what transformers 5 has saved; and the length that goes before."""
+    saved = Qwen3Config(**SMALL).to_dict()
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(PretrainedError, match=r"differ in factor, original_max.*, rope_type; write .* rope_parameters"):
+        from_config_json(saved | {"rope_scaling": yarn}, "here")
+    both = {"rope_scaling": yarn, "rope_parameters": saved["rope_parameters"] | yarn}
+    assert from_config_json(saved | both, "here")["rotary"]["factor"] == 4.0
+    beside = saved | both | {"original_max_position_embeddings": 16}
+    assert from_config_json(beside, "here")["rotary"]["original_length"] == 16
+
+
+def test_a_second_extension_has_the_attention_factor_of_its_own_factor():
+    fields = to_config_json(ModelConfig(rotary=RotaryConfig(scaling=RotaryScaling.yarn, factor=4.0)), 65536)
+    read = RotaryConfig(**from_config_json(fields, "here")["rotary"])
+    assert attention_factor(read) == pytest.approx(1.1386294361119891)
+    read.factor = 16.0
+    assert attention_factor(read) == pytest.approx(1.2772588722239782)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("types", "window", "every"),
+    [
+        (None, 11, 0),
+        ([SLIDING] * 6, 11, 0),
+        ([FULL] * 6, 0, 0),
+        ([SLIDING, FULL] * 3, 11, 2),
+        ([SLIDING, SLIDING, FULL] * 2, 11, 3),
+        ([FULL, SLIDING] * 3, None, None),
+        ([SLIDING, "chunked_attention"] * 3, None, None),
+    ],
+)
+def test_windows_of_some_layers(types, window, every):
+    fields = MistralConfig(**SMALL | {"num_hidden_layers": 6}, sliding_window=11).to_dict() | {"layer_types": types}
+    if window is None:
+        with pytest.raises(PretrainedError, match=r"layer_types=\[.*\] are not supported: of so many layers the last"):
+            from_config_json(fields, "here")
+        return
+    found = from_config_json(fields, "here")
+    assert (found["window"], found["full_attention_every"]) == (window, every)
+
+
+def test_windows_of_families_without_are_refused():
+    fields = SmolLM3Config(**SMALL, pad_token_id=None).to_dict() | {"layer_types": [SLIDING, FULL], "sliding_window": 4}
+    with pytest.raises(PretrainedError, match=r"layer_types=\['sliding_attention', 'full_attention'\] are not supp"):
+        from_config_json(fields, "here")
 
 
 def test_yarn_is_written_so_that_every_version_reads_it_alike():
