@@ -177,8 +177,7 @@ def sample_texts(
     texts = generate(model, prompts, new_tokens, mesh, device, tokens.tokenizer_vocab)
     if tokens.chat_prompt:  # an answer ends with its turn
         texts = [
-            [*prompt, *_until(ids[len(prompt) :], tokens.end_of_document)]
-            for prompt, ids in zip(prompts, texts, strict=True)
+            [*prompt, *_until(ids[len(prompt) :], tokens.ends)] for prompt, ids in zip(prompts, texts, strict=True)
         ]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in texts]
 
@@ -188,9 +187,9 @@ def _pieces(mesh: Mesh) -> int:
     return 2 * mesh.size("context") * mesh.size("tensor")
 
 
-def _until(ids: list[int], last: int) -> list[int]:
-    """The ids up to the first that is `last`."""
-    return ids[: ids.index(last) + 1] if last in ids else ids
+def _until(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids up to the first that is one of `ends`."""
+    return ids[: next((n for n, i in enumerate(ids, 1) if i in ends), len(ids))]
 
 
 @torch.no_grad()

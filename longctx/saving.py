@@ -109,6 +109,7 @@ class Saving:
             "pflop": progress.pflop,
             "data": self.data_order(),
             "end_of_document": self.tokens.end_of_document if self.tokens else None,
+            "ends": self.tokens.ends if self.tokens else [],
             "resumed_from": self.origin,
             **best,
             "layout": self.layout(),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from longctx.config import Config, DataSource
 from longctx.data import builtin
-from longctx.data.chat import CHAT_TEMPLATE
+from longctx.data.chat import copy_files_of_chats
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
@@ -86,8 +85,7 @@ def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> No
     file = folder / "tokenizer.json"
     try:
         file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
-        if tokens.chat_prompt:
-            shutil.copyfile(tokens.chat_folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+        copy_files_of_chats(tokens.chat_folder, folder)
     except OSError as error:
         runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 

@@ -27,7 +27,9 @@ def main() -> None:
     export.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     export.add_argument("--tokenizer", type=Path, help="a tokenizer.json in place of the one in the run's folder")
-    export.add_argument("--end-of-document", metavar="TOKEN", help="of --tokenizer, if it is none of the usual ones")
+    export.add_argument(
+        "--end-of-document", metavar="TOKEN", help="at which generation stops too; with --tokenizer: at which alone"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.command == "config":

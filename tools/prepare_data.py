@@ -20,7 +20,8 @@ from pathlib import Path
 from longctx.data.lengths import draw_lengths, length_table
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare, preparing
 from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files
-from longctx.data.tokens import Manifest, TokenFolder
+from longctx.data.tokenizer import open_tokenizer
+from longctx.data.tokens import NO_END, Manifest, TokenFolder
 from longctx.errors import DataError, UserError
 
 
@@ -32,7 +33,9 @@ def main() -> None:
     parser.add_argument("--validation-fraction", type=float, default=0.01, help="share of documents held out")
     parser.add_argument("--text-field", default="text", help="of .jsonl lines and .parquet rows")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: cores")
-    parser.add_argument("--end-of-document", metavar="TOKEN", help="token that closes a document; default: a usual one")
+    parser.add_argument(
+        "--end-of-document", metavar="TOKEN", help="token that closes a text or completion; default: a usual one"
+    )
     parser.add_argument(
         "--add-special-tokens", action=argparse.BooleanOptionalAction, default=True,
         help="put what the tokenizer's template puts around a text (a begin-of-text token) around each document",
@@ -78,6 +81,8 @@ def main() -> None:
     for split, shards in manifest.splits.items():
         tokens, documents_, size = (sum(getattr(s, f) for s in shards) for f in ("tokens", "documents", "text_bytes"))
         print(f"{split}: {documents_} documents, {tokens} tokens, {size / max(tokens, 1):.2f} bytes a token")
+    for line in answers_lines(manifest, arguments.tokenizer):
+        print(line)
     split = TokenFolder(arguments.output, manifest.vocab_size).splits["train"]
     print(length_table(split))
     try:
@@ -85,6 +90,19 @@ def main() -> None:
     except OSError as error:  # the tokens are whole without it
         print(f"{arguments.output / 'lengths.svg'}: not written: {error}")
     print(f"train on it: train.py recipe=... data=prepared data.folder={arguments.output}")
+
+
+def answers_lines(manifest: Manifest, tokenizer_file: Path) -> list[str]:
+    """With what the answers of conversations end, at which an exported model stops."""
+    tokenizer = open_tokenizer(tokenizer_file)
+    ends = [f"{tokenizer.id_to_token(int(i))} ({n:,})" for i, n in manifest.answers.items() if i != NO_END]
+    lines = [f"answers end with {', '.join(ends)}"] if ends else []
+    if without := manifest.answers.get(NO_END):
+        lines.append(
+            f"{without:,} answers end with no special token, so a model does not learn from them to stop: the chat "
+            "template has to end a turn with one, inside of what is trained on"
+        )
+    return lines
 
 
 def input_table(pieces: list[FilePiece], found: Input, manifest: Manifest) -> str:

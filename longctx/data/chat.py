@@ -7,7 +7,10 @@ the assistant's turns are: then they are what each adds to the text before it.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,10 @@ import numpy as np
 
 from longctx.errors import DataError
 
-CHAT_TEMPLATE = "chat_template.jinja"  # the file of a template, as transformers calls it
+# files of a template, as transformers calls them: the one there is, or the default of several, and the others by name
+CHAT_TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+FILES = (CHAT_TEMPLATE, OTHER_TEMPLATES, TOKENIZER_CONFIG)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -53,7 +59,7 @@ class ChatTokenizer:
             ) from None
 
         folder = tokenizer_file.parent
-        is_whole = tokenizer_file.name == "tokenizer.json" and (folder / "tokenizer_config.json").exists()
+        is_whole = tokenizer_file.name == "tokenizer.json" and (folder / TOKENIZER_CONFIG).exists()
         if is_whole:
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         else:
@@ -67,31 +73,62 @@ class ChatTokenizer:
                 f"{tokenizer_file}: has no chat template beside it (chat_template.jinja, or in tokenizer_config.json), "
                 "and the input holds conversations; give one with --chat-template FILE"
             )
-        self.template: str = self.tokenizer.get_chat_template()
-        missing = set(re.findall(r"\b(?:bos|eos)_token\b", self.template)) - set(self.tokenizer.special_tokens_map)
+        found = self.tokenizer.chat_template
+        self.templates: dict[str, str] = found if isinstance(found, dict) else {"default": found}
+        if "default" not in self.templates:
+            raise DataError(
+                f"{tokenizer_file}: its chat templates are {', '.join(sorted(self.templates))}, and none is the "
+                "default; give one with --chat-template FILE"
+            )
+        written = set(re.findall(r"\b(?:bos|eos)_token\b", "".join(self.templates.values())))
+        missing = written - set(self.tokenizer.special_tokens_map)
         if missing and not is_whole:  # jinja would write nothing in their place
             raise DataError(
                 f"{tokenizer_file}: the chat template writes {' and '.join(sorted(missing))}, which "
                 "tokenizer_config.json names: put it and the template beside a file of the name tokenizer.json"
             )
-        self.marks_answers = bool(GENERATION.search(self.template))
+        self.added: set[int] = set(self.tokenizer.added_tokens_decoder)
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""
+        marks_answers = bool(GENERATION.search(self.tokenizer.get_chat_template(tools=chat.tools)))
+        text = self.render(chat.messages, chat.tools)
+        _refuse_what_is_lost(chat, text)
         encoding = self._apply(
-            chat.messages, chat.tools, return_dict=True, return_assistant_tokens_mask=self.marks_answers,
+            chat.messages, chat.tools, return_dict=True, return_assistant_tokens_mask=marks_answers,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )  # fmt: skip
         ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"])
-        if self.marks_answers:
+        if marks_answers:
             is_trained = np.array(encoding["assistant_masks"], dtype=bool)
         else:
             is_trained = np.zeros(len(ids), dtype=bool)
-            for begin, end in self._answers(chat):
+            for begin, end in self._answers(chat, text):
                 is_trained |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         if chat.given:
             is_trained &= offsets[:, 0] >= len(self.render(chat.messages[: chat.given], chat.tools))
         return ids, is_trained
+
+    def ends_of_answers(self, ids: np.ndarray, is_trained: np.ndarray) -> Counter[int]:
+        """Added tokens (end of turn) that the answers of a conversation end with, but for white space; -1: none."""
+        found: Counter[int] = Counter()
+        for last in np.flatnonzero(np.diff(is_trained.astype(np.int8), append=0) == -1):
+            end = next(i for i in range(int(last), -1, -1) if ids[i] in self.added or i == 0 or not is_trained[i - 1])
+            is_end = ids[end] in self.added and not self.tokenizer.decode(ids[end + 1 : last + 1]).strip()
+            found[int(ids[end]) if is_end else -1] += 1
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes what conversations were written with, so that transformers writes them alike in `folder`."""
+        for name, template in self.templates.items():
+            file = folder / (CHAT_TEMPLATE if name == "default" else f"{OTHER_TEMPLATES}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(template, encoding="utf-8")
+        tokens = {name: token for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+        (folder / TOKENIZER_CONFIG).write_text(
+            json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, is_asked: bool = False) -> str:
         """The text of messages; `is_asked`: with what the assistant's next turn begins with."""
@@ -113,9 +150,9 @@ class ChatTokenizer:
             raise ChatError("the chat template does not show what a user writes")
         return before, after
 
-    def _answers(self, chat: Chat) -> list[tuple[int, int]]:
-        """Where the assistant's turns begin and end in the text."""
-        found, whole = [], self.render(chat.messages, chat.tools)
+    def _answers(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
+        """Where the assistant's turns begin and end in the whole text."""
+        found = []
         for number, message in enumerate(chat.messages):
             if message.get("role") != "assistant" or number < chat.given:
                 continue
@@ -135,11 +172,54 @@ class ChatTokenizer:
         return found
 
 
+def _refuse_what_is_lost(chat: Chat, text: str) -> None:
+    """Raises `ChatError` if the text of a conversation lacks what was said, called or offered in it.
+
+    Reasoning is looked for in the last answer alone: templates of models that think drop that of earlier turns.
+    """
+    last = max((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), default=-1)
+    for number, message in enumerate(chat.messages):
+        role, said = message["role"], {}
+        if role in ("system", "user", "assistant"):
+            said["content"] = (message.get("content") or "").rpartition("</think>")[2]
+        if number == last and isinstance(message.get("reasoning_content"), str):
+            said["reasoning_content"] = message["reasoning_content"]
+        said |= {f"call of {name}": name for name in map(_name_of, message.get("tool_calls") or [])}
+        for what, words in said.items():
+            if words.strip() not in text:
+                raise ChatError(
+                    f"the chat template does not write the {what} of message {number + 1} ({role}): "
+                    f"{words.strip()!r:.60}; give one that does (--chat-template), or leave it out of the conversation"
+                )
+    for name in map(_name_of, chat.tools or []):
+        if name not in text:
+            raise ChatError(
+                f"the chat template does not write the tool {name!r}; give one that does (--chat-template), or leave "
+                "tools out of the conversation"
+            )
+
+
+def _name_of(call_or_tool: Any) -> str:
+    """Of a function that is called, or may be; empty: not known."""
+    function = call_or_tool.get("function", call_or_tool) if isinstance(call_or_tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def files_of_chats(tokenizer_file: Path, template_file: Path | None) -> list[Path]:
     """What decides how conversations are written, beside the tokenizer: of these the files that are there."""
     folder = tokenizer_file.parent
-    files = [template_file or folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"]
-    return [file for file in files if file.is_file()]
+    files = [template_file] if template_file else [folder / CHAT_TEMPLATE, *sorted(folder.glob(f"{OTHER_TEMPLATES}/*"))]
+    return [file for file in (*files, folder / TOKENIZER_CONFIG) if file.is_file()]
+
+
+def copy_files_of_chats(folder: Path, target: Path) -> None:
+    """What `ChatTokenizer.save` has written, as far as it is there."""
+    for name in FILES:
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, target / name, dirs_exist_ok=True)
+        elif (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)
 
 
 @cache

@@ -82,7 +82,7 @@ class NanoGPTFolder:
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
-        self.end_of_document, self.notes = given.end_of_document, []
+        self.end_of_document, self.ends, self.notes = given.end_of_document, [given.end_of_document], []
         dtype = _nanogpt_dtype(folder, vocab_size, data)
         self.paths = {s: folder / f for s, f in (("train", "train.bin"), ("validation", "val.bin"))}
         self.splits = {}
@@ -130,7 +130,7 @@ class MegatronFolder:
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
         self.tokenizer_file, self.tokenizer_vocab, self.token_bytes = given.file, given.vocab, given.token_bytes
-        self.end_of_document = given.end_of_document
+        self.end_of_document, self.ends = given.end_of_document, [given.end_of_document]
         kinds = {path: _split_of(path) for path in sorted(folder.glob("*.idx"))}
         self.notes = [f"{path}: left out, by its name it is to test with" for path in kinds if kinds[path] == "test"]
         self.paths = [path for path in kinds if kinds[path] != "test"]

@@ -44,7 +44,7 @@ class Mixture:
         self.token_bytes: np.ndarray | None = first.token_bytes
         self.document_begin, self.end_of_document = first.document_begin, first.end_of_document
         of_chats = next((corpus for corpus in corpora if corpus.chat_prompt), first)
-        self.chat_prompt, self.chat_folder = of_chats.chat_prompt, of_chats.folder
+        self.chat_prompt, self.chat_folder, self.ends = of_chats.chat_prompt, of_chats.folder, of_chats.ends
         self.notes = [note for corpus in corpora for note in corpus.notes]
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from longctx.data.chat import CHAT_TEMPLATE, Chat, ChatError, Completion, chat_tokenizer, files_of_chats
+from longctx.data.chat import Chat, ChatError, ChatTokenizer, Completion, chat_tokenizer, files_of_chats
 from longctx.data.text import MIB, Document, Piece, Skipped
 from longctx.data.tokenizer import (
     count_bytes,
@@ -40,7 +41,7 @@ from longctx.errors import DataError
 from longctx.files import disk_problem, read_manifest, sha256, sync, write_manifest
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin_tokenizer.json"
-PIECE_FORMAT = "longctx-piece-2"
+PIECE_FORMAT = "longctx-piece-3"
 BYTES_A_TOKEN = 3  # of text, roughly: for what a full disk would need
 EXAMPLES = 20  # of what was skipped, that are kept
 
@@ -144,10 +145,10 @@ def _prepare(
             recipe.tokenizer_sha256, sha256(token_bytes), shards, source, sum(piece["skipped"] for piece in by_piece),
             [example for piece in by_piece for example in piece["skipped_examples"]][:EXAMPLES],
             _chat_prompt(recipe) if any(shard.trained_sha256 for shard in shards["train"]) else [],
+            dict(sum((Counter(piece["answers"]) for piece in by_piece), Counter[str]()).most_common()),
         )  # fmt: skip
-        if manifest.chat_prompt:
-            template = chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).template
-            (work / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        if manifest.answers:
+            _chats(recipe).save(work)
         manifest.write(work)
         for number in range(len(pieces)):
             _record(work, number).unlink()
@@ -171,7 +172,7 @@ def _why_nothing(by_piece: list[dict[str, Any]], shards: dict[str, list[Shard]])
 def _chat_prompt(recipe: Recipe) -> list[str]:
     """For samples; empty if there is no template, of prompts and completions, or it takes no lone question."""
     try:
-        return list(chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).prompt())
+        return list(_chats(recipe).prompt())
     except (ChatError, DataError):
         return []
 
@@ -254,6 +255,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
     frame = len(recipe.document_begin) + len(recipe.document_end)
     skipped = 0
     examples: list[str] = []
+    answers: Counter[int] = Counter()  # as of `Manifest`
 
     def leave_out(document: Document | Skipped, why: object = "") -> None:
         nonlocal skipped
@@ -283,6 +285,8 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
         if is_trained is not None:
             if is_trained.any():
                 writer.add(ids, text_bytes, is_trained)
+                if isinstance(document.answers, Chat):
+                    answers += _chats(recipe).ends_of_answers(ids, is_trained)
             else:
                 leave_out(document, "no turn of the assistant, so nothing to train on")
             continue
@@ -293,7 +297,7 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
             writer.add(np.concatenate([recipe.document_begin, part, recipe.document_end]), share)
     shards = {split: [shard.fields() for shard in writer.finish()] for split, writer in writers.items()}
     fields = {"format": PIECE_FORMAT, "identity": _identity(piece, recipe), "shards": shards}
-    fields |= {"skipped": skipped, "skipped_examples": examples}
+    fields |= {"skipped": skipped, "skipped_examples": examples, "answers": {str(i): n for i, n in answers.items()}}
     write_manifest(_record(work, number), fields)
     return fields
 
@@ -301,6 +305,18 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
 @cache
 def _tokenizer(file: str) -> Tokenizer:
     return open_tokenizer(Path(file))
+
+
+@cache
+def _tokenizer_of_completions(file: str) -> Tokenizer:
+    """Special tokens that a text spells are read as such, as those of conversations."""
+    tokenizer = open_tokenizer(Path(file))
+    tokenizer.encode_special_tokens = False
+    return tokenizer
+
+
+def _chats(recipe: Recipe) -> ChatTokenizer:
+    return chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None)
 
 
 def _encode_document(
@@ -315,7 +331,7 @@ def _encode_document(
             ids, text_bytes = _encode(tokenizer, document.pieces)
             return ids, None, text_bytes
         case Chat() as chat:
-            ids, is_trained = chat_tokenizer(recipe.tokenizer_file, recipe.chat_template_file or None).encode(chat)
+            ids, is_trained = _chats(recipe).encode(chat)
             if len(ids) and ids.max() >= recipe.vocab_size:
                 raise DataError(
                     f"{recipe.tokenizer_file}: has {recipe.vocab_size} tokens, and conversations have token "
@@ -324,12 +340,15 @@ def _encode_document(
             return ids, is_trained, sum(len(str(message.get("content", "")).encode()) for message in chat.messages)
         case Completion(prompt, text):
             # encoded in one, as some tokenizers put a space before each text; what differs from the prompt alone is new
-            (before, _), (whole, text_bytes) = (_encode(tokenizer, [part]) for part in (prompt, prompt + text))
-            alike = whole[: len(before)] == before[: len(whole)]
-            given = len(before) if alike.all() else int(alike.argmin())
-            ids = np.concatenate([recipe.document_begin, whole, recipe.document_end]).astype(np.int64)
-            is_trained = np.arange(len(ids)) >= len(recipe.document_begin) + given
-            return ids, is_trained & bool(text), text_bytes
+            encode = _tokenizer_of_completions(recipe.tokenizer_file).encode
+            before, whole = (encode(part, add_special_tokens=False).ids for part in (prompt, prompt + text))
+            given = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+            begin, end = list(recipe.document_begin), list(recipe.document_end)
+            begin = [] if whole[: len(begin)] == begin else begin  # as where a chat template has written it
+            end = [] if whole[-len(end) :] == end else end
+            ids = np.array([*begin, *whole, *end], dtype=np.int64)
+            is_trained = np.arange(len(ids)) >= len(begin) + given
+            return ids, is_trained & bool(text), len((prompt + text).encode())
 
 
 def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, int]:

@@ -463,7 +463,7 @@ def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any
             f"{where()}: a message has weight {message['weight']}; a turn cannot be left out of training"
         )
     content = message.get("content", "")
-    if isinstance(content, list) and role != "tool":
+    if isinstance(content, list) and (role != "tool" or all(_is_part_of_text(part) for part in content)):
         texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         message["content"] = content = "".join(texts) if len(texts) == len(content) else content
     if not isinstance(content, str) and role in ("system", "user", "assistant"):  # what a tool gives may be an object
@@ -479,6 +479,11 @@ def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any
             except (ValueError, RecursionError) as error:
                 raise UnreadableError(f"{where()}: arguments of a call are not JSON ({error})") from None
     return message
+
+
+def _is_part_of_text(part: Any) -> bool:
+    """Whether it is one of OpenAI's parts of content, and no object of the tool's own."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _encodable(value: Any) -> Any:

@@ -32,6 +32,7 @@ NOTE_ON_BEFORE = (
 )
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+NO_END = "-1"  # in place of the id of the token that an answer ends with
 
 
 @dataclass
@@ -71,17 +72,24 @@ class Manifest:
     skipped: int = 0  # files, lines and rows that could not be read
     skipped_examples: list[str] = field(default_factory=list)  # of them, where and why
     chat_prompt: list[str] = field(default_factory=list)  # of conversations: what stands before and after a question
+    answers: dict[str, int] = field(default_factory=dict)  # of conversations, by the id of the token they end with
     format: str = FORMAT
 
     @property
     def end_of_document(self) -> int:
         return self.document_end[-1]
 
+    @property
+    def ends(self) -> list[int]:
+        """Ids at which what is generated ends: those of answers, the most frequent first, and that of documents."""
+        ends_of_answers = [int(i) for i in self.answers if i != NO_END]
+        return list(dict.fromkeys([*ends_of_answers, self.end_of_document]))
+
     def fields(self) -> dict[str, Any]:
-        """As they are written: without `chat_prompt` where there are no conversations."""
+        """As they are written: without `chat_prompt` and `answers` where there are no conversations."""
         splits = {split: [shard.fields() for shard in shards] for split, shards in self.splits.items()}
         fields = asdict(self) | {"splits": splits}
-        return {name: value for name, value in fields.items() if name != "chat_prompt" or value}
+        return {name: value for name, value in fields.items() if name not in ("chat_prompt", "answers") or value}
 
     def write(self, folder: Path) -> None:
         write_manifest(folder / MANIFEST, self.fields())
@@ -209,6 +217,7 @@ class Corpus(Protocol):
     token_bytes: np.ndarray | None  # bytes of text each id stands for
     document_begin: list[int] | None  # ids each document begins with, before its text; None: not known
     end_of_document: int  # id that closes a document
+    ends: list[int]  # as of `Manifest`
     chat_prompt: list[str]  # as of `Manifest`
     notes: list[str]  # what its user should know
 
@@ -243,7 +252,7 @@ class TokenFolder:
         self.token_bytes: np.ndarray | None = np.fromfile(self.folder / "token_bytes.bin", dtype="<u2")
         self.document_begin: list[int] | None = self.manifest.document_begin
         self.end_of_document, self.notes = self.manifest.end_of_document, []
-        self.chat_prompt = self.manifest.chat_prompt
+        self.chat_prompt, self.ends = self.manifest.chat_prompt, self.manifest.ends
         if self.manifest.format == BEFORE:
             self.notes.append(f"{self.folder} {NOTE_ON_BEFORE}")
         self.splits = {

@@ -27,7 +27,7 @@ from longctx.checkpoint import (
     write_safetensors,
 )
 from longctx.config import Config, ModelConfig
-from longctx.data.chat import CHAT_TEMPLATE
+from longctx.data.chat import CHAT_TEMPLATE, OTHER_TEMPLATES, TOKENIZER_CONFIG
 from longctx.data.tokenizer import (
     as_trained,
     document_begin,
@@ -58,9 +58,10 @@ def export_hugging_face(
 ) -> list[Path]:  # fmt: skip
     """Writes the weights of `checkpoint` and `config.json` so that transformers' `from_pretrained` reads `folder`.
 
-    The tokenizer lies beside them, so that a text gets the ids it was trained on, and what is generated ends at its
-    end-of-document token: `tokenizer_file` (and its token `end_of_document`; None: a usual one), or the one that the
-    run has kept in its folder, with the chat template of its conversations.
+    The tokenizer lies beside them, so that a text gets the ids it was trained on: `tokenizer_file`, or the one that the
+    run has kept in its folder; with the chat template of the run's conversations, and the special tokens that it
+    writes. What is generated ends at the token `end_of_document` of it, at those that the run's answers and documents
+    end with, or, where neither is known, at a usual one.
 
     Returns the files of weights. Raises as `export_weights`, and `PretrainedError` if transformers has no such model,
     or the tokenizer is that of another.
@@ -73,22 +74,34 @@ def export_hugging_face(
     kept = kept_tokenizer(checkpoint)
     beside = {}
     if tokenizer_file is not None or kept.exists():
-        end = None if tokenizer_file is not None else manifest["facts"].get("end_of_document")
-        names, beside = _tokenizer_files(tokenizer_file or kept, end, end_of_document, context, model.vocab_size)
+        facts = manifest["facts"]
+        ends = facts.get("ends") or [end for end in [facts.get("end_of_document")] if end is not None]
+        ends = ends if tokenizer_file is None or not end_of_document else []  # ids of what is replaced
+        beside = {name: file.read_text(encoding="utf-8") for name, file in _files_of_chats(kept.parent).items()}
+        names, files = _tokenizer_files(
+            tokenizer_file or kept, ends, end_of_document, json.loads(beside.get(TOKENIZER_CONFIG, "{}")), context,
+            model.vocab_size,
+        )  # fmt: skip
         fields |= names
-        template = kept.with_name(CHAT_TEMPLATE)
-        if tokenizer_file is None and template.exists():
-            beside[CHAT_TEMPLATE] = template.read_text(encoding="utf-8")
+        beside |= files
     beside["config.json"] = _json(fields)
     return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
 
 
+def _files_of_chats(folder: Path) -> dict[str, Path]:
+    """What a run has kept of its conversations, by name."""
+    files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *(folder / OTHER_TEMPLATES).glob("*.jinja")]
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
+
+
 def _tokenizer_files(
-    file: Path, end: int | None, end_token: str | None, context: int, vocabulary: int
+    file: Path, ends: list[int], end_token: str | None, written: dict[str, Any], context: int, vocabulary: int
 ) -> tuple[dict[str, int], dict[str, str]]:
     """What `config.json` says of the tokenizer, and the files that transformers reads it from, by name.
 
-    Raises `PretrainedError` if it has ids that a model of `vocabulary` ids has not.
+    `ends`: ids at which what is generated ends, beside that of `end_token`; `written`: the special tokens of the run's
+    conversations, by what transformers calls them. Raises `PretrainedError` if the tokenizer has ids that a model of
+    `vocabulary` ids has not.
     """
     tokenizer = open_tokenizer(file)
     if vocab_size(tokenizer) > vocabulary:
@@ -96,19 +109,24 @@ def _tokenizer_files(
             f"{file}: its ids go to {vocab_size(tokenizer) - 1}, the model has {vocabulary}; give one whose ids "
             "the model has, as the text was prepared with"
         )
-    ids = {"eos_token_id": find_end_of_document(tokenizer, file, end_token) if end is None else end}
+    if end_token or not ends:
+        ends = list(dict.fromkeys([find_end_of_document(tokenizer, file, end_token), *ends]))
+    known = {name: tokenizer.token_to_id(token) for name, token in written.items() if name.endswith("_token")}
+    ids = {f"{name}_id": number for name, number in known.items() if number is not None}
     if begin := document_begin(tokenizer, file):
-        ids["bos_token_id"] = begin[0]
+        ids.setdefault("bos_token_id", begin[0])
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # as tokenizer.json says it, whatever the model is
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in ids.items()}
+    names = {"eos_token_id": ends[0]} | ids  # a template may write another than answers end with
+    config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in names.items()}
+    ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if name in ids} | {"eos_token_id": ends[0]}
     return ids, {
         "tokenizer.json": as_trained(file, None),
-        "tokenizer_config.json": _json(config),
-        "generation_config.json": _json(ids),
+        TOKENIZER_CONFIG: _json(config),
+        "generation_config.json": _json(ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]}),
     }
 
 
@@ -138,6 +156,7 @@ def export_weights(
         work.mkdir(parents=True)
         files = _write(checkpoint, work, lots, saved, dtype)
         for name, content in (beside or {}).items():
+            (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_text(content, encoding="utf-8")
         work.rename(folder)
     except OSError as error:

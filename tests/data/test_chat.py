@@ -19,7 +19,7 @@ from longctx.data.loader import ShuffledTokens
 from longctx.data.mixture import Mixture
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
-from longctx.data.tokens import TokenFolder
+from longctx.data.tokens import NO_END, TokenFolder
 from longctx.errors import DataError
 from runs import ROOT
 
@@ -38,8 +38,9 @@ BRACKETS = """{{ bos_token }}{% for message in messages %}
 {%- else %}{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}
 {%- endfor %}"""
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS}
-UNMARKED = {name: re.sub(r"{% (end)?generation %}", "{{ '' }}", text) for name, text in TEMPLATES.items()}
+UNMARKED = {name: re.sub(r"{%(-?) (end)?generation %}", r"{{\1 '' }}", text) for name, text in TEMPLATES.items()}
 
+ENDS = "<|endoftext|>", "<|im_end|>"
 USER, ANSWER = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
@@ -95,7 +96,7 @@ def test_ids_and_masks_are_those_of_transformers(folder, name, chat):
 
 def test_a_template_that_writes_turns_otherwise_later_is_refused(folder):
     """As those that drop the reasoning of earlier turns."""
-    text = UNMARKED["chatml"].replace("{{ message.content or '' }}", "{{ message.content if loop.last else '...' }}")
+    text = UNMARKED["chatml"].replace("{{- message.content }}", "{{- message.content + ('' if loop.last else '~') }}")
     tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, text))
     with pytest.raises(ChatError, match=r"writes message 2 otherwise when others follow.*generation"):
         tokenizer.encode(CHATS["system prompt, three turns"]._replace(messages=[USER, ANSWER, USER, ANSWER]))
@@ -131,6 +132,7 @@ def test_only_answers_are_targets(tmp_path, folder):
     lines = [
         {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "Still 4."}]},
         {"prompt": "Q: 3?", "completion": " A: three"},
+        {"prompt": "<|im_start|>user\n3?<|im_end|>\n<|im_start|>assistant\n", "completion": "3<|endoftext|>"},
         {"prompt": [USER, ANSWER, USER], "completion": [{"role": "assistant", "content": "Four."}]},
         {"messages": WITH_TOOLS.messages, "tools": json.dumps(WITH_TOOLS.tools)},
         {"text": "a whole text"},
@@ -138,12 +140,15 @@ def test_only_answers_are_targets(tmp_path, folder):
     ]
     corpus = prepared(tmp_path, folder, *lines)
     found = targets_of(corpus)
-    assert found[:4] == [
-        "It is 4.<|im_end|>\n", "Still 4.<|im_end|>\n", " A: three<|endoftext|>", "Four.<|im_end|>\n",
+    assert found[:5] == [
+        "It is 4.<|im_end|>\n", "Still 4.<|im_end|>\n", " A: three<|endoftext|>", "3<|endoftext|>", "Four.<|im_end|>\n",
     ]  # fmt: skip
-    assert found[4].startswith("<tool_call>")
-    assert found[5] == "It is 4.<|im_end|>\n"
-    assert found[6].endswith("whole text<|endoftext|>")
+    assert found[5].startswith("<tool_call>")
+    assert found[6] == "It is 4.<|im_end|>\n"
+    assert found[7].endswith("whole text<|endoftext|>")
+    end, end_of_turn = (Tokenizer.from_file(str(corpus.tokenizer_file)).token_to_id(t) for t in ENDS)
+    assert corpus.manifest.answers == {str(end_of_turn): 5}
+    assert corpus.ends == [end_of_turn, end]
     assert corpus.chat_prompt == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
     assert corpus.manifest.skipped == 1
     assert "no turn of the assistant" in corpus.manifest.skipped_examples[0]
@@ -170,10 +175,11 @@ def test_forms_of_messages(tmp_path, folder):
     as_text["tool_calls"][0]["function"]["arguments"] = '{"a": 2}'
     parts = {"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]}
     plain = {"role": "user", "content": "2 + 2?"}
+    result, in_parts = ({"role": "tool", "content": content} for content in ("4", [{"type": "text", "text": "4"}]))
     found = []
     for name, messages in (
-        ("plain", [plain, call, USER, {"role": "assistant", "content": "\ufffd"}]),
-        ("forms", [parts, as_text, USER, {"role": "assistant", "content": "\ud800"}]),
+        ("plain", [plain, call, result, {"role": "assistant", "content": "\ufffd"}]),
+        ("forms", [parts, as_text, in_parts, {"role": "assistant", "content": "\ud800"}]),
     ):
         (tmp_path / name).mkdir()
         split = prepared(tmp_path / name, folder, {"messages": messages}).splits["train"]
@@ -279,7 +285,91 @@ def test_special_tokens_of_a_template_are_those_of_the_tokenizers_configuration(
         with pytest.raises(DataError, match=message):
             ChatTokenizer(alone / "tokenizer.json", template)
     (alone / "chat_template.jinja").write_text(CHATML)
-    assert ChatTokenizer(alone / "tokenizer.json").template == CHATML
+    assert ChatTokenizer(alone / "tokenizer.json").templates == {"default": CHATML}
+
+
+THINKS = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "said"),
+    [
+        ("headers", Chat([USER, CALL | {"content": ""}]), r"the call of add of message 2 \(assistant\): 'add'"),
+        ("headers", Chat([USER, ANSWER], [TOOL]), "does not write the tool 'add'; give one that does"),
+        ("headers", Chat([USER, THINKS]), "the reasoning_content of message 2"),
+        ("headers", Chat([USER, THINKS, USER, ANSWER]), None),  # of an earlier turn: as templates drop it on purpose
+        ("brackets", Chat([{"role": "tool", "content": "4"}, ANSWER]), None),
+        ("last", Chat([USER, ANSWER, {"role": "user", "content": "3?"}, ANSWER]), r"the content of message 1 \(user\)"),
+    ],
+    ids=str,
+)
+def test_what_a_template_does_not_write_is_named(folder, name, chat, said):
+    """A call that is not there would be trained on as an answer of nothing."""
+    last = CHATML.replace("for message in messages", "for message in messages[-2:]")
+    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, TEMPLATES.get(name, last)))
+    if said is None:
+        assert tokenizer.encode(chat)[1].any()
+        return
+    with pytest.raises(ChatError, match=said):
+        tokenizer.encode(chat)
+
+
+def test_the_example_writes_tools_and_reasoning_as_qwen_does(folder):
+    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, CHATML))
+    system, call = {"role": "system", "content": "Be short."}, CALL["tool_calls"][0]
+    both = {"role": "assistant", "content": "I add.", "tool_calls": [call, call], "reasoning_content": "Adding."}
+    results = [{"role": "tool", "content": "4"}, {"role": "tool", "content": {"sum": 4}}]
+    text = tokenizer.render([system, USER, both, *results, ANSWER], [TOOL, TOOL])
+    head, _, rest = text.partition("<|im_start|>user\n")
+    assert head.startswith("<|im_start|>system\nBe short.\n\n# Tools\n\n")
+    assert head.count("Be short.") == 1
+    assert f"<tools>\n{json.dumps(TOOL)}\n{json.dumps(TOOL)}\n</tools>\n" in head
+    called = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
+    assert rest == (
+        f"What is 2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\nAdding.\n</think>\n\nI add.\n{called}\n{called}"
+        "<|im_end|>\n<|im_start|>user\n<tool_response>\n4\n</tool_response>\n<tool_response>\n"
+        '{"sum": 4}\n</tool_response><|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>\n'
+    )
+
+
+def test_several_templates_are_chosen_by_the_tools(tmp_path, folder):
+    """As transformers chooses them; marked or not; all are kept with the corpus, for transformers to read."""
+    where = tmp_path / "model"
+    shutil.copytree(folder, where)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(where))
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "USE" + UNMARKED["chatml"]}
+    tokenizer.save_pretrained(str(where))
+    with_tools, without = Chat(WITH_TOOLS.messages, [TOOL]), Chat([USER, ANSWER])
+    for chat, begin in ((with_tools, "USE<|im_start|>system"), (without, "<|im_start|>user")):
+        ids, is_trained = ChatTokenizer(where / "tokenizer.json").encode(chat)
+        assert tokenizer.decode(ids).startswith(begin)
+        assert is_trained.any()
+    lines = {"messages": with_tools.messages, "tools": [TOOL]}, {"messages": without.messages}
+    pieces = find_pieces([records(tmp_path, *lines)])
+    prepare(pieces, tmp_path / "corpus", where / "tokenizer.json", validation_fraction=0.0)
+    kept = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "corpus"))
+    assert kept.chat_template == tokenizer.chat_template
+    assert kept.special_tokens_map == tokenizer.special_tokens_map
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    shutil.rmtree(where / "additional_chat_templates")
+    (where / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(str(where))
+    with pytest.raises(DataError, match="its chat templates are rag, tool_use, and none is the default"):
+        ChatTokenizer(where / "tokenizer.json")
+
+
+def test_answers_that_do_not_end_are_counted(tmp_path, folder):
+    """And none of them is taken for one that ends with what stands in it."""
+    end = "{{- '%s\\n' }}\n        {%%- endgeneration"
+    without = CHATML.replace(end % "<|im_end|>", end % "")
+    assert without != CHATML
+    answers = [{"role": "assistant", "content": text} for text in ("<|eot|> and more", "no end", "an end<|eot|>\n")]
+    pieces = find_pieces([records(tmp_path, *({"messages": [USER, answer]} for answer in answers))])
+    file = template_file(folder, without)
+    made = prepare(pieces, tmp_path / "a", folder / "tokenizer.json", validation_fraction=0.0, chat_template=file)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert made.answers == {NO_END: 2, str(tokenizer.token_to_id("<|eot|>")): 1}
+    assert made.ends == [tokenizer.token_to_id("<|eot|>"), tokenizer.token_to_id("<|endoftext|>")]
 
 
 def test_a_mended_template_begins_anew(tmp_path, folder):
