@@ -13,10 +13,16 @@ from longctx.ops import KeyIntervals, attention
 
 def longctx_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float | None = None,
-    position_ids: Tensor | None = None, sliding_window: int | None = None, dropout: float = 0.0, **_: object,
+    position_ids: Tensor | None = None, sliding_window: int | None = None, dropout: float = 0.0,
+    softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query (batch, heads, tokens, head_dim), key and value with their heads -> (batch, tokens, heads, head_dim)."""
+    """query (batch, heads, tokens, head_dim), key and value with their heads -> (batch, tokens, heads, head_dim).
+
+    `softcap` is Gemma 2's, `s_aux` are the sinks of gpt-oss.
+    """
     tokens = query.shape[2]
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError("this model looks ahead (is_causal=False): its attention is KeyIntervals.full, not this one")
     if key.shape[2] != tokens:
         raise ValueError("a cache of keys is not supported: generate with another attention")
     if position_ids is None:
@@ -27,7 +33,7 @@ def longctx_attention(
     if sliding_window is not None:
         mask = mask.windowed(sliding_window, query.device)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(q, k, v, mask, scale=scaling, dropout=dropout)[0], None
+    return attention(q, k, v, mask, scale=scaling, dropout=dropout, softcap=softcap or 0.0, sink=s_aux)[0], None
 
 
 AttentionInterface.register("longctx", longctx_attention)

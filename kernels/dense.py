@@ -222,12 +222,17 @@ def fused_dense(
     x (..., in_features), weight (out_features, in_features), bias (out_features,), residual (..., out_features), all of
     one dtype; the bias's gradient is summed in float32. Raises ValueError for what does not fit.
     """
+    given = x
     x, weight, bias, residual = precision.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
     problems = check_weight("weight", weight, bias, x.shape[-1], x)
     if not problems and residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
         problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
     if problems:
         raise ValueError("; ".join(problems))
+    if residual is x:  # torch.compile takes no tensor twice
+        residual = x.view_as(x)
+    if return_residual and x is not given:  # not as autocast has rounded it
+        return _Dense.apply(x, weight, bias, residual, False), given
     return _Dense.apply(x, weight, bias, residual, return_residual)
 
 
@@ -247,6 +252,7 @@ def fused_mlp(
     x (..., in_features), weight1 (hidden_features, in_features), weight2 (out_features, hidden_features), all of one
     dtype. Kept for the backward pass: x and the GELU's input, or with `recompute` x alone, for one more matrix product.
     """
+    given = x
     x, weight1, weight2, bias1, bias2 = precision.autocast(  # pyright: ignore[reportAssignmentType]
         x, weight1, weight2, bias1, bias2
     )
@@ -254,9 +260,16 @@ def fused_mlp(
     problems += check_weight("weight2", weight2, bias2, len(weight1), x)
     if problems:
         raise ValueError("; ".join(problems))
-    return _MLP.apply(
-        x, weight1, bias1, weight2, bias2, return_residual, recompute, hardware.triton_or_reference(implementation, x)
-    )
+    if weight2 is weight1:  # torch.compile takes no tensor twice
+        weight2 = weight1.view_as(weight1)
+    if bias2 is not None and bias2 is bias1:
+        bias2 = bias2.view_as(bias2)
+    is_kernel_to_return_x = return_residual and x is given  # else it is not as autocast has rounded it
+    found = _MLP.apply(
+        x, weight1, bias1, weight2, bias2, is_kernel_to_return_x, recompute,
+        hardware.triton_or_reference(implementation, x),
+    )  # fmt: skip
+    return (found, given) if return_residual and not is_kernel_to_return_x else found
 
 
 class FusedDense(nn.Linear):

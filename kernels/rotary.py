@@ -284,6 +284,8 @@ def _check(q, k, cos, sin, positions, inplace) -> None:
             problems.append(f"{name} {tuple(x.shape)} {x.dtype}: must be (batch, sequence, heads, head_dim), floating")
         elif x is not None and inplace and x.stride(-1) != 1:
             problems.append(f"{name}: to be turned in place, its last dim must have stride 1, not {x.stride(-1)}")
+        elif x is not None and inplace and any(n > 1 and not s for n, s in zip(x.shape, x.stride(), strict=True)):
+            problems.append(f"{name}: expanded, so its heads are in one place of memory: give {name}.contiguous()")
     if not problems:
         batch, sequence, _, head_dim = q.shape
         if k is not None and (k.shape[:2] != q.shape[:2] or k.shape[3] != head_dim or k.dtype != q.dtype):

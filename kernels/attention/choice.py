@@ -40,7 +40,7 @@ def choose_implementation(implementation: str, q: Tensor, mask: KeyIntervals | B
 def by_speed(q: Tensor, mask: KeyIntervals | BlockMask) -> tuple[str, ...]:
     """The implementations, fastest first, for such a call; whether each can serve it is another question."""
     if q.device.type == "cpu":
-        return "sdpa", "reference", "triton"  # where Triton runs on a CPU, it is the interpreter
+        return "sdpa", "reference", "triton", "hopper"  # where Triton runs on a CPU, it is the interpreter
     # as timed on H200s: then cuDNN leads, then Triton, then FlashAttention-2, but for head dims whose backward spills
     is_cudnn = isinstance(mask, KeyIntervals) and torch_sdpa.uses_cudnn(q, mask)
     others = ("sdpa", "triton") if is_cudnn or q.shape[-1] > 128 else ("triton", "sdpa")
@@ -51,10 +51,16 @@ def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> 
     """For each implementation why it cannot serve a call like this, or None if it can."""
     return {
         "hopper": hopper.unsupported(q, mask, options),
-        "triton": hardware.unsupported(q),
+        "triton": hardware.unsupported(q) or _differs_by_sequence(mask),
         "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else torch_sdpa.unsupported(q, options),
         "reference": None,
     }
+
+
+def _differs_by_sequence(mask: KeyIntervals | BlockMask) -> str | None:
+    """Tiles of a mask of blocks are listed once for the whole batch."""
+    is_alike = isinstance(mask, KeyIntervals) or mask.intervals.start is None or mask.intervals.start.shape[0] == 1
+    return None if is_alike else "kept blocks within bounds that differ by sequence"
 
 
 def explain_choice(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:

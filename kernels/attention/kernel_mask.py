@@ -59,15 +59,16 @@ def kernel_mask(
     of_keys: bool = False,
 ) -> KernelMask:
     """What the forward pass reads of `mask`, with tiles of these sizes; `of_keys`: what the backward pass does."""
+    intervals = mask.intervals if isinstance(mask, BlockMask) else mask
+    needs_positions = options.alibi_slopes is not None or options.seed is not None
+    positions = (intervals.query_position, intervals.key_position) if needs_positions else (None, None)
     if isinstance(mask, BlockMask):
         lists = tile_lists(mask, tile_q, tile_k, of_keys)
         turns = addition_turns(mask, tile_q, tile_k) if of_keys and options.deterministic else None
         return KernelMask(
-            *contiguous_bounds(mask.intervals), None, None, lists.counts, turns, lists.order,
-            mask.kept.view(torch.uint8), mask.block_q, mask.block_k,
+            *contiguous_bounds(intervals), *positions, lists.counts, turns, lists.order, mask.kept.view(torch.uint8),
+            mask.block_q, mask.block_k,
         )  # fmt: skip
-    needs_positions = options.alibi_slopes is not None or options.seed is not None
-    positions = (mask.query_position, mask.key_position) if needs_positions else (None, None)
     mask = mask.with_bounds(device)
     of_rows = key_tiles(mask, tile_q, tile_k) if options.deterministic or not of_keys else None
     visited = row_tiles(mask, tile_q, tile_k) if of_keys else of_rows

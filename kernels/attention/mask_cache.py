@@ -44,7 +44,7 @@ class CachedPerMask(Generic[T]):
         if hardware.is_recording():  # a traced tensor has no identity, and a CUDA graph is replayed for other values
             return compute()
         tensors, sizes = (mask, None) if isinstance(mask, tuple) else mask.identity()
-        if isinstance(mask, tuple) and any(x is not None and x.is_inference() for x in tensors):
+        if any(x is not None and x.is_inference() for x in tensors):
             return compute()  # such tensors count no writes, and a caller may write to them
         key = self.compute, sizes, arguments
         anchor = next((x for x in tensors if x is not None), None)
@@ -66,7 +66,7 @@ def _of_tensors(anchor: Tensor, tensors: Tensors, key: Hashable, compute: Callab
         _by_tensor[anchor] = {}
     of_anchor: dict = _by_tensor[anchor]
     full_key = (*map(id, tensors), key)
-    writes = [0 if x is None or x.is_inference() else x._version for x in tensors]
+    writes = [0 if x is None else x._version for x in tensors]
     if full_key not in of_anchor or of_anchor[full_key][0] != writes:
         of_anchor.pop(full_key, None)
         if len(of_anchor) >= _MOST_RESULTS:

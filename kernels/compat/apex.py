@@ -12,6 +12,7 @@ def scaled_masked_softmax(x: Tensor, mask: Tensor | None, scale: float, implemen
     return masked_softmax(x, mask, scale, False, False, implementation)
 
 
-def scaled_upper_triang_masked_softmax(x: Tensor, scale: float, implementation: str = "auto") -> Tensor:
-    """`softmax` of x (batch * heads, rows, rows) with what lies above the diagonal left out."""
+def scaled_upper_triang_masked_softmax(x: Tensor, mask: object, scale: float, implementation: str = "auto") -> Tensor:
+    """`softmax` of x (batch * heads, rows, rows) without what lies above the diagonal; `mask` is not looked at."""
+    del mask
     return masked_softmax(x, None, scale, True, True, implementation)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from longctx.kernels import precision
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.interface import attention, check_inputs
 from longctx.kernels.attention.key_intervals import KeyIntervals
@@ -43,6 +44,7 @@ def block_sparse_attention(
     1 / sqrt(head_dim) by default. Returns out like q and lse (batch, heads, n_queries), both differentiable; a row
     without a kept key has out 0 and lse -inf. Raises ValueError where shapes do not fit.
     """
+    q, k, v = precision.autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     check_inputs(q, k, v)
     if block_q < 1 or block_k < 1:
         raise ValueError(f"blocks of {block_q} x {block_k}: must have 1 or more queries and keys")

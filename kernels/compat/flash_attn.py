@@ -14,8 +14,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longctx.kernels import hardware
 from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals, banded, sequence_of_rows
 from longctx.kernels.attention.mask_cache import cached_per_mask
@@ -115,7 +117,8 @@ def flash_attn_varlen_func(
     """`flash_attn_func` over sequences side by side: q (total_q, heads, head_dim), k, v (total_k, kv_heads, head_dim).
 
     Sequence s has the rows cu_seqlens_q[s]:cu_seqlens_q[s + 1] and the keys cu_seqlens_k[s]:cu_seqlens_k[s + 1], both
-    int32; rows past the last have out 0. The offsets are checked once, which waits for the device, and not again as
+    int32; rows past the last have out 0, and what is in them does not matter (in a CUDA graph, and under torch.compile,
+    it has to be finite). The offsets are checked once, which waits for the device, and not again as
     long as the same tensors are passed: write to them through torch, or pass new ones. `alibi_slopes` (heads,) or
     (sequences, heads).
 
@@ -128,6 +131,8 @@ def flash_attn_varlen_func(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}: sequences side by side are (total, heads, head_dim)")
     left, right = _limits(window_size, causal)
     mask = _sequences_mask((cu_seqlens_q, cu_seqlens_k), q.shape[0], k.shape[0], causal, left, right)
+    unused = q.shape[0] - mask.n_queries
+    q, k, v = q[: mask.n_queries], k[: mask.n_keys], v[: mask.n_keys]
     if alibi_slopes is not None and alibi_slopes.ndim == 2:
         sequences = cu_seqlens_q.numel() - 1
         if alibi_slopes.shape != (sequences, q.shape[1]) or alibi_slopes.device != q.device:
@@ -137,16 +142,19 @@ def flash_attn_varlen_func(
             )
         alibi_slopes = _slope_of_rows(alibi_slopes, cu_seqlens_q, q.shape[0])
     q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    out, lse, options = _attend(q, k, v, mask, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic)
+    whole, whole_lse, options = _attend(q, k, v, mask, dropout_p, softmax_scale, softcap, alibi_slopes, deterministic)
+    out, lse = whole.squeeze(0), whole_lse.squeeze(0)
+    if unused:
+        out, lse = F.pad(out, (0, 0, 0, 0, 0, unused)), F.pad(lse, (0, unused), value=-torch.inf)
     if not return_attn_probs:
-        return out.squeeze(0)
+        return out
     if options.seed is None:
-        return out.squeeze(0), lse.squeeze(0), q.new_empty(0)
+        return out, lse, q.new_empty(0)
     probabilities = q.new_zeros(cu_seqlens_q.numel() - 1, q.shape[2], max_seqlen_q, max_seqlen_k)
     for sequence, (rows, keys) in enumerate(zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True)):
-        part = _signed_probabilities(q, k, lse, mask, options, rows, keys)
+        part = _signed_probabilities(q, k, whole_lse, mask, options, rows, keys)
         probabilities[sequence, :, : part.shape[2], : part.shape[3]] = part[0]
-    return out.squeeze(0), lse.squeeze(0), probabilities
+    return out, lse, probabilities
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -430,7 +438,13 @@ def _mask(
 def _sequences_mask(
     cu_seqlens: tuple[Tensor, Tensor], n_queries: int, n_keys: int, causal: bool, left: int | None, right: int | None
 ) -> KeyIntervals:
-    """Made once for the same offsets (of queries, of keys), so that all layers share its tiles."""
+    """Made once for the same offsets (of queries, of keys), so that all layers share its tiles.
+
+    It ends with the last sequence, as what lies past that may be anything, NaN too, where waiting for the device to
+    know it is possible.
+    """
+    if not hardware.is_recording():
+        n_queries, n_keys = (min(n, int(c[-1])) for n, c in zip((n_queries, n_keys), cu_seqlens, strict=True))
     mask = KeyIntervals.sequences(*cu_seqlens, n_queries, n_keys, causal)
     return mask if left is None and right is None else mask.band(left, right, cu_seqlens[0].device)
 

@@ -1,6 +1,8 @@
-"""Losses as modules, by the names of Liger-Kernel; nothing of longctx needs them."""
+"""Losses as modules, by the names and arguments of Liger-Kernel; nothing of longctx needs them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,23 +10,37 @@ from longctx.kernels.loss.cross_entropy import cross_entropy
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 
-class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module, with its keyword arguments."""
+class _Loss(nn.Module):
+    """Liger's arguments, as far as our losses know them; `weight` of classes and `return_z_loss` are refused."""
 
-    def __init__(self, **options) -> None:
+    def __init__(
+        self,
+        weight: None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+    ) -> None:
         super().__init__()
-        self.options = options
+        if weight is not None or return_z_loss:
+            raise ValueError("weight and return_z_loss: not supported here, pass None and False")
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index, "z_loss": lse_square_scale, "label_smoothing": label_smoothing,
+            "reduction": reduction, "softcap": softcap,
+        }  # fmt: skip
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(logits, targets, **self.options)
+
+class LigerCrossEntropyLoss(_Loss):
+    """`cross_entropy` as a module; `lse_square_scale` is its `z_loss`."""
+
+    def forward(self, _input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(_input, target, **self.options)
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """`linear_cross_entropy` as a module, with its keyword arguments."""
+class LigerFusedLinearCrossEntropyLoss(_Loss):
+    """`linear_cross_entropy` as a module; `lse_square_scale` is its `z_loss`."""
 
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.options = options
-
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets, **self.options)
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(_input, lin_weight, target, bias=bias, **self.options)

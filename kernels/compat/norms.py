@@ -17,8 +17,11 @@ def dropout_add_layer_norm(
     bias: Tensor | None,
     dropout_p: float,
     epsilon: float,
+    rowscale: None = None,
+    layerscale: None = None,
     prenorm: bool = False,
     residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
     *,
     seed: Tensor | None = None,
     row_ids: Tensor | None = None,
@@ -26,10 +29,12 @@ def dropout_add_layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """layer_norm(dropout(x0) + residual) like x0, in one pass; with `prenorm` the sum too. (Dao, flash-attention)
 
-    The sum is in float32 with `residual_in_fp32`, else in the residual's dtype, or x0's. `seed`, one int64 on the
-    device (drawn if None), and `row_ids` (x0's shape without width; by default 0, 1, 2 ...) decide what is dropped:
-    rows that keep their numbers are dropped alike however they are spread over processes.
+    `rowscale`, `layerscale` and `return_dropout_mask` are refused. The sum is in float32 with `residual_in_fp32`, else
+    in the residual's dtype, or x0's. `seed`, one int64 on the device (drawn if None), and `row_ids` (x0's shape without
+    width; by default 0, 1, 2 ...) decide what is dropped: rows that keep their numbers are dropped alike however they
+    are spread over processes.
     """
+    _refuse(rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
     y, total = _dropout_add_norm(
         True, x0, residual, weight, bias, dropout_p, epsilon, residual_in_fp32, seed, row_ids, implementation
     )
@@ -40,20 +45,31 @@ def dropout_add_rms_norm(
     x0: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
+    bias: None,
     dropout_p: float,
     epsilon: float,
+    rowscale: None = None,
+    layerscale: None = None,
     prenorm: bool = False,
     residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
     *,
     seed: Tensor | None = None,
     row_ids: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`dropout_add_layer_norm` with RMSNorm."""
+    """`dropout_add_layer_norm` with RMSNorm, which has no bias."""
+    _refuse(bias=bias, rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
     y, total = _dropout_add_norm(
         False, x0, residual, weight, None, dropout_p, epsilon, residual_in_fp32, seed, row_ids, implementation
     )
     return (y, total) if prenorm else y
+
+
+def _refuse(**given: object) -> None:
+    """Raises ValueError for arguments of flash-attention's that these norms do not compute."""
+    if names := [name for name, value in given.items() if value is not None and value is not False]:
+        raise ValueError(f"{', '.join(names)}: not supported here, pass None (return_dropout_mask: False)")
 
 
 def _dropout_add_norm(
@@ -99,17 +115,18 @@ class DropoutAddLayerNorm(nn.Module):
     """`dropout_add_layer_norm` with its parameters; no dropout in evaluation. (Dao, flash-attention)"""
 
     def __init__(
-        self, hidden_size: int, prenorm: bool = False, p: float = 0.0, eps: float = 1e-5, residual_in_fp32: bool = False
-    ) -> None:
+        self, hidden_size: int, prenorm: bool = False, p: float = 0.0, eps: float = 1e-5,
+        residual_in_fp32: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.prenorm, self.p, self.eps, self.residual_in_fp32 = prenorm, p, eps, residual_in_fp32
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x0: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return dropout_add_layer_norm(
-            x0, residual, self.weight, self.bias, self.p if self.training else 0.0, self.eps, self.prenorm,
-            self.residual_in_fp32,
+            x0, residual, self.weight, self.bias, self.p if self.training else 0.0, self.eps, prenorm=self.prenorm,
+            residual_in_fp32=self.residual_in_fp32,
         )  # fmt: skip
 
 

@@ -114,6 +114,10 @@ class ContextParallel:
     def __str__(self) -> str:
         return f"{self.choice.strategy} ({self.choice.reason}) by {self.transport}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
+        """Itself: a copy of a model, as for averaged weights, is on the same ranks."""
+        return self
+
     def close(self) -> None:
         """Drops the transports and their buffers. No rank may still work with them."""
         _open.pop(self.name, None)
@@ -168,7 +172,7 @@ class ContextAttend(nn.Module):
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, whole: KeyIntervals, split: Split) -> None:
         if self.context_parallel.exchange is None:
-            raise RuntimeError("this ContextParallel was closed")
+            raise RuntimeError(CLOSED)
         check_inputs(q, k, v)
         size, heads_over = self.context_parallel.size, self.context_parallel.choice.ulysses_size
         length, starts = len(split.order), whole.start
@@ -196,13 +200,14 @@ class ContextAttend(nn.Module):
 
 # the op ---------------------------------------------------------------------------------------------------------------
 
+CLOSED = "this ContextParallel was closed: close it after the last backward pass"
 _numbers = itertools.count()
 _open: dict[str, ContextParallel] = {}  # by name: an op can be given only tensors, numbers and strings
 
 
 def _exchange_of(context: str) -> Blockwise | Ulysses:
-    found = _open[context].exchange
-    assert found is not None
+    if context not in _open or (found := _open[context].exchange) is None:
+        raise RuntimeError(CLOSED)
     return found
 
 

@@ -94,7 +94,7 @@ def _copied_to_cpu(mask: KeyIntervals) -> KeyIntervals:
 def zigzag(length: int, size: int) -> Split:
     """Two chunks a rank, one from either end. Raises ValueError if the sequence cannot be cut so."""
     if size == 1:
-        return Split(torch.arange(length), 1)
+        return Split(torch.arange(length, device="cpu"), 1)
     if length % (2 * size):
         raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
     return _of_owners(tuple(min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)), length, size)
@@ -106,7 +106,7 @@ def in_order(length: int, size: int) -> Split:
     """One run of tokens a rank, as few pieces as can be: where ranks trade heads, all have the same work anyway."""
     if length % size:
         raise ValueError(f"a sequence of {length} tokens is no multiple of {size} ranks")
-    return Split(torch.arange(length), size)
+    return Split(torch.arange(length, device="cpu"), size)
 
 
 def balanced(work: Tensor, size: int) -> Split:
@@ -114,7 +114,7 @@ def balanced(work: Tensor, size: int) -> Split:
 
     work (sequence,): of each token, in any unit, such as the number of keys it sees.
     """
-    length, work = len(work), work.double()
+    length, work = len(work), work.double().cpu()
     even = zigzag(length, size)
     if imbalance(work, even) <= TOLERANCE:
         return even
@@ -138,8 +138,8 @@ def _owners_of_pieces(work: Tensor, size: int) -> Tensor:
     one to the other comes the one to take. Under a causal mask of one document it lies in the middle, and all of it is
     zigzag. (Necklace splitting, of two kinds of beads: Goldberg and West 1985, Alon 1987)
     """
-    share, left = len(work) // size, torch.arange(len(work))
-    owners = torch.zeros(len(work), dtype=torch.int64)
+    share, left = len(work) // size, torch.arange(len(work), device="cpu")
+    owners = torch.zeros(len(work), dtype=torch.int64, device="cpu")
     for rank in range(size - 1, 0, -1):
         before = torch.nn.functional.pad(work[left].cumsum(0), (1, 0))
         of_windows = before[share:] - before[:-share]
@@ -152,7 +152,7 @@ def _owners_of_pieces(work: Tensor, size: int) -> Tensor:
 def _evened(owners: Tensor, work: Tensor, size: int) -> Tensor:
     """The same but for pieces that the most and the least loaded rank exchange, where shards of few pieces need it."""
     owners = owners.clone()
-    loads = torch.zeros(size, dtype=work.dtype).index_add(0, owners, work)
+    loads = torch.zeros(size, dtype=work.dtype, device="cpu").index_add(0, owners, work)
     for _ in range(2 * size):
         most, least = int(loads.argmax()), int(loads.argmin())
         if loads[most] <= TOLERANCE * loads.mean():
@@ -173,5 +173,5 @@ def _evened(owners: Tensor, work: Tensor, size: int) -> Tensor:
 @torch.inference_mode(False)
 def _of_owners(owners: tuple[int, ...], length: int, size: int) -> Split:
     """Pieces of equal length, given the rank of each."""
-    chunks, owner = torch.arange(length).view(len(owners), -1), torch.tensor(owners)
+    chunks, owner = torch.arange(length, device="cpu").view(len(owners), -1), torch.tensor(owners, device="cpu")
     return Split(torch.cat([chunks[owner == rank].flatten() for rank in range(size)]), size)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.block_mask import BlockMask, tile_lists
+from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.compat.block_sparse import (
     FlashBlocksparseAttention,
@@ -64,6 +65,58 @@ def test_against_dense(n_queries, n_keys, block_q, block_k, per_head, causal, im
         n_queries, n_keys, 4, 2, layout if per_head else layout[0], block_q, block_k, causal,
         implementation=implementation, deterministic=per_head,
     )  # fmt: skip
+
+
+def test_bounds_of_each_sequence_are_not_for_the_kernels():
+    """Which list the tiles of a mask once for the batch; `auto` takes what can."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 64, 2, 16, device=DEVICE) for _ in range(3))
+    start = torch.zeros(2, 64, dtype=torch.int64, device=DEVICE)
+    start[0, 40:], start[1, 8:] = 40, 8
+    documents = KeyIntervals.documents(start)
+    mask = BlockMask(torch.ones(1, 4, 4, dtype=torch.bool, device=DEVICE), 16, 16, documents)
+    expected = attention(q, k, v, documents, implementation="reference")[0]
+    torch.testing.assert_close(attention(q, k, v, mask)[0], expected, rtol=0, atol=4e-6)
+    with pytest.raises(ValueError, match="kept blocks within bounds that differ by sequence"):
+        attention(q, k, v, mask, implementation="triton")
+
+
+@pytest.mark.parametrize("option", [{"alibi_slopes": [0.5, 0.25]}, {"dropout": 0.4}], ids=["alibi", "dropout"])
+def test_rows_and_keys_keep_their_positions(option):
+    """A part of a sequence is attended from as in the whole, in the kernel as in the reference."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 16, 2, 16, device=DEVICE, requires_grad=True)
+    k, v = (torch.randn(1, 64, 2, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    intervals = KeyIntervals.full(64, 64).with_bounds(DEVICE).rows(torch.arange(16, 32, device=DEVICE))
+    mask = BlockMask(torch.ones(1, 1, 4, dtype=torch.bool, device=DEVICE), 16, 16, intervals)
+    options = {key: torch.tensor(x, device=DEVICE) if isinstance(x, list) else x for key, x in option.items()}
+    options |= {"seed": torch.tensor([3], device=DEVICE)} if "dropout" in option else {}
+    found = []
+    for implementation in ("reference", "triton"):
+        out, lse = attention(q, k, v, mask, implementation=implementation, **options)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=2e-5)
+
+
+def test_a_layout_that_is_written_to_in_inference_mode():
+    """Its tensors count no writes, so nothing that was made from them is kept."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 64, 2, 16, device=DEVICE) for _ in range(3))
+    with torch.inference_mode():
+        kept = torch.ones(1, 4, 4, dtype=torch.bool, device=DEVICE)
+        mask = BlockMask(kept, 16, 16, KeyIntervals.causal(64).with_bounds(DEVICE))
+        for hidden in (4, 2):
+            kept[0, :, hidden:] = False
+            mine, expected = (attention(q, k, v, mask, implementation=i)[0] for i in ("triton", "reference"))
+            torch.testing.assert_close(mine, expected, rtol=0, atol=4e-6)
+
+
+def test_autocast_casts_what_differs():
+    q, k, v = (torch.randn(1, 32, 2, 16, device=DEVICE) for _ in range(3))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, _ = block_sparse_attention(q, k.bfloat16(), v.bfloat16(), flash_layout(2, 1, 1.0), 16, 256)
+    assert out.dtype == torch.bfloat16
 
 
 @settings(max_examples=examples(4), deadline=None)

@@ -122,6 +122,35 @@ def test_autocast():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layers.parameters())
 
 
+@pytest.mark.parametrize("layer", [FusedDense(24, 24, return_residual=True), FusedMLP(24, return_residual=True)])
+def test_under_autocast_x_comes_back_as_it_was(layer):
+    x = random(3, 24).requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, back = layer.to(DEVICE)(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(back, x)
+    back.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_one_tensor_in_two_places_is_one_graph():
+    """A skip connection around a layer; tied weights."""
+    x, weight, bias = random(3, 24), random(24, 24), random(24)
+    for call in (
+        lambda x, w, b: fused_dense(x, w, b, residual=x),
+        lambda x, w, b: fused_mlp(x, w, w, b, b, implementation="reference"),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+        expected = call(*leaves)
+        torch.testing.assert_close(compiled, expected)
+        for mine, its in zip(
+            *(torch.autograd.grad(y.square().sum(), leaves) for y in (compiled, expected)), strict=True
+        ):
+            torch.testing.assert_close(mine, its)
+
+
 def test_refusals():
     x, weight = torch.ones(3, 24), torch.ones(40, 24)
     for call, message in (

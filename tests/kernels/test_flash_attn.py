@@ -122,6 +122,29 @@ def test_sequences_side_by_side(window, causal):
         assert_close(mine, its, atol=2e-5)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_what_lies_past_the_last_sequence_may_be_anything(monkeypatch, implementation):
+    """As in a buffer that is larger than what is in it: 0 * NaN would be NaN."""
+    monkeypatch.setattr(choice, "by_speed", lambda *_call: (implementation,))
+    q, k, v = (random(40, 2, 16) for _ in range(3))
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[27:] = torch.nan
+    used = offsets([0, 9, 27])
+    out, lse, _ = fa.flash_attn_varlen_func(q, k, v, used, used, 18, 18, causal=True, return_attn_probs=True)
+    expected = fa.flash_attn_varlen_func(q[:27], k[:27], v[:27], used, used, 18, 18, causal=True)
+    assert_close(out[:27], expected)
+    assert not out[27:].any()
+    assert lse[:, 27:].isneginf().all()
+    for gradient, its in zip(
+        torch.autograd.grad(out[:27].square().sum(), (q, k, v)),
+        torch.autograd.grad(expected.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert_close(gradient, its)
+        assert not gradient[27:].any()
+
+
 def test_the_mask_of_offsets_is_made_once_until_they_are_written_to(monkeypatch):
     made = []
     original = KeyIntervals.sequences

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longctx.kernels.compat.liger import CrossEntropyLoss, LinearCrossEntropyLoss
+from longctx.kernels.compat.liger import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
 from longctx.kernels.loss import linear_cross_entropy as module
 from longctx.kernels.loss import triton_cross_entropy
 from longctx.kernels.loss.cross_entropy import cross_entropy, gradient_of, statistics_of
@@ -284,11 +284,20 @@ def test_smoothed_gradients_are_exact_in_float64():
     torch.testing.assert_close(mine, true, rtol=0, atol=1e-15)
 
 
-def test_modules():
-    hidden, weight, targets = random(4, 8), random(40, 8), targets_of(4, 40)
-    expected = F.cross_entropy(hidden @ weight.T, targets, label_smoothing=0.1)
-    torch.testing.assert_close(CrossEntropyLoss(label_smoothing=0.1)(hidden @ weight.T, targets), expected)
-    torch.testing.assert_close(LinearCrossEntropyLoss(label_smoothing=0.1)(hidden, weight, targets), expected)
+def test_modules_of_liger():
+    """A square weight, which could be taken for what it is multiplied with."""
+    hidden, weight, bias, targets = random(8, 8), random(8, 8, seed=1), random(8), targets_of(8, 8)
+    logits = hidden @ weight.T + bias
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(LigerCrossEntropyLoss(label_smoothing=0.1)(logits, targets), expected)
+    fused = LigerFusedLinearCrossEntropyLoss(label_smoothing=0.1)
+    torch.testing.assert_close(fused(weight, hidden, targets, bias), expected)
+    squares = logits.logsumexp(-1)[targets != -100].square().mean()
+    with_squares = LigerCrossEntropyLoss(lse_square_scale=0.5, label_smoothing=0.1)(logits, targets)
+    torch.testing.assert_close(with_squares, expected + 0.5 * squares)
+    for arguments in ({"weight": bias}, {"return_z_loss": True}):
+        with pytest.raises(ValueError, match="weight and return_z_loss: not supported here"):
+            LigerCrossEntropyLoss(**arguments)
 
 
 def test_the_weights_gradient_is_summed_in_float32():

@@ -132,8 +132,7 @@ def test_dropout(function, dtype):
     subtract_mean = function is dropout_add_layer_norm
 
     def mine(x, residual, weight):
-        bias = (None,) if subtract_mean else ()
-        return function(x, residual, weight, *bias, 0.4, 1e-5, prenorm=True, seed=seed, implementation="triton")
+        return function(x, residual, weight, None, 0.4, 1e-5, prenorm=True, seed=seed, implementation="triton")
 
     def plain(x, residual, weight):
         total = torch.where(keeps, x / 0.6, 0) + residual
@@ -226,7 +225,9 @@ def test_a_float32_weight_is_not_rounded():
     exact = (plain_norm(x.double(), weight.double(), None, 1e-5, True)).to(torch.bfloat16)
     assert float((layer_norm(x, weight, implementation="reference") != exact).double().mean()) < 0.01
     half, residual = random(6, 40, dtype=torch.float16), random(6, 40, dtype=torch.float16, seed=1)
-    _, total = dropout_add_layer_norm(half, residual, None, None, 0.0, 1e-5, True, True, implementation="reference")
+    _, total = dropout_add_layer_norm(
+        half, residual, None, None, 0.0, 1e-5, prenorm=True, residual_in_fp32=True, implementation="reference"
+    )
     assert torch.equal(total, half.float() + residual.float())
 
 
@@ -250,6 +251,8 @@ def test_refusals():
         (lambda: layer_norm(x, None, torch.ones(8)), "bias: needs a weight"),
         (lambda: dropout_add_layer_norm(x, None, None, None, 1.0, 1e-5), "dropout=1.0: must be at least 0 and below 1"),
         (lambda: dropout_add_layer_norm(x, x, None, None, 0.5, 1e-5, seed=torch.ones(1)), "must be one torch.int64"),
+        (lambda: dropout_add_layer_norm(x, x, None, None, 0.0, 1e-5, torch.ones(4)), "rowscale: not supported here"),  # pyright: ignore[reportArgumentType]
+        (lambda: dropout_add_rms_norm(x, x, None, x[0], 0.0, 1e-5, None, x[0]), "bias, layerscale: not supported here"),  # pyright: ignore[reportArgumentType]
         (lambda: Fp32LayerNorm((3, 8))(x), r"its last dims must be \(3, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):

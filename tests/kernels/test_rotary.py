@@ -143,6 +143,10 @@ def test_refusals():
         (lambda: apply_rotary_to_both(q, q[:, :3], cos, sin), r"k \(2, 3, 4, 16\) .*: must be \(2, 6, '\*', 16\)"),
         (lambda: apply_rotary(q, cos, sin, positions=torch.zeros(2, 6, dtype=torch.int64)), "must be a table"),
         (lambda: apply_rotary(q.transpose(2, 3), cos2, sin2, inplace=True), "stride 1, not"),
+        (
+            lambda: apply_rotary(q[:, :, :1].expand(2, 6, 4, 16), cos, sin, inplace=True),
+            "q: expanded, so its heads are",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -100,7 +100,7 @@ def test_names_of_other_projects(implementation):
     x, mask = random(2, 3, 5, 5), ~kept(2, 1, 5, 5)
     torch.testing.assert_close(scaled_masked_softmax(x, mask, 0.5, implementation), plain_softmax(x, ~mask, 0.5))
     torch.testing.assert_close(scaled_masked_softmax(x, None, 0.5, implementation), plain_softmax(x, None, 0.5))
-    triangle = scaled_upper_triang_masked_softmax(x.flatten(0, 1), 0.5, implementation)
+    triangle = scaled_upper_triang_masked_softmax(x.flatten(0, 1), None, 0.5, implementation)
     torch.testing.assert_close(triangle, plain_softmax(x.flatten(0, 1), None, 0.5, causal=True))
 
 

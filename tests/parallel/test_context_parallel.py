@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import time
@@ -19,7 +20,7 @@ from longctx.kernels.attention.interface import attention, make_options
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 from longctx.model.attention import Attend
-from longctx.parallel import blockwise, key_exchange, load_balance, transport, ulysses
+from longctx.parallel import blockwise, context_parallel, key_exchange, load_balance, transport, ulysses
 from longctx.parallel.blockwise import Budget
 from longctx.parallel.context_parallel import SUPPORTED_OPTIONS, ContextParallel
 from longctx.parallel.load_balance import zigzag
@@ -361,9 +362,24 @@ def test_a_share_that_does_not_fit_is_refused_before_ranks_wait(change, message)
     inputs = [torch.zeros(shape, dtype=arguments.get("dtype")) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         made.attend("reference")(*inputs, load_balance.SplitMask(mask, split))
+    attend = made.attend("reference")
+    assert copy.deepcopy(attend).context_parallel is made
     made.close()
     with pytest.raises(RuntimeError, match="this ContextParallel was closed"):
-        made.attend("reference")(*inputs, load_balance.SplitMask(mask, split))
+        attend(*inputs, load_balance.SplitMask(mask, split))
+    with pytest.raises(RuntimeError, match="this ContextParallel was closed: close it after the last backward pass"):
+        context_parallel._exchange_of(made.name)
+
+
+def test_splits_are_on_the_cpu_whatever_the_default_is():
+    """As where a model is built on the meta device."""
+    for split in (zigzag, load_balance.in_order, load_balance._of_owners):
+        split.cache_clear()
+    work = torch.arange(1024.0) ** 4
+    with torch.device("meta"):
+        splits = [zigzag(64, 2), load_balance.in_order(64, 2), load_balance.balanced(work, 2)]
+    assert [split.order.device.type for split in splits] == ["cpu"] * 3
+    assert load_balance.imbalance(work, splits[2]) < 1.03
 
 
 def test_splits_of_a_validation_serve_training():

@@ -81,7 +81,7 @@ CASES = {
     ),
     "dropout_add_layer_norm, sequence": Case(
         lambda x, r, w, b, seed, ids: dropout_add_layer_norm(
-            x, r, w, b, 0.4, 1e-5, True, seed=seed, row_ids=ids, implementation="triton"
+            x, r, w, b, 0.4, 1e-5, prenorm=True, seed=seed, row_ids=ids, implementation="triton"
         ),
         [(X, SEQUENCE), (X, SEQUENCE), ((24,), R), ((24,), R), (SEED, R), (ROW_IDS, SEQUENCE)],
         [SEQUENCE] * 2,
