@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,9 +23,21 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def addressable(x: Tensor) -> Tensor:
+    """`x` (..., width) in 16 bits if the TMA unit, and loads of 16 bytes, can address it, or a copy that they can."""
+    steps = [x.stride(dim) for dim in range(x.ndim - 1) if x.shape[dim] > 1]
+    is_fit = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 8 == 0 for step in steps)
+    return x if is_fit else x.clone(memory_format=torch.contiguous_format)
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` (..., width) as a matrix that is `readable`."""
-    return readable(x.reshape(-1, x.shape[-1]))
+    return readable(matrix(x))
+
+
+def matrix(x: Tensor) -> Tensor:
+    """`x` (..., width) with its rows one below the other; of width 0, too."""
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:

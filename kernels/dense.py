@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from longctx.kernels import addressing, hardware, precision
-from longctx.kernels.addressing import RowBlocks
+from longctx.kernels.addressing import RowBlocks, matrix
 from longctx.kernels.hardware import multiprocessors
 from longctx.kernels.precision import accumulation_dtype
 from longctx.kernels.triton_math import tanh, wide
@@ -125,14 +125,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return torch.addmm(start, x, weight.T)
 
 
-def flat(x: Tensor) -> Tensor:
-    """(..., width) as a matrix."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def _input_gradient(dy: Tensor, weight: Tensor, dresidual: Tensor | None, shape: torch.Size) -> Tensor:
     """dy W, added to the gradient that x has got elsewhere."""
-    product = torch.mm(dy, weight) if dresidual is None else torch.addmm(flat(dresidual), dy, weight)
+    product = torch.mm(dy, weight) if dresidual is None else torch.addmm(matrix(dresidual), dy, weight)
     return product.view(shape)
 
 
@@ -144,7 +139,7 @@ def sum_of_rows(dy: Tensor, bias: Tensor | None) -> Tensor | None:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, return_residual):
-        y = _linear(flat(x), weight, bias, None if residual is None else flat(residual))
+        y = _linear(matrix(x), weight, bias, None if residual is None else matrix(residual))
         ctx.save_for_backward(x, weight, bias)
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
@@ -157,16 +152,16 @@ class _Dense(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if dy is None:
             return dresidual, None, None, None, None
-        rows = flat(dy)
+        rows = matrix(dy)
         dx = _input_gradient(rows, weight, dresidual, x.shape) if ctx.needs_input_grad[0] else None
-        dweight = torch.mm(rows.T, flat(x)) if ctx.needs_input_grad[1] else None
+        dweight = torch.mm(rows.T, matrix(x)) if ctx.needs_input_grad[1] else None
         return dx, dweight, sum_of_rows(rows, bias), dy if ctx.has_residual else None, None
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, return_residual, recompute, implementation):
-        rows = flat(x)
+        rows = matrix(x)
         before = _linear(rows, weight1, bias1, None)
         y = _linear(F.gelu(before, approximate="tanh"), weight2, bias2, None)
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, None if recompute else before)
@@ -181,7 +176,7 @@ class _MLP(torch.autograd.Function):
         x, weight1, bias1, weight2, bias2, before = ctx.saved_tensors
         if dy is None:
             return dresidual, *(None for _ in range(7))
-        rows, dy = flat(x), flat(dy)
+        rows, dy = matrix(x), matrix(dy)
         if before is None or torch.is_grad_enabled():  # it has a graph of its own, for second derivatives
             before = _linear(rows, weight1, bias1, None)
         inner = torch.mm(dy, weight2)
@@ -251,6 +246,7 @@ def fused_mlp(
 
     x (..., in_features), weight1 (hidden_features, in_features), weight2 (out_features, hidden_features), all of one
     dtype. Kept for the backward pass: x and the GELU's input, or with `recompute` x alone, for one more matrix product.
+    Raises ValueError for what does not fit.
     """
     given = x
     x, weight1, weight2, bias1, bias2 = precision.autocast(  # pyright: ignore[reportAssignmentType]

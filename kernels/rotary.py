@@ -5,7 +5,7 @@ Half-split (Llama, GPT-NeoX): the pair of dim i is i + rotary_dim / 2; interleav
 
 q (batch, sequence, heads, head_dim), k with its own number of heads, of any strides; cos and sin (batch or 1, sequence,
 rotary_dim / 2) hold each token's own angle, whatever part of a sequence the tokens are; or they are tables
-(n_positions, rotary_dim / 2) into which `positions` (batch, sequence) points; what points outside becomes NaN.
+(n_positions, rotary_dim / 2) into which `positions` (batch or 1, sequence) points; what points outside becomes NaN.
 Dims from rotary_dim on stay as they are.
 """
 
@@ -246,7 +246,12 @@ def apply_rotary_to_both(
     inplace: bool = False,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned in one launch, in their dtype; shapes as at the top of the file. Views in place: in two launches.
+    """q and k turned in one launch, in their dtype. Views in place: in two launches.
+
+    q (batch, sequence, heads, head_dim), k with its own number of heads; cos and sin (batch or 1, sequence, rotary_dim
+    / 2), each token's own angle, or tables (n_positions, rotary_dim / 2) into which `positions` (batch or 1, sequence)
+    points; what points outside becomes NaN. Pairs are dims i and i + rotary_dim / 2 (Llama), or, `interleaved`, 2i and
+    2i + 1 (GPT-J); (a, b) becomes (a cos - b sin, a sin + b cos). Dims from rotary_dim on stay as they are.
 
     q and k float16, bfloat16, float32 or float64; cos and sin floating, best float32, without gradient. `inplace`: q
     and k themselves are turned and returned. Raises ValueError with all that is wrong.

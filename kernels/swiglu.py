@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.kernels import addressing, hardware, precision
-from longctx.kernels.addressing import RowBlocks, padded
-from longctx.kernels.dense import check_weight, flat, sum_of_rows
+from longctx.kernels.addressing import RowBlocks, matrix, padded
+from longctx.kernels.dense import check_weight, sum_of_rows
 from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.triton_math import LOG2_E, wide
 from longctx.kernels.triton_op import launchable, triton_op
@@ -140,7 +140,7 @@ def _linear_forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _linear_backward(dy: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = flat(dy)
+    rows = matrix(dy)
     hidden = torch.mm(rows, weight)  # its gradient, and then itself
     dgate, dup = _gradients(hidden, gate, up, hidden)
     return dgate, dup, torch.mm(rows.T, hidden)
@@ -196,7 +196,7 @@ _swiglu_packed.register_autograd(
 
 def _linear_autograd(ctx, dy: Tensor):
     gate, up, weight, bias = ctx.saved_tensors
-    return *_swiglu_linear_backward(dy, gate, up, weight), sum_of_rows(flat(dy), bias)
+    return *_swiglu_linear_backward(dy, gate, up, weight), sum_of_rows(matrix(dy), bias)
 
 
 _swiglu_linear.register_autograd(_linear_autograd, setup_context=_save_inputs)

@@ -515,7 +515,8 @@ def warmup_steps(optim: OptimConfig) -> int:
 def attention_span(config: Config, step: int) -> int | None:
     """Every so many tokens attention is cut in `step` (from 0 on), by the curriculum; None: nowhere."""
     begun = {
-        first * config.optim.steps if first < 1 else first: tokens for first, tokens in config.data.curriculum.items()
+        round(first * config.optim.steps, 6) if first < 1 else first: tokens
+        for first, tokens in config.data.curriculum.items()
     }
     return next((begun[first] or None for first in sorted(begun, reverse=True) if first <= step), None)
 

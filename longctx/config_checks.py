@@ -235,6 +235,11 @@ def _check_sharing(config: Config) -> list[str]:
         for name, count in (("heads", model.heads), ("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width))
         if count % parallel.tensor
     ]
+    for name, rows in (("vocab_size", model.vocab_size), ("max_positions", model.max_positions)):
+        if rows and -(-rows // parallel.tensor) * (parallel.tensor - 1) >= rows:
+            problems.append(
+                f"model.{name}={rows} leaves a rank of parallel.tensor={parallel.tensor} without rows; lower that"
+            )
     of_rank = model.kv_heads // parallel.tensor
     if not problems and of_rank % parallel.head_groups:
         problems.append(

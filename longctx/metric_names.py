@@ -131,6 +131,7 @@ METRICS: dict[str, Metric] = {
     "run/pflop": Metric("PFLOP", "of these steps, forward and backward, causal and within documents", ALL),
     "run/restarts": Metric("times", "that the run was started again", SAME, "max"),
     "run/lost_steps": Metric("steps", "that were taken again after a restart", SAME, "max"),
+    "run/start_step": Metric("steps", "after which this start of the run began", SAME),
     "run/slowest_rank": Metric("rank", "the slowest in the matrix products of a validation", ALL),
     "run/slowest_over_median": Metric("ratio", "its time over that of the median rank", ALL, "max"),
 }

@@ -45,7 +45,11 @@ class Metrics:
         has_steps = start < run.config.optim.steps
         self.record = RunRecord(run, facts)
         is_anew = start == 0 or (is_branching and not self.record.is_same_branch())
-        self.history = History(run.folder / "history.json", self._last_step(), start, has_steps)
+        last_step, is_another = self._last_step(), is_anew and (self.record.was_complete() or self.record.is_changed())
+        if is_another:  # of the same name
+            _set_aside(run.folder / "history.json")
+            last_step = None
+        self.history = History(run.folder / "history.json", last_step, start, has_steps)
         self._forget_steps_after(start, is_anew)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
@@ -56,12 +60,13 @@ class Metrics:
         self.span: float | None = None  # of attention, by the curriculum
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
-        is_of_another = is_branching and is_anew
-        if is_of_another or (self.history.logged > start and self.record.is_changed()):
+        if is_another or (is_branching and is_anew) or (self.history.logged > start and self.record.is_changed()):
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
             self.history.forget_steps_after(start)
-        if start < steps:  # else the record is that of the start that trained
+        if start < steps:
             self.record.begin()
+        else:
+            self.record.go_on()
         mode = wandb_mode(self.logging)
         if mode != "disabled":
             shown = self.record.record["configuration"] | {"run": facts}
@@ -84,7 +89,7 @@ class Metrics:
         if not self.path.exists():
             return
         if is_anew:
-            self.path.rename(self.path.with_suffix(f".{time.time_ns()}.jsonl"))
+            _set_aside(self.path)
             return
         lines = self.path.read_bytes().split(b"\n")
         kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] <= start]
@@ -113,6 +118,7 @@ class Metrics:
         """
         if not self.is_main:
             return
+        self.history.taken = step
         speed, seconds = values["perf/tokens_per_s"], values["perf/step_s"]
         tokens_since, seconds_since = self.since_line
         self.since_line = tokens_since + speed * seconds, seconds_since + seconds
@@ -192,6 +198,10 @@ class Metrics:
             self.file.close()
         except OSError as error:  # what could not be written before
             say(f"{self.path}: {error}")
+        try:
+            self.history.write()
+        except OSError as error:
+            say(f"{self.history.path}: not written: {error}")
         self.record_end(ending)
         if ending.exit_code == 1:
             self.alert("failed", ending.words)
@@ -208,24 +218,26 @@ class History:
         `has_steps`: there are some to take; a complete run that is started once more was not started again.
         """
         self.path, self.started_at, self.restarts, self.lost_steps = path, time.time(), 0, 0
+        self.start = self.taken = start  # the last step taken, also where no line was logged of it
         self.logged = 0  # the last step that W&B has seen
         earlier = _read_history(path)
         if earlier or last_step is not None:
-            last_step = last_step or 0
+            last_step = max(last_step or 0, int(earlier.get("taken", 0)))
             self.started_at = earlier.get("started_at", self.started_at)
             self.restarts = int(earlier.get("restarts", 0)) + has_steps
             self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
             self.logged = max(last_step, int(earlier.get("logged", 0)))
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
-        names = "started_at", "restarts", "lost_steps", "logged"
+    def write(self) -> None:
+        """Keeps what the next start has to know."""
+        names = "started_at", "restarts", "lost_steps", "logged", "taken"
         replace_file(self.path, json.dumps({name: getattr(self, name) for name in names}).encode() + b"\n")
 
     def forget_steps_after(self, start: int) -> None:
         """What is logged from here on goes to another run of W&B, which has seen nothing later than `start`."""
         self.logged = start
-        self._write()
+        self.write()
 
     def values(self, trained_s: float) -> dict[str, float]:
         """`trained_s`: seconds of all steps up to now that counted, those before a restart included.
@@ -237,6 +249,7 @@ class History:
             "run/ettr": min(1.0, trained_s / since_start),
             "run/restarts": self.restarts,
             "run/lost_steps": self.lost_steps,
+            "run/start_step": self.start,
         }
 
 
@@ -254,6 +267,12 @@ def _read_history(path: Path) -> dict[str, float]:
     path.rename(beside)
     say(f"{path}: holds no history of a run; it is {beside} now, and restarts are counted anew")
     return {}
+
+
+def _set_aside(path: Path) -> None:
+    """Keeps a file of an earlier run of the same name under another one."""
+    if path.exists():
+        path.rename(path.with_suffix(f".{time.time_ns()}{path.suffix}"))
 
 
 def _aside(path: Path) -> Path:

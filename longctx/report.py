@@ -18,6 +18,7 @@ from longctx.step_time import in_words
 from longctx.summary import summary
 
 Rows = list[dict[str, float]]
+NOT_FINITE = "not finite"
 PARTS_OF_A_STEP = {  # by what a stack of shares calls them; what is left of the step is `other`
     "data": "time/data_s", "forward": "time/forward_s", "backward": "time/backward_s", "optimizer": "time/optimizer_s",
 }  # fmt: skip
@@ -88,7 +89,11 @@ def figures_that_count(rows: Rows, record: dict[str, Any]) -> list[tuple[str, st
         ("ETTR", "last/ettr", lambda x: f"{100 * x:.1f} %"),
         ("skipped steps", "last/skipped_steps", lambda x: f"{x:.0f}"),
     ]
-    lines = [(name, words(found[key])) for name, key, words in shown if math.isfinite(found.get(key, math.nan))]
+    lines = [
+        (name, words(found[key]) if math.isfinite(found[key]) else NOT_FINITE)
+        for name, key, words in shown
+        if key in found
+    ]
     if record.get("ended_at"):
         lines.append(("this start took", in_words(record["ended_at"] - record["started_at"])))
     return lines

@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from longctx.config import Config, OptimConfig, warmup_steps
+from longctx.config import Config, OptimConfig, Schedule, warmup_steps
 from longctx.errors import UserError
+from longctx.schedule import decay_start
 
 WINDOWS = "windows"  # key of a checkpoint's facts on its data: how text is cut into sequences
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
@@ -40,7 +41,7 @@ def compare(path: Path, manifest: dict[str, Any], config: Config, now: str, is_o
             f"{path}: with {in_words(other)} this would be another run than the one saved here; restore that, or start "
             f"one with another name: from its beginning, or, with a model of the same shapes, checkpoint.resume={path}"
         )
-    warmup, before = warmup_steps(config.optim), _saved_warmup_steps(manifest["facts"]["configuration"])
+    warmup, before = warmup_steps(config.optim), warmup_steps(_saved_optim(manifest["facts"]["configuration"]))
     again = f"; the learning rate is in its warm-up of {warmup} steps again" if max(1, before) <= step < warmup else ""
     return f"changed since {path}: {in_words(changed)}{again}" if changed else None
 
@@ -93,10 +94,21 @@ def of_another_run(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, 
     }
 
 
-def _saved_warmup_steps(configuration: str) -> int:
-    """Of a configuration as YAML."""
+def undecayed_until(manifest: dict[str, Any]) -> int | None:
+    """The step from which on the learning rate had fallen, by the schedules up to a checkpoint; None: by none."""
+    facts = manifest["facts"]
+    if "undecayed_until" in facts:
+        return facts["undecayed_until"]
+    if OmegaConf.create(facts["configuration"]).optim.get("schedule") != Schedule.wsd:
+        return None
+    return decay_start(_saved_optim(facts["configuration"]))
+
+
+def _saved_optim(configuration: str) -> OptimConfig:
+    """What schedules go by, of a configuration as YAML."""
     optim = OmegaConf.create(configuration).optim
-    return warmup_steps(OptimConfig(steps=optim.steps, warmup_steps=optim.get("warmup_steps")))
+    given = {key: optim[key] for key in ("warmup_steps", "decay_fraction") if key in optim}
+    return OptimConfig(steps=optim.steps, **given)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

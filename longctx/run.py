@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +45,7 @@ def train(run: RunInfo) -> Outcome:
     check(config, runtime_module.world_size())
     with StopSignals(config.parallel.stop_seconds, config.checkpoint.on_usr1 == OnUsr1.stop) as stop:
         runtime = runtime_module.start(config.parallel.timeout_seconds)
+        forget_earlier_runs(runtime.device)
         check_machines(runtime)
         choose = strategy_for(runtime.ranks_of_a_machine)
         run = replace(run, config=choose_offload(config, runtime, choose))
@@ -81,6 +83,15 @@ def train(run: RunInfo) -> Outcome:
         if trainer.is_stopped:
             stop.end_launcher_too()
         return Outcome(not trainer.is_stopped, last_loss(trainer))
+
+
+def forget_earlier_runs(device: torch.device) -> None:
+    """Of this process: compiled versions of blocks, which count against a limit, and peaks of memory."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
 
 
 def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Choice]) -> Config:
@@ -192,9 +203,9 @@ def _was_finished(trainer: Trainer) -> bool:
 
 def finish(trainer: Trainer, results: dict[str, float]) -> None:
     """Samples, unless a signal has stopped the run; the report; where it is and how to go on. Collective."""
-    is_complete = trainer.step >= trainer.config.optim.steps
+    is_complete = trainer.step >= trainer.config.optim.steps and not trainer.is_stopped
     samples = []
-    if is_complete and not trainer.is_stopped and trainer.tokens:
+    if is_complete and trainer.tokens:
         model, validation = trainer.config.model, trainer.config.validation
         longest = model.max_positions if model.positions == Positions.learned else None
         samples = sample_texts(trainer.model, trainer.tokens, validation, trainer.mesh, trainer.runtime.device, longest)

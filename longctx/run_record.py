@@ -12,7 +12,7 @@ import yaml
 
 from longctx import resume
 from longctx.files import replace_file
-from longctx.run_info import RunInfo
+from longctx.run_info import COMPLETE, RunInfo
 
 FILE, CONFIG = "run.json", "config.yaml"
 
@@ -65,7 +65,7 @@ class RunRecord:
             "name": run.config.name, "started_at": time.time(), "ended": "not yet",
             "configuration": shown_configuration(run), "facts": facts,
         }  # fmt: skip
-        self.run, self.has_begun = run, False
+        self.run, self.has_begun, self.has_steps = run, False, True
 
     def is_changed(self) -> bool:
         """Whether the last start of the run had a configuration that trains otherwise."""
@@ -80,6 +80,16 @@ class RunRecord:
         path = self.run.folder / CONFIG
         return path.exists() and resume.of_same_branch(path.read_text(encoding="utf-8"), self.run.config_yaml)
 
+    def was_complete(self) -> bool:
+        """Whether the last start of the run ended with its last step."""
+        return read_record(self.run.folder).get("ended") == COMPLETE.words
+
+    def go_on(self) -> None:
+        """A start without steps to take: the record stays that of the start that trained, but for how it ends."""
+        self.has_steps, before = False, read_record(self.run.folder)
+        if before and before["ended"] != COMPLETE.words:
+            self.record, self.has_begun = before, True
+
     def begin(self) -> None:
         """Writes what is known before the first step."""
         self.has_begun = True
@@ -89,7 +99,8 @@ class RunRecord:
 
     def end(self, how: str, more: dict[str, Any]) -> None:
         """How the run has ended, and what else is known by then."""
-        self.record |= {"ended": how, "ended_at": time.time(), **more}
+        when = {"ended_at": time.time()} if self.has_steps else {}
+        self.record |= {"ended": how, **when, **more}
         if self.has_begun:
             self.write()
 

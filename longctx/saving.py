@@ -16,6 +16,7 @@ from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
 from longctx.config import Schedule
 from longctx.data.mixture import Mixture
 from longctx.errors import UserError
+from longctx.model.implementations import implementations
 from longctx.optim import Optimizers
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.plan import checkpoint_bytes
@@ -111,6 +112,7 @@ class Saving:
             "end_of_document": self.tokens.end_of_document if self.tokens else None,
             "ends": self.tokens.ends if self.tokens else [],
             "resumed_from": self.origin,
+            "undecayed_until": self.checkpoints.undecayed_until,
             **best,
             "layout": self.layout(),
             "torch": torch.__version__,
@@ -120,7 +122,9 @@ class Saving:
     def layout(self) -> dict[str, Any]:
         """What decides how a step is computed on these ranks, as data."""
         parallel = {key: value for key, value in asdict(self.run.config.parallel).items() if key not in NO_LAYOUT}
-        return parallel | {"world_size": self.runtime.world_size} | self.context_parallel.identity()
+        computed = implementations(self.run.config, self.runtime.device)
+        computed |= {"compute": str(self.run.config.precision.compute)}
+        return parallel | computed | {"world_size": self.runtime.world_size} | self.context_parallel.identity()
 
     def data_order(self) -> dict[str, Any]:
         """All that decides which sequence is number 0, 1, 2 ..."""
@@ -223,6 +227,9 @@ class Saving:
         # what the weights have cost, those of a branch too; of a checkpoint that does not say it: unknown, or nearly
         progress.pflop = facts.get("pflop", math.nan)
         progress.device_s = facts.get("device_s", facts["trained_s"] * facts["layout"]["world_size"])
+        fell_at = resume.undecayed_until(manifest)
+        if fell_at is not None and progress.step > fell_at:  # no later checkpoint is of before the rate fell
+            self.checkpoints.undecayed_until = fell_at
         self._check_room()
         self.checkpoints.set_aside_after(progress.step if is_own else -1)
         self.saved_step = progress.step if is_own else None

@@ -23,10 +23,10 @@ def schedule(step: int, optim: OptimConfig) -> float:
         progress = (step - warmup) / max(1, optim.steps - warmup)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     start = decay_start(optim)
-    progress = (step - start) / (optim.steps - start)
+    progress = (step - start) / max(1, optim.steps - start)
     return 1.0 - (1 - final) * min(1.0, max(0.0, progress))
 
 
 def decay_start(optim: OptimConfig) -> int:
-    """The step from which on wsd lets the rate fall."""
-    return optim.steps - max(1, round(optim.decay_fraction * optim.steps))
+    """The step from which on wsd lets the rate fall, after the warm-up."""
+    return max(warmup_steps(optim), optim.steps - max(1, round(optim.decay_fraction * optim.steps)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+NORMS_APART = 1e-2  # relative
 
 
 class Summed(NamedTuple):
@@ -34,6 +37,9 @@ class Memory(NamedTuple):
 class Largest(NamedTuple):
     """Of this rank; over all ranks the largest."""
 
+    norm: float  # of the gradient, which is the same on all ranks; -inf: not finite
+    minus_norm: float
+    is_not_finite: float  # 1 if the norm is not
     imbalance: float  # of attention: work of this rank over the mean of its context axis
     busy_s: float  # of forward and backward passes, without what they waited for other ranks
     minus_busy_s: float  # of the fastest rank, negative
@@ -41,6 +47,11 @@ class Largest(NamedTuple):
     save_asked: float  # 1 if this rank was asked for a checkpoint
     save_failed: float  # 1 if this rank knows that the checkpoint being written came to nothing
     memory: Memory
+
+    @property
+    def are_norms_apart(self) -> bool:
+        """Whether the finite norms of ranks differ by more than the order of sums explains."""
+        return math.isfinite(self.norm) and self.norm + self.minus_norm > NORMS_APART * self.norm
 
     @property
     def slowest_over_fastest(self) -> float:

@@ -38,12 +38,13 @@ class Figures:
         self.all: dict[str, Mean] = {}
         self.steady: dict[str, Mean] = {}  # without the first steps of each start
         self.steps = {"all": 0, "steady": 0}
-        self.restarts, self.start, self.last_step = 0.0, 0.0, 0.0
+        self.start = 0.0
 
     def add(self, row: dict[str, float]) -> None:
         """A line of a step or of a validation."""
+        is_validation = "loss/val" in row
         row = {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-        if "loss/val" in row:
+        if is_validation:
             self._add_validation(row)
         if "perf/step_s" in row:
             self._add_step(row)
@@ -58,6 +59,10 @@ class Figures:
         return self.found | speeds
 
     def _add_validation(self, row: dict[str, float]) -> None:
+        if "loss/val" not in row:  # it was not finite
+            lasts = {"last/loss_val", *({"last/bits_per_byte"} & self.found.keys())}
+            self.found |= dict.fromkeys(lasts, math.nan)
+            return
         self.found["last/loss_val"] = row["loss/val"]
         is_best = row["loss/val"] < self.found.get("best/loss_val", math.inf)
         if is_best:
@@ -69,11 +74,8 @@ class Figures:
 
     def _add_step(self, row: dict[str, float]) -> None:
         if not self.steps["all"]:
-            self.start = row["step"] - 1  # a branch begins at a later step
-        if row.get("run/restarts", 0.0) != self.restarts:
-            self.restarts, self.start = row.get("run/restarts", 0.0), self.last_step
-        self.last_step = row["step"]
-        is_steady = row["step"] > self.start + WARM_UP_STEPS
+            self.start = row["step"] - 1  # where lines do not say it
+        is_steady = row["step"] > row.get("run/start_step", self.start) + WARM_UP_STEPS
         for kind, means in (("all", self.all), *([("steady", self.steady)] if is_steady else [])):
             self.steps[kind] += 1
             for key in ("step_s", *SPEEDS):

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ try:
     from omegaconf.errors import OmegaConfBaseException
 except ModuleNotFoundError as error:
     sys.exit(
-        f"longctx: {error.name} is not installed; to train: pip install 'longctx[train]', in a checkout make train"
+        f"longctx: {error.name} is not installed; to train, in a checkout of longctx: make train, or pip install "
+        "'.[train]'"
     )
 
 from longctx import slurm
@@ -74,11 +76,13 @@ def main(composed: DictConfig) -> float:
         if is_multirun:
             words = json.loads(os.environ.get(COMMAND_LINE, "null")) or sys.argv[1:]
             composed.name = name_of_job(composed.name, overrides, words, swept_keys(words))
-        if composed.name in names and "BasicSweeper" not in hydra_config.sweeper._target_:
+        if composed.name in names and not is_grid(hydra_config):
             composed.name = f"{composed.name}-{hydra_config.job.num}"  # a sweeper may draw the same values again
         if "WANDB_SWEEP_ID" in os.environ and (trial := os.environ.get("WANDB_RUN_ID")):  # started by a sweep's agent
             composed.name = f"{composed.name}-{trial}"
         refuse_unknown_keys(composed)
+        if is_multirun and not is_grid(hydra_config) and not composed.validation.sequences:
+            raise ConfigError(["a sweeper lowers the validation loss, and validation.sequences=0 leaves none"])
         if "submitit" in hydra_config.launcher._target_ and "RANK" not in os.environ:
             return start_torchrun(composed, overrides, hydra_config.launcher)
         refuse_foreign_launchers(os.environ)
@@ -113,7 +117,17 @@ def main(composed: DictConfig) -> float:
         end_of_jobs()
         leave()
         sys.exit(0)
-    return outcome.loss
+    return to_lower(outcome.loss)
+
+
+def is_grid(hydra_config: DictConfig) -> bool:
+    """Whether the jobs of a multirun are given beforehand, rather than chosen by what earlier ones have reached."""
+    return "BasicSweeper" in hydra_config.sweeper._target_
+
+
+def to_lower(loss: float) -> float:
+    """What an optimizing sweeper is told of a run: one that diverged is as bad as one that failed."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def as_on_rank_0(run: RunInfo) -> RunInfo:
@@ -156,7 +170,7 @@ def start_torchrun(composed: DictConfig, overrides: list[str], launcher: DictCon
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SWEEP_ID"}  # the name has its trial
     if subprocess.run(command, env=environment).returncode:
         raise RuntimeError(f"{composed.name} failed; its output says why")
-    return last_validation_loss(Path(os.path.expanduser(composed.folder)) / composed.name / "metrics.jsonl")
+    return to_lower(last_validation_loss(Path(os.path.expanduser(composed.folder)) / composed.name / "metrics.jsonl"))
 
 
 def end_of_jobs() -> None:
@@ -183,7 +197,8 @@ def typed(words: list[str]) -> list[str]:
         except HydraException as error:
             raise ValueError from error
 
-    return [as_typed(word, keys, parsed) for word in words]
+    at_home = [re.sub(r"^folder=~(?=/|$)", f"folder={Path.home()}", word) for word in words]  # Hydra writes there too
+    return [as_typed(word, keys, parsed) for word in at_home]
 
 
 def refuse_unknown_keys(composed: DictConfig) -> None:

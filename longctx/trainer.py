@@ -21,7 +21,7 @@ from longctx.metrics import Metrics
 from longctx.metrics_file import is_validated
 from longctx.model.implementations import implementations
 from longctx.optim import Optimizers, global_norm
-from longctx.parallel.fsdp import time_waits
+from longctx.parallel.fsdp import sum_over_replicas, time_waits
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
 from longctx.parallel.mesh import make_mesh
@@ -102,7 +102,7 @@ class Trainer:
         self.saving.prepare()
 
     def _verify_layout(self) -> None:
-        found = verify_layout(self.model, self.config, self.mesh, self.runtime.device)
+        found = verify_layout(self.model, self.config, self.mesh, self.context_parallel, self.runtime.device)
         self.runtime.say(f"split and whole sequences agree: gradients differ by {found:.1e} of their norm, as rounded")
         if self.runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -205,7 +205,8 @@ class Trainer:
         device = self.runtime.device
         weight = token_weight(counts.valid_targets / self.mesh.ranks_of_a_reader, device)
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        for batch, split in zip(batches, splits, strict=True):
+        for number, (batch, split) in enumerate(zip(batches, splits, strict=True), 1):
+            sum_over_replicas(self.model, number == len(batches))
             loss += forward_backward(
                 self.model, LocalBatch.of(batch, split, self.mesh, device), weight, self.clock.part
             )
@@ -218,10 +219,18 @@ class Trainer:
         loss_value, norm_value = torch.stack((global_loss(loss, self.mesh), norm.double())).tolist()  # waits for a GPU
 
         self.stop.gate(is_open=False)
-        asked = largest(self._look_around(memory, imbalance))  # here every rank knows that none abandons the step
+        asked = largest(self._look_around(memory, imbalance, norm_value))  # all know that none abandons the step
         if asked.save_failed:
             self.saving.checkpoints.wait()  # raises, on every rank in the same step
             raise UserError("another rank could not write the checkpoint; its message says why")
+        if asked.are_norms_apart:
+            raise UserError(
+                f"step {self.step + 1}: the norm of the gradient is {-asked.minus_norm:.6g} on one rank and "
+                f"{asked.norm:.6g} on another, though all hold the same gradients: replicas have drifted apart, as "
+                "where a GPU computes wrong; resume from the last checkpoint, without that machine"
+            )
+        if asked.is_not_finite and math.isfinite(norm_value):  # of one rank alone: all skip the step
+            norm_value = math.nan
         rates = self.optimizer.rates(self.step)
         span = attention_span(self.config, self.step)
         with self.clock.part("optimizer"):
@@ -278,9 +287,12 @@ class Trainer:
         except UserError as error:
             return [], error
 
-    def _look_around(self, memory: Memory, imbalance: float) -> Largest:
-        busy_s = self.clock.busy_s()
+    def _look_around(self, memory: Memory, imbalance: float, norm: float) -> Largest:
+        busy_s, is_finite = self.clock.busy_s(), math.isfinite(norm)
         return Largest(
+            norm=norm if is_finite else -math.inf,
+            minus_norm=-norm if is_finite else -math.inf,
+            is_not_finite=not is_finite,
             imbalance=imbalance,
             busy_s=busy_s,
             minus_busy_s=-busy_s,

@@ -284,7 +284,10 @@ def wandb_mode(logging: LoggingConfig) -> str:
     is_installed = importlib.util.find_spec("wandb") is not None
     if logging.wandb != WandbMode.auto:
         if logging.wandb != WandbMode.disabled and not is_installed:
-            raise UserError(f"logging.wandb={logging.wandb} needs wandb: pip install 'longctx[wandb]', or disable it")
+            raise UserError(
+                f"logging.wandb={logging.wandb} needs wandb: pip install '.[wandb]' in a checkout of longctx, or "
+                "logging.wandb=disabled"
+            )
         return str(logging.wandb)
     if not is_installed:
         return "disabled"

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watchdog": {"machine", "stopping"},
     "slurm": {"errors"},
     "command_line": {"config", "errors", "machine", "schedule"},
-    "resume": {"config", "errors"},
+    "resume": {"config", "errors", "schedule"},
     "runtime": {"config", "console", "errors", "files", "machine", "plan", "remedies", "stopping", "strategy"},
     "run_folder": {"console", "errors", "runtime"},
     "straggler": {"machine", "runtime"},
@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "summary",
     },
     "saving": {
-        "checkpoint", "config", "data", "errors", "optim", "parallel", "plan", "resume", "run_info", "runtime",
-        "schedule",
+        "checkpoint", "config", "data", "errors", "model", "optim", "parallel", "plan", "resume", "run_info",
+        "runtime", "schedule",
     },
     "trainer": {
         "batch", "config", "data", "errors", "hugging_face", "metrics", "metrics_file", "model", "optim", "parallel",

@@ -94,7 +94,7 @@ def test_the_command_without_what_trains(installed, tmp_path):
     code = "import sys; sys.modules['hydra'] = None; from longctx.train import start"
     done = started(installed, tmp_path, sys.executable, "-c", code)
     assert done.returncode == 1
-    assert done.stderr.startswith("longctx: hydra is not installed; to train: pip install 'longctx[train]'"), (
+    assert done.stderr.startswith("longctx: hydra is not installed; to train, in a checkout of longctx: make train"), (
         done.stderr
     )
 

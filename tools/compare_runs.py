@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from longctx.metric_names import octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, page, smoothed, table
-from longctx.report import costs_of, quality_of, series, speed_of
+from longctx.report import NOT_FINITE, costs_of, quality_of, series, speed_of
 from longctx.run_record import read_record
 from longctx.summary import summary
 
@@ -57,10 +57,21 @@ def open_runs(patterns: list[str]) -> list[Run]:
     if len(folders) < 2:
         sys.exit(f"{folders[0]}: is one run; give another to compare it with")
     runs = []
-    for folder in folders:
+    for folder, name in zip(folders, names_of(folders), strict=True):
         rows = read_metrics(folder / "metrics.jsonl")
-        runs.append(Run(folder.name, read_record(folder), rows, summary(rows)))
+        runs.append(Run(name, read_record(folder), rows, summary(rows)))
     return runs
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Each by its last part, and as many before that as tell it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for mine in parts:
+        others = [other for other in parts if other != mine]
+        length = next(n for n in range(1, len(mine) + 1) if all(other[-n:] != mine[-n:] for other in others))
+        names.append("/".join(mine[-length:]))
+    return names
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -89,11 +100,12 @@ def results(runs: list[Run]) -> list[list[str]]:
     """A row for each figure, and one for its ratio to the first run's where that tells something."""
     rows = []
     for key, (name, form) in RESULTS.items():
-        values = [run.figures.get(key, math.nan) for run in runs]
-        if not any(map(math.isfinite, values)):
+        found = [run.figures.get(key) for run in runs]
+        if all(value is None for value in found):
             continue
-        rows.append([name, *(form.format(value) if math.isfinite(value) else "" for value in values)])
+        rows.append([name, *("" if x is None else form.format(x) if math.isfinite(x) else NOT_FINITE for x in found)])
         if key in RELATIVE:
+            values = [math.nan if value is None else value for value in found]
             ratios = [value / values[0] if values[0] else math.nan for value in values]
             rows.append(["  relative to the first", *(f"{x:.3f}" if math.isfinite(x) else "" for x in ratios)])
     rows.append(["ended", *(str(run.record.get("ended", "")) for run in runs)])
@@ -117,7 +129,8 @@ def curves(runs: list[Run]) -> list[Chart]:
         chart = Chart(title, "The mean of the last steps." if is_smoothed else "", x, y)
         for run in runs:
             places, values = series(run.rows, places_of[x], key)
-            chart.line(run.name, places, smoothed(values) if is_smoothed else values)
+            marks = {} if is_smoothed or key.startswith("mem/") else {"marker": "o", "markersize": 3}
+            chart.line(run.name, places, smoothed(values) if is_smoothed else values, **marks)
         made.append(chart)
     for title, x, y, prefix in (
         ("Validation loss by position", "tokens of the document before it", "nats a token", "loss/pos/"),

@@ -1,4 +1,4 @@
-"""Between longctx and Hugging Face: GPT-2, Llama, Qwen 2.5 and 3, Mistral, SmolLM3.
+"""Between longctx and Hugging Face: GPT-2, Llama, Qwen 2.5 and 3, Mistral, Ministral, SmolLM3.
 
 usage: python tools/convert_hf.py config HF_FOLDER > configs/model/NAME.yaml
        python tools/convert_hf.py export runs/NAME/checkpoints/step_N --output FOLDER [--dtype bfloat16]

@@ -1,6 +1,6 @@
 """A dashboard for the runs of a W&B project: `python tools/wandb_dashboard.py ENTITY/PROJECT`.
 
-Makes a saved workspace with wandb-workspaces (`pip install 'longctx[wandb]'`) and prints its address. Without a login,
+Makes a saved workspace with wandb-workspaces (`pip install '.[wandb]'`) and prints its address. Without a login,
 or with `--output FILE`, it writes the workspace as JSON instead.
 """
 
@@ -18,7 +18,7 @@ try:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 except ImportError:
-    sys.exit("wandb-workspaces is not installed: pip install 'longctx[wandb]'")
+    sys.exit("wandb-workspaces is not installed: pip install '.[wandb]' in a checkout of longctx")
 
 from longctx.wandb_log import CURVES, has_wandb_key
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.attention.key_intervals import KeyIntervals
-from longctx.kernels.attention.mask_cache import cached_per_mask
+from longctx.kernels.attention.mask_cache import cached_per_mask, remember
 from longctx.kernels.attention.tiles import key_tiles
 
 
@@ -24,6 +24,15 @@ class BlockMask:
     block_q: int
     block_k: int
     intervals: KeyIntervals
+
+    def __post_init__(self) -> None:
+        if self.is_owned:
+            remember(self.kept)
+
+    @property
+    def is_owned(self) -> bool:
+        """As of `KeyIntervals`."""
+        return self.intervals.is_owned
 
     @property
     def n_queries(self) -> int:
@@ -89,7 +98,9 @@ def _classify(mask: BlockMask, tile_q: int, tile_k: int) -> tuple[Tensor, Tensor
     kept = below[:, :, right] - below[:, :, left] - above[:, :, right] + above[:, :, left]
     area = (bottom - top)[:, None] * (right - left)
 
-    first, full_first, full_last, last = key_tiles(mask.intervals, tile_q, tile_k)[0].unsqueeze(-1).unbind(1)
+    # of all sequences: what one of them sees is visited, and what one does not see all of has an edge
+    firsts, full_firsts, full_lasts, lasts = key_tiles(mask.intervals, tile_q, tile_k).unsqueeze(-1).unbind(2)
+    first, full_first, full_last, last = firsts.amin(0), full_firsts.amax(0), full_lasts.amin(0), lasts.amax(0)
     tile = torch.arange(len(left), device=kept.device)
     touched = (kept > 0) & (tile >= first) & (tile < last)
     is_whole = torch.arange(1, len(top) + 1, device=kept.device).unsqueeze(-1) * tile_q <= mask.n_queries

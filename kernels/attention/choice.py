@@ -51,16 +51,10 @@ def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> 
     """For each implementation why it cannot serve a call like this, or None if it can."""
     return {
         "hopper": hopper.unsupported(q, mask, options),
-        "triton": hardware.unsupported(q) or _differs_by_sequence(mask),
+        "triton": hardware.unsupported(q),
         "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else torch_sdpa.unsupported(q, options),
         "reference": None,
     }
-
-
-def _differs_by_sequence(mask: KeyIntervals | BlockMask) -> str | None:
-    """Tiles of a mask of blocks are listed once for the whole batch."""
-    is_alike = isinstance(mask, KeyIntervals) or mask.intervals.start is None or mask.intervals.start.shape[0] == 1
-    return None if is_alike else "kept blocks within bounds that differ by sequence"
 
 
 def explain_choice(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> str:

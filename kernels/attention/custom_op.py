@@ -13,6 +13,7 @@ from torch.library import custom_op
 from longctx.kernels.attention import reference
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.mask_cache import are_remembered
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.precision import accumulation_dtype
 
@@ -24,9 +25,14 @@ def _types(kind: type, but: str = "") -> dict[str, str]:
     return {field.name: _SCHEMA_TYPES[str(field.type)] for field in fields(kind) if field.name != but}
 
 
-_INTERVALS, _BLOCKS, _OPTIONS = _types(KeyIntervals), _types(BlockMask, but="intervals"), _types(Options)
+_INTERVALS = _types(KeyIntervals, but="is_owned")
+_BLOCKS, _OPTIONS = _types(BlockMask, but="intervals"), _types(Options)
 _CALL = _INTERVALS | _BLOCKS | _OPTIONS | {"implementation": "str"}
 _CALL_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _CALL.items())
+
+
+# what an op keeps of a mask for the calls to come must not lie in the memory of a CUDA graph (mode="reduce-overhead")
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 class Call(NamedTuple):
@@ -51,7 +57,8 @@ class Call(NamedTuple):
     def of_flat(values: tuple[Any, ...]) -> Call:
         """The call whose `flat` values these are."""
         value = dict(zip(_CALL, values, strict=True))
-        mask = KeyIntervals(**{name: value[name] for name in _INTERVALS})
+        is_owned = are_remembered(*(value[name] for name in (*_INTERVALS, "kept") if not isinstance(value[name], int)))
+        mask = KeyIntervals(**{name: value[name] for name in _INTERVALS}, is_owned=is_owned)
         if value["kept"] is not None:
             mask = BlockMask(intervals=mask, **{name: value[name] for name in _BLOCKS})
         return Call(mask, Options(**{name: value[name] for name in _OPTIONS}), value["implementation"])
@@ -101,12 +108,14 @@ def attention_op(
         f"longctx::{name}",
         op_forward,
         mutates_args=(),
+        tags=_TAGS,
         schema=f"(Tensor q, Tensor k, Tensor v, Tensor? sink, {schema}) -> (Tensor, Tensor)",
     )
     backward_op = custom_op(
         f"longctx::{name}_backward",
         op_backward,
         mutates_args=(),
+        tags=_TAGS,
         schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
         f"{schema}) -> (Tensor, Tensor, Tensor)",
     )

@@ -50,7 +50,6 @@ from longctx.kernels.attention.hopper_gradients import (
     turn_of,
 )
 from longctx.kernels.attention.hopper_scheduler import (
-    addressable,
     await_item,
     barriers,
     descriptor,
@@ -145,7 +144,7 @@ def _consumer(
             dp, p = warpgroup_mma_wait(0, deps=(dp, p))
             if not EARLY:
                 delta = deltas.index(stage).load(column)
-            dscore = (p * (dp * scale - delta[None, :])).to(k.dtype)
+            dscore = (p * (dp - delta[None, :])).to(k.dtype)  # not scaled: in float16 small ones would be lost
             dscore_tile = dscores.index(done & 1)
             if BLOCK_Q == 64:
                 dscore_tile.slice(NUMBER * KEYS, KEYS, dim=0).store(dscore)
@@ -174,6 +173,7 @@ def _consumer(
             is_end = inner + 1 == n_inner
             inner, outer = gl.where(is_end, 0, inner + 1), gl.where(is_end, outer + 1, outer)
 
+        dk *= scale
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         if homes is not None:
             dk_home = gl.multiple_of(gl.load(homes + key_block).to(gl.pointer_type(gl.float32)), 16)
@@ -319,14 +319,14 @@ class PartialBackwardOnHopper:
     def __init__(
         self, dout: Tensor, dlse: Tensor | None, q: Tensor, out: Tensor, lse: Tensor, options: Options
     ) -> None:  # fmt: skip
-        self.q, self.dout, self.options = addressable(q), addressable(dout), options
+        self.q, self.dout, self.options = addressing.addressable(q), addressing.addressable(dout), options
         self.blocks, self.width = hopper_tiles.backward_tiles(q), hopper_tiles.hopper_head_dim(q)
         batch, n_queries, heads, _ = q.shape
         self.row_blocks = triton.cdiv(n_queries, self.blocks.rows)
         shape = batch, heads, self.row_blocks, self.blocks.rows * self.width // 4096, 16, 256
         self.dq_parts = torch.zeros(shape, dtype=torch.float32, device=q.device)
         with hardware.on_device(q):
-            self.statistics = triton_backward.statistics(self.dout, out, dlse, lse, options.scale, self.blocks.rows)
+            self.statistics = triton_backward.statistics(self.dout, out, dlse, lse, self.blocks.rows)
 
     def add(
         self, k: Tensor, v: Tensor, mask: KeyIntervals, into: tuple[Tensor, Tensor] | GradientTargets
@@ -336,7 +336,7 @@ class PartialBackwardOnHopper:
         is_wide = self.width > 128
         block_keys = KEYS.value if is_wide else 2 * KEYS.value
         (batch, _, heads, head_dim), (n_keys, kv_heads) = q.shape, k.shape[1:3]
-        k, v = addressable(k), addressable(v)
+        k, v = addressing.addressable(k), addressing.addressable(v)
         if isinstance(into, GradientTargets):
             homes, (dk, dv) = into.addresses, into.like.unbind(2)
         else:
@@ -384,7 +384,7 @@ class PartialBackwardOnHopper:
         batch, n_queries, heads, head_dim = self.q.shape
         with hardware.on_device(self.q):
             attention_backward_dq_hopper[(self.row_blocks, heads, batch)](
-                self.dq_parts, out, *out.stride()[:3], n_queries, head_dim, self.row_blocks,
+                self.dq_parts, out, *out.stride()[:3], n_queries, head_dim, self.row_blocks, self.options.scale,
                 ACCUMULATE=is_added, BLOCK_Q=self.blocks.rows, BLOCK_D=self.width, num_warps=4,
             )  # fmt: skip
         return out

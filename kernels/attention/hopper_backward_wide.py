@@ -125,7 +125,7 @@ def _consumer(
             k, v, k_share, v_share, k_half = _of_consumer(keys, values, done >> 30, NUMBER)
             stage = done % STAGES
             delta = deltas.index(stage).load(of_row)
-            dscore = p * (dp * scale - delta[:, None])
+            dscore = p * (dp - delta[:, None])  # not scaled: in float16 small ones would be lost
             p_tile, dscore_tile = weights.index(done & 1), dscores.index(done & 1)
             p_tile.slice(NUMBER * SHARE, SHARE, dim=0).permute((1, 0)).store(p.to(k.dtype))
             dscore_tile.slice(NUMBER * SHARE, SHARE, dim=0).permute((1, 0)).store(dscore.to(k.dtype))
@@ -170,6 +170,7 @@ def _consumer(
             p = _probabilities(score, rows, next_stage, key, is_edge, factor, of_row)
             dp, p = warpgroup_mma_wait(0, deps=(dp, p))
 
+        dk *= scale
         dk_descriptor, dv_descriptor, dk_out, dv_out, homes, dk_strides, dv_strides = keys_at
         column, width = NUMBER * HALF, head_dim - NUMBER * HALF
         if homes is not None:

@@ -37,7 +37,6 @@ from longctx.kernels.attention.hopper_gluon import (
     tma_store,
 )
 from longctx.kernels.attention.hopper_scheduler import (
-    addressable,
     await_item,
     barriers,
     descriptor,
@@ -408,7 +407,7 @@ def forward_on_hopper(
     else:
         lse = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=q.device)
         out = sums = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = (addressable(x) for x in (q, k, v))
+    q, k, v = (addressing.addressable(x) for x in (q, k, v))
     blocks, width = hopper_tiles.forward_tiles(q), hopper_tiles.hopper_head_dim(q)
     mask = mask.with_bounds(q.device)
     start, end = tile_lists.contiguous_bounds(mask)

@@ -166,17 +166,17 @@ def load_items(
 
 @triton.jit
 def attention_backward_dq_hopper(
-    parts, dq, dq_batch, dq_row, dq_head, n_queries, head_dim, row_blocks,
+    parts, dq, dq_batch, dq_row, dq_head, n_queries, head_dim, row_blocks, scale,
     ACCUMULATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ out of its parts of 64 x 64, each in the order of registers (see `quad_layout`)."""
+    """dQ out of its parts of 64 x 64, each in the order of registers (see `quad_layout`), times `scale`."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts += ((wide(batch) * tl.num_programs(1) + head) * row_blocks + tile) * (BLOCK_Q * BLOCK_D)
     row, column = tl.arange(0, BLOCK_Q)[:, None], tl.arange(0, BLOCK_D)[None, :]
     part = row // 64 + column // 64
     thread = row % 64 // 16 * 32 + row % 8 * 4 + column % 8 // 2
     quad, register = column % 64 // 8, row // 8 % 2 * 2 + column % 2
-    result = tl.load(parts + part * 4096 + quad * 512 + thread * 4 + register)
+    result = tl.load(parts + part * 4096 + quad * 512 + thread * 4 + register) * scale
     row += tile * BLOCK_Q
     pointers = dq + wide(batch) * dq_batch + wide(head) * dq_head + row.to(tl.int64) * dq_row + column
     inside = (row < n_queries) & (column < head_dim)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -144,13 +143,6 @@ def pointers_to(
     base += batch.to(gl.int64) * of_batch + head.to(gl.int64) * of_head
     pointers = base + row.to(gl.int64)[:, None] * of_row + column[None, :]
     return pointers, (row < n_rows)[:, None] & (column < width)[None, :]
-
-
-def addressable(x: Tensor) -> Tensor:
-    """`x` (..., width) in 16 bits if the TMA unit can address it, or a copy that it can."""
-    steps = [x.stride(dim) for dim in range(x.ndim - 1) if x.shape[dim] > 1]
-    is_fit = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 8 == 0 for step in steps)
-    return x if is_fit else x.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(x: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -17,7 +17,7 @@ from longctx.kernels.attention.passes import attention_backward, attention_forwa
 from longctx.kernels.dropout import new_seed
 from longctx.kernels.forward_mode import refuse_tangents
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, MAX_BATCH = 256, 65535
 
 
 def attention(
@@ -39,9 +39,12 @@ def attention(
 
     q (batch, n_queries, heads, head_dim); k and v (batch, n_keys, kv_heads, head_dim) with heads a multiple of
     kv_heads; all float16, bfloat16 or float32 (float64 for the reference), head_dim up to 256. scale: 1 /
-    sqrt(head_dim) by default. `softcap`, `alibi_slopes`, `dropout` and `deterministic` as in `Options`; `seed` (one
-    int64) is drawn from torch's generator where dropout needs one. `sink` (heads,): the score of one more key whose
-    value is 0, with gradient (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks).
+    sqrt(head_dim) by default. `softcap`: scores become softcap * tanh(score / softcap), 0 for none. `alibi_slopes`,
+    float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope * |distance| is taken off. `dropout`:
+    probability with which an entry of the softmax is dropped; its `seed` (one int64) is drawn from torch's generator.
+    `deterministic`: the same bits each time. `sink` (heads,): the score of one more key whose value is 0, with gradient
+    (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). No row may see NaN: what a mask hides
+    may hold it only past the last sequence of `flash_attn_varlen_func`.
 
     In torch.autocast q, k and v are cast first, as by torch's attention. Returns out, like q, and lse (batch, heads,
     n_queries), float32 (float64 for float64 inputs), natural log. A row that sees no key has out 0, lse -inf and zero
@@ -102,6 +105,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be 4-dimensional, k like v"
         )
     problems = []
+    if q.device.type != "cpu" and q.shape[0] > MAX_BATCH:
+        problems.append(f"a batch of {q.shape[0]}: at most {MAX_BATCH} on a GPU in one call, so split it")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         problems.append(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
     if not k.shape[2] or q.shape[2] % k.shape[2]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import hardware
-from longctx.kernels.attention.mask_cache import cached_per_mask
+from longctx.kernels.attention.mask_cache import cached_per_mask, remember
 
 _FAR = 1 << 32  # tokens, farther than any position: limits are clamped to it, so that sums fit int64
 
@@ -35,6 +35,11 @@ class KeyIntervals:
     end: Tensor | None = None
     query_position: Tensor | None = None
     key_position: Tensor | None = None
+    is_owned: bool = True  # False: the tensors are of compiled code, see `mask_cache`
+
+    def __post_init__(self) -> None:
+        if self.is_owned:
+            remember(self.start, self.end, self.query_position, self.key_position)
 
     @staticmethod
     def full(n_queries: int, n_keys: int) -> KeyIntervals:
@@ -128,7 +133,9 @@ class KeyIntervals:
         if self.start is not None:
             return self
         made = _with_bounds(KeyIntervals(self.n_queries, self.n_keys, self.is_causal), torch.device(device))
-        return replace(made, query_position=self.query_position, key_position=self.key_position)
+        return replace(
+            made, query_position=self.query_position, key_position=self.key_position, is_owned=self.is_owned
+        )  # fmt: skip
 
     def identity(self) -> tuple[tuple[Tensor | None, ...], tuple[int, int, bool]]:
         """The tensors and sizes that the mask consists of, see `mask_cache`."""

@@ -17,10 +17,34 @@ Tensors = tuple[Tensor | None, ...]
 _MOST_RESULTS = 64  # kept for one tensor, and for masks without tensors together; the oldest goes first
 _by_tensor: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _by_size: dict[Hashable, object] = {}
+_of_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors of masks that were made outside of compiled code
+
+
+def remember(*tensors: Tensor | None) -> None:
+    """These belong to a mask that is made here, which compiled code is not."""
+    if hardware.is_recording():
+        return
+    for x in tensors:
+        if x is not None:
+            _of_masks[x] = True
+
+
+def are_remembered(*tensors: Tensor | None) -> bool:
+    """Whether these may be known by their identity.
+
+    Compiled code writes one mask into the memory, and the tensor object, of another that it is through with, and no
+    version counts that.
+    """
+    return all(x is None or x in _of_masks for x in tensors)
 
 
 class Mask(Protocol):
     """What `cached_per_mask` needs to know of a mask."""
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether its tensors may be known by their identity, see `are_remembered`."""
+        ...
 
     def identity(self) -> tuple[Tensors, Hashable]:
         """The tensors and the sizes that the mask consists of."""
@@ -44,11 +68,27 @@ class CachedPerMask(Generic[T]):
         if hardware.is_recording():  # a traced tensor has no identity, and a CUDA graph is replayed for other values
             return compute()
         tensors, sizes = (mask, None) if isinstance(mask, tuple) else mask.identity()
-        if any(x is not None and x.is_inference() for x in tensors):
-            return compute()  # such tensors count no writes, and a caller may write to them
-        key = self.compute, sizes, arguments
+        is_owned = isinstance(mask, tuple) or mask.is_owned
+        if not is_owned or any(_counts_no_writes(x) for x in tensors if x is not None):
+            return compute()
         anchor = next((x for x in tensors if x is not None), None)
+        devices = [anchor.device] if anchor is not None else [x for x in arguments if isinstance(x, torch.device)]
+        key = self.compute, sizes, arguments, _stream_of(devices)
         return _of_size(key, compute) if anchor is None else _of_tensors(anchor, tensors, key, compute)
+
+
+def _stream_of(devices: list[torch.device]) -> int:
+    """The stream on which results are made: another one does not wait for them."""
+    for device in devices:
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            return torch._C._cuda_getCurrentRawStream(index)  # `current_stream` makes an object of it
+    return 0
+
+
+def _counts_no_writes(x: Tensor) -> bool:
+    """Of tensors of inference mode, and of those that a CUDA graph of torch.compile writes anew at each replay."""
+    return x.is_inference() or torch._C._is_cached_tensor(x)
 
 
 def cached_per_mask(compute: Callable[..., T]) -> CachedPerMask[T]:

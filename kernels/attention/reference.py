@@ -133,7 +133,8 @@ def attention_backward(
         weight = dropout_weight(mask, options, q.shape[0], heads).to(compute)
         kept, dprobabilities = probabilities * weight, dprobabilities * weight
     dv = torch.einsum("bhij,bihd->bjhd", kept, dout)
-    dscores = probabilities * (dprobabilities - attention_delta(dout, dlse, out).unsqueeze(-1)) * options.scale
+    delta = attention_delta(dout, dlse, out).masked_fill(lse == -torch.inf, 0)  # of rows without keys dlse may be NaN
+    dscores = probabilities * (dprobabilities - delta.unsqueeze(-1)) * options.scale
     if slope is not None:
         dscores = dscores * slope
     dq = torch.einsum("bhij,bjhd->bihd", dscores, repeat_heads(k, heads).to(compute))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longctx.kernels import addressing
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.mask_cache import cached_per_mask
 from longctx.kernels.attention.options import Options, Saved
@@ -73,8 +74,12 @@ def backward_by_torch(
 
 
 def _with_heads_in_one_piece(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied where the numbers of a head do not stand beside each other: torch's kernels read on as if."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """The tensors, copied where the numbers of a head do not stand beside each other: torch's kernels read on as if.
+
+    On a GPU also where 16 bytes do not lie at a multiple of 16: cuDNN gives wrong numbers then, FlashAttention-2 none.
+    """
+    readable = addressing.readable if tensors[0].device.type == "cpu" else addressing.addressable
+    return [readable(x) for x in tensors]
 
 
 def _backward_with_dlse(
@@ -226,7 +231,8 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def uses_cudnn(q: Tensor, mask: KeyIntervals) -> bool:
     """Whether cuDNN serves a call rather than FlashAttention-2."""
-    return _cudnn_knows(mask) and q.shape[-1] <= 128 and torch.version.hip is None
+    is_one = mask.n_queries == mask.n_keys == 1  # which cuDNN refuses
+    return _cudnn_knows(mask) and not is_one and q.shape[-1] <= 128 and torch.version.hip is None
 
 
 def _cudnn_knows(mask: KeyIntervals) -> bool:

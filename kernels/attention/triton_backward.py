@@ -37,10 +37,10 @@ from longctx.kernels.triton_math import LOG2_E, kept, tanh, wide
 @triton.jit
 def attention_delta_triton(
     dout, out, dlse, lse, delta, exponent, dout_batch, dout_row: tl.constexpr, dout_head,
-    out_batch, out_row: tl.constexpr, out_head, n_queries, n_padded, scale,
+    out_batch, out_row: tl.constexpr, out_head, n_queries, n_padded,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = scale * (rowsum(dout * out) - dlse), (batch, heads, n_padded); if `exponent` is there, lse in base 2."""
+    """delta = rowsum(dout * out) - dlse, (batch, heads, n_padded); if `exponent` is there, lse in base 2."""
     first_row = tl.program_id(0) * BLOCK_Q
     head, batch = tl.program_id(1), tl.program_id(2)
     stream = batch * tl.num_programs(1) + head
@@ -52,9 +52,12 @@ def attention_delta_triton(
     row_delta = tl.sum(dout_tile * out_tile, 1)
     if dlse is not None:
         row_delta -= tl.load(dlse + wide(stream) * n_queries + row, mask=row < n_queries, other=0.0)
-    tl.store(delta + wide(stream) * n_padded + row, row_delta * scale, mask=row < n_padded)
-    if exponent is not None:
+    row_lse = tl.zeros((BLOCK_Q,), tl.float32)
+    if lse is not None:
         row_lse = tl.load(lse + wide(stream) * n_queries + row, mask=row < n_queries, other=float("-inf"))
+        row_delta = tl.where(row_lse == float("-inf"), 0.0, row_delta)  # of a row without keys dlse may be NaN
+    tl.store(delta + wide(stream) * n_padded + row, row_delta, mask=row < n_padded)
+    if exponent is not None:
         weightless = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)  # exp2(x - inf) is 0
         tl.store(exponent + wide(stream) * n_padded + row, weightless, mask=row < n_padded)
 
@@ -283,14 +286,12 @@ def backward_in_triton(
 
 def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
     delta = torch.empty_like(lse)
-    _launch_delta(dout, out, dlse, lse, delta, None, 1.0)
+    _launch_delta(dout, out, dlse, lse, delta, None)
     return delta
 
 
-def statistics(
-    dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, scale: float, multiple: int
-) -> tuple[Tensor, Tensor]:
-    """What a backward pass needs of rows: lse in base 2 and scale * delta, delta = rowsum(dout * out) - dlse.
+def statistics(dout: Tensor, out: Tensor, dlse: Tensor | None, lse: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """What a backward pass needs of rows: lse in base 2 and delta = rowsum(dout * out) - dlse.
 
     Both (batch, heads, n_queries up to the next multiple) float32. Rows that see no key or do not exist have lse inf
     and delta 0: their weights are 0.
@@ -298,7 +299,7 @@ def statistics(
     batch, heads, n_queries = lse.shape
     shape = 2, batch, heads, n_queries + -n_queries % multiple
     exponent, delta = torch.empty(shape, dtype=torch.float32, device=lse.device)
-    _launch_delta(dout, out, dlse, lse, delta, exponent, scale)
+    _launch_delta(dout, out, dlse, lse, delta, exponent)
     return exponent, delta
 
 
@@ -307,16 +308,16 @@ def delta(dout: Tensor, out: Tensor) -> Tensor:
     batch, n_queries, heads, _ = dout.shape
     sums = torch.empty((batch, heads, n_queries), dtype=torch.float32, device=dout.device)
     with hardware.on_device(dout):
-        _launch_delta(dout, out, None, sums, sums, None, 1.0)
+        _launch_delta(dout, out, None, None, sums, None)
     return sums
 
 
-def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None, scale: float) -> None:
+def _launch_delta(dout, out, dlse, lse, delta: Tensor, exponent: Tensor | None) -> None:
     dout, out = addressing.readable(dout), addressing.readable(out)
+    dlse, lse = (None if x is None else x.contiguous() for x in (dlse, lse))
     batch, n_queries, heads, head_dim = dout.shape
     rows = 16 if hardware.INTERPRETED else 64
     attention_delta_triton[(triton.cdiv(delta.shape[-1], rows), heads, batch)](
-        dout, out, None if dlse is None else dlse.contiguous(), lse.contiguous(), delta, exponent, *dout.stride()[:3],
-        *out.stride()[:3], n_queries, delta.shape[-1], scale, HEAD_DIM=head_dim, BLOCK_D=addressing.padded(head_dim),
-        BLOCK_Q=rows, num_warps=4,
+        dout, out, dlse, lse, delta, exponent, *dout.stride()[:3], *out.stride()[:3], n_queries, delta.shape[-1],
+        HEAD_DIM=head_dim, BLOCK_D=addressing.padded(head_dim), BLOCK_Q=rows, num_warps=4,
     )  # fmt: skip

@@ -444,7 +444,8 @@ def _sequences_mask(
     know it is possible.
     """
     if not hardware.is_recording():
-        n_queries, n_keys = (min(n, int(c[-1])) for n, c in zip((n_queries, n_keys), cu_seqlens, strict=True))
+        lengths = zip((n_queries, n_keys), cu_seqlens, strict=True)
+        n_queries, n_keys = (min(n, max(0, int(c[-1]))) if c.ndim == 1 and len(c) else n for n, c in lengths)
     mask = KeyIntervals.sequences(*cu_seqlens, n_queries, n_keys, causal)
     return mask if left is None and right is None else mask.band(left, right, cu_seqlens[0].device)
 

@@ -30,9 +30,11 @@ def cross_entropy(
 ) -> Tensor:
     """Loss in nats, float32 (float64 for float64): of each token (`none`), their sum, or the mean over valid targets.
 
-    logits (..., classes) in float16, bfloat16, float32 or float64; targets (...) int64. What the loss is:
-    `LossOptions`. A mean over no valid target is 0. `inplace`: the gradient is written over the logits, which saves as
-    much memory as they take; nothing else may use them afterwards. For `sum` and `mean` the gradient is made together
+    logits (..., classes) in float16, bfloat16, float32 or float64; targets (...) int64. The loss is lse -
+    (1 - label_smoothing) * x[target] - label_smoothing * mean(x) + z_loss * lse^2, of x = logits, or softcap *
+    tanh(logits / softcap), and lse = log(sum(exp(x))); 0 where the target is `ignore_index`. A mean over no valid
+    target is 0. `inplace`: the gradient is written over the logits, which saves as much memory as they take; nothing
+    else may use them afterwards. For `sum` and `mean` the gradient is made together
     with the loss, but in float16, where it could vanish before a loss scale reaches it. Raises ValueError for what does
     not fit; a target outside the vocabulary raises on a CPU, and gives NaN on a GPU, where looking would wait for it.
     """

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from longctx.kernels import hardware, precision
+from longctx.kernels.addressing import matrix
 from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.loss import chunks, reference
 from longctx.kernels.loss.cross_entropy import (
@@ -47,8 +48,9 @@ def linear_cross_entropy(
     """`cross_entropy(hidden @ weight^T + bias, targets)` in nats, float32 (float64 for float64).
 
     hidden (..., width), weight (classes, width) and bias (classes,) of one dtype, which autocast may choose; targets
-    (...) int64. Options as in `cross_entropy`. Memory beyond the gradients, with the Triton kernels: a chunk's logits
-    (see `tokens_of_a_chunk`), and the weight's gradient in float32, in whose memory the finished one stays.
+    (...) int64. Options as in `cross_entropy`. Memory beyond the gradients, with the Triton kernels: the logits of a
+    chunk of tokens, and the weight's gradient in float32, in whose memory the finished one stays. Raises ValueError for
+    what does not fit.
 
     `sum` and `mean` make both gradients in the forward pass: three matrix products. `sum` multiplies the losses by
     `token_weight`, one number on the device (say 1 over the tokens of a batch of which this is a part): known early, it
@@ -212,27 +214,23 @@ def cast_in_place(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(hidden, weight, bias, targets, *call):
-    losses, _ = in_chunks(_rows(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1])
+    losses, _ = in_chunks(matrix(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1])
     return losses.view(targets.shape)
 
 
 def _backward(dlosses, hidden, weight, bias, targets, *call):
     weights = dlosses.to(precision.accumulation_dtype(hidden.dtype)).reshape(-1)
     _, gradients = in_chunks(
-        _rows(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1], weights
+        matrix(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1], weights
     )
     return finished(gradients, hidden)
 
 
 def _forward_with_gradient(hidden, weight, bias, targets, token_weight, *call):
     losses, gradients = in_chunks(
-        _rows(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1], token_weight
+        matrix(hidden), weight, bias, targets.reshape(-1), LossOptions(*call[:-1]), call[-1], token_weight
     )
     return losses.sum() * token_weight, *finished(gradients, hidden)
-
-
-def _rows(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def finished(gradients: Gradients | None, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -68,6 +69,12 @@ def time_waits(model: Transformer, waiting: Callable[[], AbstractContextManager[
             continue
         for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
             setattr(group, name, timed(getattr(group, name)))
+
+
+def sum_over_replicas(model: nn.Module, is_last: bool) -> None:
+    """Of the micro-batches of a step the last one alone is followed by the sum over replicas (HSDP), of all of them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
 
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:

@@ -78,6 +78,11 @@ class SplitMask:
         assert self.mask.start is not None
         return self.mask if self.mask.start.device.type == "cpu" else _copied_to_cpu(self.mask)
 
+    @property
+    def is_owned(self) -> bool:
+        """As of `KeyIntervals`."""
+        return self.mask.is_owned
+
     def identity(self) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
         """The tensors and sizes that the mask consists of, see `mask_cache`."""
         tensors, sizes = self.mask.identity()

@@ -33,6 +33,8 @@ def parallelize(
     context_parallel = ContextParallel.over(choice, mesh, config.parallel.timeout_seconds)
     parallel = config.parallel
     offload = ActivationOffload(parallel.offload, device) if parallel.offload else None
+    if parallel.compile:  # blocks differ by window, positions, pass and batch, and torch refuses more than 8 versions
+        torch._dynamo.config.recompile_limit = 64
     for layer, (block, recompute) in enumerate(zip(model.blocks, recompute_by_layer(config), strict=True)):
         assert isinstance(block, Block)
         if mesh.size("context") > 1:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.batch import Batch
-from longctx.config import ComputeDtype, Config
+from longctx.config import ComputeDtype, Config, layer_windows
 from longctx.errors import UserError
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.tiles import TILE
 from longctx.local_part import local_of
 from longctx.model.transformer import Block, Transformer
-from longctx.parallel.context_parallel import ContextAttend
-from longctx.parallel.load_balance import Split, zigzag
+from longctx.parallel.context_parallel import ContextAttend, ContextParallel
+from longctx.parallel.load_balance import in_order
 from longctx.parallel.local_batch import LocalBatch
 from longctx.parallel.loss import forward_backward, global_loss, token_weight
 from longctx.parallel.mesh import Mesh
@@ -32,22 +32,27 @@ TOLERANCE_OF_16_BITS = 2e-2
 # allowed difference: so many times the change that comes of attention's results being off by half a unit in the last
 # place; for the weights of keys in bfloat16 that change alone can be 10 %
 NOISE = 5
+MOST_TOKENS = 2048  # of a sequence, for the sake of windows
 
 
-def verify_layout(model: Transformer, config: Config, mesh: Mesh, device: torch.device) -> float:
+def verify_layout(
+    model: Transformer, config: Config, mesh: Mesh, context_parallel: ContextParallel, device: torch.device
+) -> float:  # fmt: skip
     """The largest relative difference of a gradient, or of the loss, between a split batch and a whole one.
 
     Raises `UserError` on all ranks if it is more than rounding explains.
     """
     size = mesh.size("context")
-    # chunks of whole tiles, whose gradients kernels give to other ranks; graphs are compiled for the lengths to come
-    length = min(config.data.sequence_length, 2 * size * mesh.size("tensor") * TILE)
-    with torch.compiler.set_stance("force_eager"):
-        split = _loss_and_gradients(model, config, mesh, zigzag(length, size), device)
+    # chunks of whole tiles, whose gradients kernels give to other ranks, and more than one window
+    pieces = 2 * size * mesh.size("tensor")
+    wanted = max(TILE * pieces, *(min(2 * window, MOST_TOKENS) for window in layer_windows(config.model)))
+    length = min(config.data.sequence_length, -(-wanted // pieces) * pieces)
+    with torch.compiler.set_stance("force_eager"):  # graphs are compiled for the lengths to come
+        split = _loss_and_gradients(model, config, mesh, length, context_parallel, device)
         with _attending(model, lambda attend: attend.attend):
-            whole = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
+            whole = _loss_and_gradients(model, config, mesh, length, None, device)
         with _attending(model, lambda attend: _RoundedOtherwise(attend.attend)):
-            rounded = _loss_and_gradients(model, config, mesh, zigzag(length, 1), device)
+            rounded = _loss_and_gradients(model, config, mesh, length, None, device)
     squares = [(a - b).square().sum() for other in (split, rounded) for a, b in zip(other, whole, strict=True)]
     squares = torch.stack(squares + [x.square().sum() for x in whole]).view(3, -1)
     dist.all_reduce(squares)
@@ -66,20 +71,29 @@ def verify_layout(model: Transformer, config: Config, mesh: Mesh, device: torch.
 
 
 def _loss_and_gradients(
-    model: Transformer, config: Config, mesh: Mesh, split: Split, device: torch.device
+    model: Transformer, config: Config, mesh: Mesh, length: int, context_parallel: ContextParallel | None,
+    device: torch.device,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and this rank's part of each gradient: float32."""
-    length = len(split.order)
-    generator = torch.Generator().manual_seed(mesh.reader)
-    stream = torch.randint(config.model.vocab_size, (1, length + 1), generator=generator)
-    start = torch.zeros(1, length, dtype=torch.int64)
-    chunk = length // (2 * mesh.size("context"))
-    for border in sorted({length // 3, chunk, chunk + 1}):  # inside a shard, at its end, and after one token
-        start[:, border:] = border
-    batch = Batch(stream[:, :-1], stream[:, 1:], torch.arange(length) - start, start)
-    weight = token_weight(length * mesh.readers, device, alike=mesh.size("context") // split.size)
-    part = forward_backward(model, LocalBatch.of(batch, split, mesh, device), weight)
-    total = global_loss(part.float(), mesh)
+    """The loss and this rank's part of each gradient, float32: split by `context_parallel`, None: whole.
+
+    Of two micro-batches: two sequences with documents of their own, split as these are, and one of one document.
+    """
+    size, generator = mesh.size("context"), torch.Generator().manual_seed(mesh.reader)
+    chunk = length // (2 * size)
+    # inside a shard, at its end, and after one token; in another row elsewhere; nowhere
+    micro_batches = [[{length // 3, chunk, chunk + 1}, {2 * length // 3}], [set()]]
+    total = torch.zeros((), device=device)
+    for borders in micro_batches:
+        stream = torch.randint(config.model.vocab_size, (len(borders), length + 1), generator=generator)
+        start = torch.zeros(len(borders), length, dtype=torch.int64)
+        for row, of_row in zip(start, borders, strict=True):
+            for border in sorted(of_row):
+                row[border:] = border
+        batch = Batch(stream[:, :-1], stream[:, 1:], torch.arange(length) - start, start)
+        split = context_parallel.split(config.model, batch.positions) if context_parallel else in_order(length, 1)
+        weight = token_weight(3 * length * mesh.readers, device, alike=size // split.size)
+        total += forward_backward(model, LocalBatch.of(batch, split, mesh, device), weight).float()
+    total = global_loss(total, mesh)
     gradients = []
     for parameter in model.parameters():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

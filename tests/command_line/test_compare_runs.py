@@ -50,6 +50,23 @@ def test_what_differs_and_how_much(tmp_path):
     assert len(charts) == 4  # of training, validation, throughput and by position
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """By the folders above; and a loss that is not finite is not that of before."""
+    made_run(tmp_path / "old" / "gpt", 1e-3, 1000, [4.0, 3.0])
+    made_run(tmp_path / "new" / "gpt", 1e-3, 1000, [4.0, 2.0])
+    with (tmp_path / "new" / "gpt" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss/val": null}\n')
+    monkeypatch.chdir(tmp_path / "old" / "gpt")
+    result = compare(tmp_path, ".", "../../new/gpt")
+    assert result.returncode == 0, result.stderr
+    rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines()]
+    assert ["old/gpt", "new/gpt"] in rows
+    assert ["best validation loss", "3.0000", "2.0000"] in rows
+    assert ["last validation loss", "3.0000", "not finite"] in rows
+    marks = re.findall(r'<g clip-path="[^"]*">\s*<use', (tmp_path / "page.html").read_text())
+    assert len(marks) == 4  # of a lone validation, by tokens and by position, for each run
+
+
 def test_equal_losses_are_asserted(tmp_path):
     made_run(tmp_path / "a", 1e-3, 1000, [4.0, 3.0])
     made_run(tmp_path / "b", 1e-3, 1000, [4.0, 3.0 + 1e-7])

@@ -54,6 +54,16 @@ def test_all_problems_at_once():
     }
 
 
+def test_a_rank_without_rows_of_the_vocabulary_is_refused():
+    config = composed(
+        "recipe=gpt_tiny", "data=recall", "model.vocab_size=9", "data.recall.keys=2", "data.recall.values=2"
+    )
+    config.parallel.tensor, config.model.heads, config.model.kv_heads = 4, 4, 4
+    with pytest.raises(ConfigError) as caught:
+        check(config, 4)
+    assert "model.vocab_size=9 leaves a rank of parallel.tensor=4 without rows; lower that" in caught.value.problems
+
+
 def test_a_key_that_may_be_null_says_what_null_means():
     config = composed("recipe=gpt_tiny")
     config.optim.warmup_steps, config.model.logit_softcap, config.logging.peak_tflops = -1, 0, -2
@@ -220,6 +230,8 @@ def test_mixtures_and_curricula():
     shares = composed("recipe=gpt_tiny", "data.curriculum={0: 256, 0.5: 512, 0.75: 0}", "optim.steps=40")
     check(shares, 1)
     assert [attention_span(shares, step) for step in (0, 19, 20, 29, 30)] == [256, 256, 512, 512, None]
+    exact = composed("recipe=gpt_tiny", "data.curriculum={0: 256, 0.07: 0}", "optim.steps=100")  # 0.07 * 100 > 7
+    assert [attention_span(exact, step) for step in (6, 7)] == [256, None]
     shares.data.curriculum["a"] = 1
     with pytest.raises(ConfigError, match=r"data.curriculum: a: 1; give steps from 0 on"):
         check(shares, 1)

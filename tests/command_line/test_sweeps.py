@@ -175,3 +175,18 @@ def test_recipes_of_ones_own(tmp_path):
     assert shown["optim"]["lr"] == 0.125
     assert shown["model"]["layers"] == 4
     assert shown["name"] == "of-mine"
+
+
+def test_what_an_optimizing_sweeper_is_told():
+    """Optuna takes no NaN: a run that diverged is as bad as one that failed."""
+    assert [command.to_lower(loss) for loss in (1.5, math.nan, -math.inf)] == [1.5, math.inf, math.inf]
+
+
+def test_a_home_folder_is_one_for_hydra_too(monkeypatch):
+    """Which would write its own files into a folder of the name ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert command.typed(["folder=~/runs", "folder=~", "seed=1"]) == [
+        "folder=/home/me/runs",
+        "folder=/home/me",
+        "seed=1",
+    ]

@@ -67,18 +67,20 @@ def test_against_dense(n_queries, n_keys, block_q, block_k, per_head, causal, im
     )  # fmt: skip
 
 
-def test_bounds_of_each_sequence_are_not_for_the_kernels():
-    """Which list the tiles of a mask once for the batch; `auto` takes what can."""
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bounds_of_each_sequence(deterministic):
+    """Tiles are listed once for the batch: those that any sequence sees a part of."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 64, 2, 16, device=DEVICE) for _ in range(3))
+    q, k, v = (torch.randn(2, 64, 2, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     start = torch.zeros(2, 64, dtype=torch.int64, device=DEVICE)
     start[0, 40:], start[1, 8:] = 40, 8
-    documents = KeyIntervals.documents(start)
-    mask = BlockMask(torch.ones(1, 4, 4, dtype=torch.bool, device=DEVICE), 16, 16, documents)
-    expected = attention(q, k, v, documents, implementation="reference")[0]
-    torch.testing.assert_close(attention(q, k, v, mask)[0], expected, rtol=0, atol=4e-6)
-    with pytest.raises(ValueError, match="kept blocks within bounds that differ by sequence"):
-        attention(q, k, v, mask, implementation="triton")
+    mask = BlockMask(flash_layout(4, 4, 0.8).view(1, 4, 4), 16, 16, KeyIntervals.documents(start))
+    found = []
+    for implementation in ("reference", "triton"):
+        out, lse = attention(q, k, v, mask, implementation=implementation, deterministic=deterministic)
+        found.append((out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for expected, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("option", [{"alibi_slopes": [0.5, 0.25]}, {"dropout": 0.4}], ids=["alibi", "dropout"])

@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -436,12 +437,22 @@ def verified(_rank: int, parallel: ParallelConfig, broken: str, compute=ComputeD
     if broken == "dropped hop":
         within = key_exchange._within
         key_exchange._within = lambda run, ranges: [] if run.owner == 1 else within(run, ranges)
+    if broken == "row 0 for all":
+        of_rank = load_balance.SplitMask.of_rank
+
+        def of_row_0(self, rank: int, device: torch.device) -> KeyIntervals:
+            mask = of_rank(self, rank, device)
+            assert mask.start is not None
+            assert mask.end is not None
+            return replace(mask, start=mask.start[:1].expand_as(mask.start), end=mask.end[:1].expand_as(mask.end))
+
+        load_balance.SplitMask.of_rank = of_row_0
     config = Config(model=GQA, parallel=parallel)
     config.precision.compute = compute
     mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
-    model, _ = parallelize(config, mesh, torch.distributed.get_world_size(), torch.device("cpu"))
+    model, context = parallelize(config, mesh, torch.distributed.get_world_size(), torch.device("cpu"))
     try:
-        return verify_layout(model, config, mesh, torch.device("cpu"))
+        return verify_layout(model, config, mesh, context, torch.device("cpu"))
     except UserError as error:
         return str(error)
 
@@ -466,8 +477,15 @@ def test_what_rounding_explains_is_no_error():
     assert all(1e-3 < found < 1 for found in differences)
 
 
-@pytest.mark.parametrize("compute", [ComputeDtype.float32, ComputeDtype.bfloat16])
-def test_a_wrong_layout_is_refused(compute):
-    for message in run_on_new_ranks(2, verified, LAYOUTS["ring"], "dropped hop", compute):
+@pytest.mark.parametrize(
+    ("broken", "compute"),
+    [
+        ("dropped hop", ComputeDtype.float32),
+        ("dropped hop", ComputeDtype.bfloat16),
+        ("row 0 for all", ComputeDtype.float32),
+    ],
+)
+def test_a_wrong_layout_is_refused(broken, compute):
+    for message in run_on_new_ranks(2, verified, LAYOUTS["ring"], broken, compute):
         assert "of a batch split over 2 ranks differs from that of the whole batch" in message
         assert "use another parallel.strategy, or parallel.context=1" in message

@@ -29,6 +29,9 @@ def test_schedules():
     wsd = OptimConfig(steps=100, warmup_steps=0, schedule=Schedule.wsd, decay_fraction=0.2, final_lr_fraction=0.0)
     assert [schedule(s, wsd) for s in (0, 80, 90, 100)] == pytest.approx([1, 1, 0.5, 0])
     assert schedule(1000, OptimConfig(steps=10, schedule=Schedule.constant)) == 1
+    to_zero = replace(wsd, warmup_steps=30, decay_fraction=1.0)  # falls from where the warm-up has ended
+    assert [schedule(s, to_zero) for s in (29, 30, 65, 100)] == pytest.approx([1, 1, 0.5, 0])
+    assert schedule(9, OptimConfig(steps=10, warmup_steps=10, schedule=Schedule.wsd)) == 1
 
 
 def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from longctx.page import POINTS, Chart, page, smoothed, thinned, with_peaks
-from longctx.report import write_report
+from longctx.report import figures_that_count, write_report
 from longctx.summary import summary
 
 RECORD = {
@@ -124,15 +124,25 @@ def test_a_branch_leaves_its_first_steps_out_too():
 
 
 def test_the_first_steps_of_a_start_are_no_measure_of_speed():
-    rows = [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 0} for s in range(1, 4)]
-    rows += [{"step": float(s), "perf/step_s": 1.0, "perf/tokens_per_s": 10.0, "run/restarts": 0} for s in range(4, 7)]
-    rows += [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 1} for s in range(7, 10)]
-    rows += [{"step": 10.0, "perf/step_s": 2.0, "perf/tokens_per_s": 5.0, "run/restarts": 1}]
+    """The last two of the first start were not logged."""
+
+    def row(step: float, seconds: float, start: int) -> dict[str, float]:
+        return {"step": step, "perf/step_s": seconds, "perf/tokens_per_s": 10 / seconds, "run/start_step": start}
+
+    rows = [row(s, 10.0, 0) for s in (1, 2, 3)] + [row(s, 1.0, 0) for s in (4, 5, 6)]
+    rows += [row(s, 10.0, 8) for s in (9, 10, 11)] + [row(12, 2.0, 8)]
     found = summary(rows)
-    assert found["mean/tokens_per_s"] == pytest.approx(40 / 5)  # tokens over seconds of steps 4, 5, 6 and 10
+    assert found["mean/tokens_per_s"] == pytest.approx(40 / 5)  # tokens over seconds of steps 4, 5, 6 and 12
     assert found["mean/step_s"] == pytest.approx(5 / 4)
     assert found["peak/tokens_per_s"] == 10.0
     assert summary(rows[:2])["mean/tokens_per_s"] == 1.0  # nothing else is left
+
+
+def test_a_last_validation_that_is_not_finite_is_the_last():
+    rows = [{"step": 6.0, "loss/val": 4.9, "loss/val_bits_per_byte": 1.9}, {"step": 12.0, "loss/val": math.nan}]
+    shown = dict(figures_that_count(rows, {}))
+    assert shown["best validation loss"] == "4.9000 (step 6)"
+    assert (shown["last validation loss"], shown["bits a byte"]) == ("not finite", "not finite")
 
 
 # in a browser --------------------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ from longctx.checkpoint import (
     read_manifest,
     verify_files,
 )
-from longctx.config import Config, LoggingConfig, WandbMode
+from longctx.config import Config, LoggingConfig, Schedule, WandbMode
 from longctx.errors import UserError
 from longctx.files import write_manifest
 from longctx.local_part import local_of
 from longctx.metrics import History, Metrics
 from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
+from longctx.trainer import Trainer
 from ranks import run_on_ranks
 from runs import ROOT, run_info, small_config, train, trainer_of
 
@@ -373,7 +374,7 @@ def test_a_branch_takes_no_metrics_of_an_unsaved_run_of_its_name(tmp_path, corpu
     rows = read_metrics(tmp_path / "branch" / "metrics.jsonl")
     assert sorted({row["step"] for row in rows}) == [4, 5]
     assert len(list((tmp_path / "branch").glob("metrics.*.jsonl"))) == 1
-    assert rows[0]["run/restarts"] == 1
+    assert rows[0]["run/restarts"] == 0
 
 
 def test_a_branch_that_starts_again_before_its_first_checkpoint_is_the_same_run(tmp_path, corpus):
@@ -437,6 +438,50 @@ def test_a_start_that_logged_nothing_was_a_start(tmp_path):
     again = History(tmp_path / "history.json", None, 4, has_steps=True)
     assert (first.restarts, again.restarts, again.lost_steps) == (0, 1, 0)
     assert again.started_at == first.started_at
+
+
+def test_a_run_that_begins_anew_under_an_old_name_has_a_clock_of_its_own(tmp_path, corpus):
+    """As runs without checkpoints do, for measurements; one that ended in between is the same, started again."""
+    config = small_config(tmp_path, corpus, optim__steps=2, checkpoint__at_end=False)
+    path = config.run_folder / "history.json"
+    assert go(config).is_complete
+    first = json.loads(path.read_bytes())
+    for lr in (3e-3, 1e-3):
+        config.optim.lr = lr
+        assert go(config).is_complete
+        found = json.loads(path.read_bytes())
+        assert (found["restarts"], found["lost_steps"]) == (0, 0)
+        assert found["started_at"] > first["started_at"]
+    assert len(list(config.run_folder.glob("history.*.json"))) == 2
+    (config.run_folder / "run.json").write_text('{"ended": "stopped by SIGTERM"}')
+    assert go(config).is_complete
+    found = json.loads(path.read_bytes())
+    assert (found["restarts"], found["lost_steps"]) == (1, 2)
+
+
+def test_steps_that_no_line_was_logged_of_are_lost_too(tmp_path, corpus, monkeypatch):
+    config = small_config(tmp_path, corpus, optim__steps=6, logging__every_steps=10, checkpoint__every_steps=2)
+    with monkeypatch.context() as patch:
+        step = Trainer.train_step
+        patch.setattr(Trainer, "train_step", lambda self: step(self) if self.step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go(config)
+    assert go(config).is_complete
+    last = [row for row in read_metrics(config.run_folder / "metrics.jsonl") if "loss/train" in row][-1]
+    assert (last["run/lost_steps"], last["run/start_step"]) == (1, 2)
+
+
+def test_the_last_checkpoint_before_the_rate_fell_is_of_the_whole_run(tmp_path, corpus, capsys):
+    """Not only of the schedule of today: what an earlier end had let fall is no place to branch off from."""
+    config = small_config(tmp_path, corpus, checkpoint__every_steps=3, checkpoint__keep=1, validation__sequences=0)
+    config.optim.schedule, config.optim.decay_fraction = Schedule.wsd, 0.5
+    for steps in (6, 12):
+        config.optim.steps = steps
+        assert go(config).is_complete
+        assert "or branch off from before it fell" in capsys.readouterr().out.replace("\n", " ")
+        assert sorted(path.name for path in (config.run_folder / "checkpoints").glob("step_*")) == sorted(
+            ["step_3", f"step_{steps}"]
+        )
 
 
 @pytest.mark.parametrize(("saved_steps", "step", "is_said"), [(100, 3, False), (100, 5, True), (2000, 4, False)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,7 +252,12 @@ def test_a_run_stopped_in_its_last_validation_is_not_complete(tmp_path, corpus, 
     """All steps are saved, and a report is there; the validation is made when it is started again."""
     config = small_config(tmp_path, corpus, optim__steps=3)
     assert not stopped_in_the_last_validation(config, monkeypatch).is_complete
+    assert re.search(r"resume: .* optim.steps=3$", capsys.readouterr().out, re.MULTILINE)
+    record = json.loads((config.run_folder / "run.json").read_bytes())
+    assert record["ended"] == "stopped by SIGTERM"
     outcome = go(config)
+    completed = json.loads((config.run_folder / "run.json").read_bytes())
+    assert completed == record | {"ended": "complete"}
     assert outcome.is_complete
     assert "validation after step 3" in capsys.readouterr().out
     assert outcome.loss > 0

@@ -233,16 +233,69 @@ def test_a_slow_rank_is_seen(tmp_path, corpus):
 
 def test_a_layout_is_verified_once(tmp_path, corpus):
     parallel = ParallelConfig(context=2, strategy=Strategy.ring)
-    for changed, expected in (
-        (parallel, 1),
-        (parallel, 0),  # resumed
-        (dataclasses.replace(parallel, strategy=Strategy.ulysses), 1),
-        (dataclasses.replace(parallel, verify=False), 0),
+    for changed, attention, expected in (
+        (parallel, "auto", 1),
+        (parallel, "auto", 0),  # resumed
+        (parallel, "reference", 1),  # by other kernels
+        (dataclasses.replace(parallel, strategy=Strategy.ulysses), "reference", 1),
+        (dataclasses.replace(parallel, verify=False), "auto", 0),
     ):
-        config = small_config(tmp_path, corpus, parallel=changed)
+        config = small_config(tmp_path, corpus, parallel=changed, model__attention=AttentionImplementation(attention))
         for calls, waited_s in run_on_ranks(2, verifications, config):
             assert calls == expected
             assert 0 < waited_s < 30
+
+
+def step_of_replicas(rank: int, config, norm: float | None) -> tuple[float, float, int]:
+    """Loss and skipped steps of two steps, in the second of which rank 1 has another norm; sums of whole gradients."""
+    reduced, all_reduce = [], torch.distributed.all_reduce
+
+    def counted(tensor, *arguments, **named):
+        reduced.append(tensor.numel())
+        return all_reduce(tensor, *arguments, **named)
+
+    with trainer_of(config) as trainer, mock.patch.object(torch.distributed, "all_reduce", counted):
+        trainer.train_step()
+        if norm is not None and rank == 1:
+            with mock.patch.object(trainer_module, "global_norm", return_value=torch.tensor(norm)):
+                values, _ = trainer.train_step()
+        else:
+            values, _ = trainer.train_step()
+        return values["loss/train"], trainer.progress.skipped, sum(n > 500 for n in reduced)
+
+
+def test_gradients_cross_between_replicas_once_a_step(tmp_path, corpus):
+    """However many micro-batches it has: between machines nothing else is sent."""
+    parallel, found = ParallelConfig(replicate=2, shard=1), []
+    for micro_batch in (4, 1):
+        config = small_config(
+            tmp_path / str(micro_batch), corpus, parallel=parallel, data__sequences_per_step=8,
+            data__sequences_per_micro_batch=micro_batch,
+        )  # fmt: skip
+        (loss, _, sums), other = run_on_ranks(2, step_of_replicas, config, None)
+        assert other == (loss, 0, sums)
+        found.append((loss, sums))
+    (loss, sums), (loss_of_four, sums_of_four) = found
+    assert sums == sums_of_four > 0
+    assert loss_of_four == pytest.approx(loss, rel=1e-6)
+
+
+def test_replicas_skip_a_step_together(tmp_path, corpus):
+    """Where one alone has a norm that is not finite, as a GPU that fails can have after gradients were summed."""
+    config = small_config(tmp_path, corpus, parallel=ParallelConfig(replicate=2, shard=1))
+    assert [skipped for _, skipped, _ in run_on_ranks(2, step_of_replicas, config, math.nan)] == [1, 1]
+
+
+def test_replicas_that_have_drifted_apart_end_the_run(tmp_path, corpus):
+    config = small_config(tmp_path, corpus, parallel=ParallelConfig(replicate=2, shard=1))
+    for message in run_on_ranks(2, said_by_replicas, config):
+        assert re.search(r"step 2: the norm of the gradient is .* on one rank and 1000 on another.*drifted", message)
+
+
+def said_by_replicas(rank: int, config) -> str:
+    with pytest.raises(UserError) as caught:
+        step_of_replicas(rank, config, 1e3)
+    return str(caught.value)
 
 
 def validate_and_save(_rank, config):

@@ -47,7 +47,7 @@ def results(function, inputs, sink, gradients):
     leaves = [*inputs] if sink is None else [*inputs, (sink := sink.detach().requires_grad_())]
     out, lse = function(*inputs, sink)
     dout, dlse = gradients
-    dlse = dlse.to(lse.dtype) * lse.detach().isfinite()
+    dlse = dlse.to(lse.dtype).masked_fill(~lse.detach().isfinite(), torch.nan)  # of rows without keys it is not used
     return out, lse, *torch.autograd.grad((out, lse), leaves, (dout.to(out.dtype), dlse))
 
 

@@ -244,6 +244,43 @@ def test_a_mask_of_blocks_that_does_not_fit_is_refused():
         attention(q, q, q, BlockMask(kept, 16, 16, KeyIntervals.causal(64)))
 
 
+@pytest.mark.parametrize("implementation", ["triton", "sdpa"] if ON_CPU else ["triton"])
+def test_tensors_of_compiled_code_are_not_known_by_their_identity(implementation):
+    """There one mask takes the tensor object of another that is done with, and no version counts what is written."""
+    q, k, v = (random("reference", 1, 64, 2, 16, seed=i) for i in range(3))
+    wide, narrow = (KeyIntervals.causal(64).window(size, DEVICE) for size in (40, 8))
+    options = Options(0.25)
+    flat = Call(wide, options, implementation).flat()
+    flat = [x.clone() if isinstance(x, torch.Tensor) else x for x in flat]  # not made as parts of a mask
+    for mask in (wide, narrow):
+        for tensor, wanted in zip(flat, Call(mask, options, implementation).flat(), strict=True):
+            if isinstance(tensor, torch.Tensor):
+                version = tensor._version
+                tensor.data.copy_(wanted)
+                assert tensor._version == version
+        out, _ = torch.ops.longctx.attention(q, k, v, None, *flat)
+        expected, _ = attention(q, k, v, mask, 0.25, "reference")
+        assert relative_error(out, expected) < 1e-5
+
+
+def test_masks_made_in_a_compiled_function():
+    q, k, v = (random("reference", 1, 64, 2, 16, seed=i) for i in range(3))
+
+    def windows(q, k, v):
+        for size in (16, 40, 8):
+            q = attention(q, k, v, KeyIntervals.causal(64).window(size, q.device), implementation="reference")[0]
+        return q
+
+    compiled = torch.compile(windows, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), windows(q, k, v))
+
+
+def test_a_batch_larger_than_a_grid_is_refused():
+    q = torch.empty(65536, 1, 1, 8, device="meta")
+    with pytest.raises(ValueError, match="a batch of 65536: at most 65535 on a GPU in one call, so split it"):
+        attention(q, q, q, KeyIntervals.causal(1))
+
+
 def test_a_seed_is_a_tensor():
     x = torch.zeros(2, 8, 4, 4)
     with pytest.raises(ValueError, match=r"seed 1: must be a tensor, such as torch.tensor\(1, device=q.device\)"):
