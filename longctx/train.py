@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 try:
     import hydra
+    from hydra.conf import HydraConf
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -120,7 +121,7 @@ def main(composed: DictConfig) -> float:
     return to_lower(outcome.loss)
 
 
-def is_grid(hydra_config: DictConfig) -> bool:
+def is_grid(hydra_config: HydraConf) -> bool:
     """Whether the jobs of a multirun are given beforehand, rather than chosen by what earlier ones have reached."""
     return "BasicSweeper" in hydra_config.sweeper._target_
 

@@ -114,7 +114,7 @@ class ChatTokenizer:
         found: Counter[int] = Counter()
         for last in np.flatnonzero(np.diff(is_trained.astype(np.int8), append=0) == -1):
             end = next(i for i in range(int(last), -1, -1) if ids[i] in self.added or i == 0 or not is_trained[i - 1])
-            is_end = ids[end] in self.added and not self.tokenizer.decode(ids[end + 1 : last + 1]).strip()
+            is_end = ids[end] in self.added and not str(self.tokenizer.decode(ids[end + 1 : last + 1])).strip()
             found[int(ids[end]) if is_end else -1] += 1
         return found
 
