@@ -24,9 +24,9 @@ def readable(x: Tensor) -> Tensor:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """`x` (..., width) in 16 bits if the TMA unit, and loads of 16 bytes, can address it, or a copy that they can."""
-    steps = [x.stride(dim) for dim in range(x.ndim - 1) if x.shape[dim] > 1]
-    is_fit = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 8 == 0 for step in steps)
+    """`x` (..., width) if the TMA unit, and loads of 16 bytes, can address it, or a copy that they can."""
+    steps = [x.stride(dim) * x.element_size() for dim in range(x.ndim - 1) if x.shape[dim] > 1]
+    is_fit = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 16 == 0 for step in steps)
     return x if is_fit else x.clone(memory_format=torch.contiguous_format)
 
 

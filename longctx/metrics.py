@@ -222,10 +222,11 @@ class History:
         self.logged = 0  # the last step that W&B has seen
         earlier = _read_history(path)
         if earlier or last_step is not None:
-            last_step = max(last_step or 0, int(earlier.get("taken", 0)))
+            last_step = last_step or 0
+            taken = max(last_step, int(earlier.get("taken", 0)))
             self.started_at = earlier.get("started_at", self.started_at)
             self.restarts = int(earlier.get("restarts", 0)) + has_steps
-            self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, last_step - start)
+            self.lost_steps = int(earlier.get("lost_steps", 0)) + max(0, taken - start)
             self.logged = max(last_step, int(earlier.get("logged", 0)))
         self.write()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from longctx.config import Config, DataSource
 from longctx.data import builtin
-from longctx.data.chat import copy_files_of_chats
+from longctx.data.chat import saved_files
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
@@ -85,7 +86,9 @@ def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> No
     file = folder / "tokenizer.json"
     try:
         file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
-        copy_files_of_chats(tokens.chat_folder, folder)
+        for name, kept in saved_files(tokens.chat_folder).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(kept, folder / name)
     except OSError as error:
         runtime.say(f"{file}: not written, so exports have to name a tokenizer: {error.strerror}")
 

@@ -38,7 +38,7 @@ class Figures:
         self.all: dict[str, Mean] = {}
         self.steady: dict[str, Mean] = {}  # without the first steps of each start
         self.steps = {"all": 0, "steady": 0}
-        self.start = 0.0
+        self.restarts, self.start, self.last_step = 0.0, 0.0, 0.0
 
     def add(self, row: dict[str, float]) -> None:
         """A line of a step or of a validation."""
@@ -74,8 +74,12 @@ class Figures:
 
     def _add_step(self, row: dict[str, float]) -> None:
         if not self.steps["all"]:
-            self.start = row["step"] - 1  # where lines do not say it
-        is_steady = row["step"] > row.get("run/start_step", self.start) + WARM_UP_STEPS
+            self.start = row["step"] - 1  # a branch begins at a later step
+        if row.get("run/restarts", 0.0) != self.restarts:
+            self.restarts, self.start = row.get("run/restarts", 0.0), self.last_step
+        self.last_step = row["step"]
+        start = row.get("run/start_step", self.start)  # which lines of earlier versions do not have
+        is_steady = row["step"] > start + WARM_UP_STEPS
         for kind, means in (("all", self.all), *([("steady", self.steady)] if is_steady else [])):
             self.steps[kind] += 1
             for key in ("step_s", *SPEEDS):

@@ -11,6 +11,7 @@ from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options
 
+MAX_BATCH = 65535  # blocks of a CUDA grid along its last axis
 IMPLEMENTATIONS = ("auto", "hopper", "triton", "sdpa", "reference")
 
 
@@ -49,10 +50,13 @@ def by_speed(q: Tensor, mask: KeyIntervals | BlockMask) -> tuple[str, ...]:
 
 def unsupported(q: Tensor, mask: KeyIntervals | BlockMask, options: Options) -> dict[str, str | None]:
     """For each implementation why it cannot serve a call like this, or None if it can."""
+    is_large = q.device.type != "cpu" and q.shape[0] > MAX_BATCH
+    too_large = f"a batch of {q.shape[0]}, where a grid has at most {MAX_BATCH}: split it" if is_large else None
+    of_torch = "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else torch_sdpa.unsupported(q, options)
     return {
-        "hopper": hopper.unsupported(q, mask, options),
-        "triton": hardware.unsupported(q),
-        "sdpa": "torch's kernels skip no blocks" if isinstance(mask, BlockMask) else torch_sdpa.unsupported(q, options),
+        "hopper": too_large or hopper.unsupported(q, mask, options),
+        "triton": too_large or hardware.unsupported(q),
+        "sdpa": too_large or of_torch,
         "reference": None,
     }
 

@@ -17,7 +17,7 @@ from longctx.kernels.attention.passes import attention_backward, attention_forwa
 from longctx.kernels.dropout import new_seed
 from longctx.kernels.forward_mode import refuse_tangents
 
-MAX_HEAD_DIM, MAX_BATCH = 256, 65535
+MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -43,8 +43,8 @@ def attention(
     float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope * |distance| is taken off. `dropout`:
     probability with which an entry of the softmax is dropped; its `seed` (one int64) is drawn from torch's generator.
     `deterministic`: the same bits each time. `sink` (heads,): the score of one more key whose value is 0, with gradient
-    (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). No row may see NaN: what a mask hides
-    may hold it only past the last sequence of `flash_attn_varlen_func`.
+    (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). All has to be finite, what a mask
+    hides too (0 * NaN is NaN), but for what lies past the last sequence of `flash_attn_varlen_func`.
 
     In torch.autocast q, k and v are cast first, as by torch's attention. Returns out, like q, and lse (batch, heads,
     n_queries), float32 (float64 for float64 inputs), natural log. A row that sees no key has out 0, lse -inf and zero
@@ -105,8 +105,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: must be 4-dimensional, k like v"
         )
     problems = []
-    if q.device.type != "cpu" and q.shape[0] > MAX_BATCH:
-        problems.append(f"a batch of {q.shape[0]}: at most {MAX_BATCH} on a GPU in one call, so split it")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         problems.append(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head_dim")
     if not k.shape[2] or q.shape[2] % k.shape[2]:

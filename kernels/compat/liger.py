@@ -25,7 +25,7 @@ class _Loss(nn.Module):
     ) -> None:
         super().__init__()
         if weight is not None or return_z_loss:
-            raise ValueError("weight and return_z_loss: not supported here, pass None and False")
+            raise ValueError("weights of classes and return_z_loss: not supported here, pass None and False")
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index, "z_loss": lse_square_scale, "label_smoothing": label_smoothing,
             "reduction": reduction, "softcap": softcap,
@@ -40,7 +40,10 @@ class LigerCrossEntropyLoss(_Loss):
 
 
 class LigerFusedLinearCrossEntropyLoss(_Loss):
-    """`linear_cross_entropy` as a module; `lse_square_scale` is its `z_loss`."""
+    """`linear_cross_entropy` as a module; `lse_square_scale` is its `z_loss`, `ce_weight` what `weight` is above."""
+
+    def __init__(self, ce_weight: None = None, *arguments: Any, **named: Any) -> None:
+        super().__init__(ce_weight, *arguments, **named)
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_cross_entropy(_input, lin_weight, target, bias=bias, **self.options)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from longctx.errors import DataError
 # files of a template, as transformers calls them: the one there is, or the default of several, and the others by name
 CHAT_TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-FILES = (CHAT_TEMPLATE, OTHER_TEMPLATES, TOKENIZER_CONFIG)
+SWITCHES = re.compile("/no_think|/think|/system_override")  # which templates take out of what is said
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -181,12 +180,12 @@ def _refuse_what_is_lost(chat: Chat, text: str) -> None:
     for number, message in enumerate(chat.messages):
         role, said = message["role"], {}
         if role in ("system", "user", "assistant"):
-            said["content"] = (message.get("content") or "").rpartition("</think>")[2]
+            said["content"] = SWITCHES.sub("", message.get("content") or "").rpartition("</think>")[2]
         if number == last and isinstance(message.get("reasoning_content"), str):
             said["reasoning_content"] = message["reasoning_content"]
         said |= {f"call of {name}": name for name in map(_name_of, message.get("tool_calls") or [])}
         for what, words in said.items():
-            if words.strip() not in text:
+            if words.strip() not in SWITCHES.sub("", text):
                 raise ChatError(
                     f"the chat template does not write the {what} of message {number + 1} ({role}): "
                     f"{words.strip()!r:.60}; give one that does (--chat-template), or leave it out of the conversation"
@@ -213,13 +212,10 @@ def files_of_chats(tokenizer_file: Path, template_file: Path | None) -> list[Pat
     return [file for file in (*files, folder / TOKENIZER_CONFIG) if file.is_file()]
 
 
-def copy_files_of_chats(folder: Path, target: Path) -> None:
-    """What `ChatTokenizer.save` has written, as far as it is there."""
-    for name in FILES:
-        if (folder / name).is_dir():
-            shutil.copytree(folder / name, target / name, dirs_exist_ok=True)
-        elif (folder / name).exists():
-            shutil.copyfile(folder / name, target / name)
+def saved_files(folder: Path) -> dict[str, Path]:
+    """What `ChatTokenizer.save` has written into a folder, by name there."""
+    files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *(folder / OTHER_TEMPLATES).glob("*.jinja")]
+    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
 
 
 @cache

@@ -78,6 +78,7 @@ class NanoGPTFolder:
 
     document_begin: list[int] | None = None
     chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
+    has_conversations: bool = False
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)
@@ -126,6 +127,7 @@ class MegatronFolder:
 
     document_begin: list[int] | None = None
     chat_prompt: list[str] = []  # noqa: RUF012  the protocol has it of instances
+    has_conversations: bool = False
 
     def __init__(self, folder: Path, vocab_size: int, data: DataConfig, rank: int, ranks: int) -> None:
         self.folder, given = folder, _GivenTokenizer(data, vocab_size)

@@ -43,8 +43,10 @@ class Mixture:
         self.tokenizer_file, self.tokenizer_vocab = first.tokenizer_file, first.tokenizer_vocab
         self.token_bytes: np.ndarray | None = first.token_bytes
         self.document_begin, self.end_of_document = first.document_begin, first.end_of_document
-        of_chats = next((corpus for corpus in corpora if corpus.chat_prompt), first)
-        self.chat_prompt, self.chat_folder, self.ends = of_chats.chat_prompt, of_chats.folder, of_chats.ends
+        of_chats = next((corpus for corpus in corpora if corpus.has_conversations), first)
+        self.chat_prompt, self.chat_folder = of_chats.chat_prompt, of_chats.folder
+        ends = [end for corpus in corpora for end in corpus.ends if end != self.end_of_document]
+        self.ends = list(dict.fromkeys([*ends, self.end_of_document]))
         self.notes = [note for corpus in corpora for note in corpus.notes]
 
     def __str__(self) -> str:

@@ -137,6 +137,7 @@ def _prepare(
         if not shards["train"]:
             shutil.rmtree(work)
             raise DataError(f"{source or 'the input'}: no text to train on; {_why_nothing(by_piece, shards)}")
+        answers = sum((Counter(piece["answers"]) for piece in by_piece), Counter[str]())
         shutil.copyfile(tokenizer_file, work / "tokenizer.json")
         token_bytes = work / "token_bytes.bin"
         token_lengths.tofile(token_bytes)
@@ -144,8 +145,7 @@ def _prepare(
             recipe.dtype, recipe.vocab_size, list(recipe.document_begin), list(recipe.document_end),
             recipe.tokenizer_sha256, sha256(token_bytes), shards, source, sum(piece["skipped"] for piece in by_piece),
             [example for piece in by_piece for example in piece["skipped_examples"]][:EXAMPLES],
-            _chat_prompt(recipe) if any(shard.trained_sha256 for shard in shards["train"]) else [],
-            dict(sum((Counter(piece["answers"]) for piece in by_piece), Counter[str]()).most_common()),
+            _chat_prompt(recipe) if answers else [], dict(answers.most_common()),
         )  # fmt: skip
         if manifest.answers:
             _chats(recipe).save(work)
@@ -170,7 +170,7 @@ def _why_nothing(by_piece: list[dict[str, Any]], shards: dict[str, list[Shard]])
 
 
 def _chat_prompt(recipe: Recipe) -> list[str]:
-    """For samples; empty if there is no template, of prompts and completions, or it takes no lone question."""
+    """For samples; empty if the template takes no lone question."""
     try:
         return list(_chats(recipe).prompt())
     except (ChatError, DataError):

@@ -463,7 +463,7 @@ def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any
             f"{where()}: a message has weight {message['weight']}; a turn cannot be left out of training"
         )
     content = message.get("content", "")
-    if isinstance(content, list) and (role != "tool" or all(_is_part_of_text(part) for part in content)):
+    if isinstance(content, list) and (role != "tool" or _is_text_in_parts(content)):
         texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         message["content"] = content = "".join(texts) if len(texts) == len(content) else content
     if not isinstance(content, str) and role in ("system", "user", "assistant"):  # what a tool gives may be an object
@@ -481,9 +481,10 @@ def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any
     return message
 
 
-def _is_part_of_text(part: Any) -> bool:
-    """Whether it is one of OpenAI's parts of content, and no object of the tool's own."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _is_text_in_parts(content: list[Any]) -> bool:
+    """Whether a tool's result is OpenAI's parts of a text, and no list of the tool's own."""
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    return 0 < len(parts) == len(content)
 
 
 def _encodable(value: Any) -> Any:

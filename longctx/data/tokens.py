@@ -219,6 +219,7 @@ class Corpus(Protocol):
     end_of_document: int  # id that closes a document
     ends: list[int]  # as of `Manifest`
     chat_prompt: list[str]  # as of `Manifest`
+    has_conversations: bool
     notes: list[str]  # what its user should know
 
     def fingerprint(self) -> str: ...
@@ -253,6 +254,7 @@ class TokenFolder:
         self.document_begin: list[int] | None = self.manifest.document_begin
         self.end_of_document, self.notes = self.manifest.end_of_document, []
         self.chat_prompt, self.ends = self.manifest.chat_prompt, self.manifest.ends
+        self.has_conversations = bool(self.manifest.answers or self.chat_prompt)
         if self.manifest.format == BEFORE:
             self.notes.append(f"{self.folder} {NOTE_ON_BEFORE}")
         self.splits = {

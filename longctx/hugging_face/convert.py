@@ -299,18 +299,17 @@ def _from_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _windows(fields: dict[str, Any], where: str) -> dict[str, int]:
     """The keys of a window, of models that have one. transformers takes a Mistral with `layer_types` for Ministral."""
-    types, can_slide = fields.get("layer_types"), fields["model_type"] in OF_MISTRAL
-    window = (fields.get("sliding_window", 4096) or 0) if can_slide else 0
-    sees_all = [kind == FULL for kind in types] if types else []
-    every = sees_all.index(True) + 1 if window and any(sees_all) else 0
-    found = ModelConfig(layers=len(sees_all), window=window, full_attention_every=every)
-    if all(sees_all) and types:
-        found.window = found.full_attention_every = 0
-    is_known = not types or set(types) <= {FULL, SLIDING}
-    if not is_known or sees_all != [not window for window in layer_windows(found)]:
+    types, can_slide = fields.get("layer_types") or [], fields["model_type"] in OF_MISTRAL
+    window, every = (fields.get("sliding_window", 4096) or 0) if can_slide else 0, 0
+    if types and set(types) == {FULL}:
+        window = 0
+    elif FULL in types and window:
+        every = types.index(FULL) + 1
+    expected = layer_windows(ModelConfig(layers=len(types), window=window, full_attention_every=every))
+    if types != [SLIDING if size else FULL for size in expected]:
         every_nth = ": of so many layers the last sees all keys, the others a window" if can_slide else ""
         raise PretrainedError(f"{where}: layer_types={types} are not supported{every_nth}")
-    return {"window": found.window, "full_attention_every": found.full_attention_every} if can_slide else {}
+    return {"window": window, "full_attention_every": every} if can_slide else {}
 
 
 def _no_rotary_every(fields: dict[str, Any], where: str) -> int:

@@ -27,7 +27,7 @@ from longctx.checkpoint import (
     write_safetensors,
 )
 from longctx.config import Config, ModelConfig
-from longctx.data.chat import CHAT_TEMPLATE, OTHER_TEMPLATES, TOKENIZER_CONFIG
+from longctx.data.chat import TOKENIZER_CONFIG, saved_files
 from longctx.data.tokenizer import (
     as_trained,
     document_begin,
@@ -76,8 +76,9 @@ def export_hugging_face(
     if tokenizer_file is not None or kept.exists():
         facts = manifest["facts"]
         ends = facts.get("ends") or [end for end in [facts.get("end_of_document")] if end is not None]
-        ends = ends if tokenizer_file is None or not end_of_document else []  # ids of what is replaced
-        beside = {name: file.read_text(encoding="utf-8") for name, file in _files_of_chats(kept.parent).items()}
+        if tokenizer_file is not None and (end_of_document or not kept.exists()):
+            ends = []  # of another tokenizer, or none that the run knew
+        beside = {name: file.read_text(encoding="utf-8") for name, file in saved_files(kept.parent).items()}
         names, files = _tokenizer_files(
             tokenizer_file or kept, ends, end_of_document, json.loads(beside.get(TOKENIZER_CONFIG, "{}")), context,
             model.vocab_size,
@@ -86,12 +87,6 @@ def export_hugging_face(
         beside |= files
     beside["config.json"] = _json(fields)
     return export_weights(checkpoint, folder, dtype, stored_tensors(model), beside)
-
-
-def _files_of_chats(folder: Path) -> dict[str, Path]:
-    """What a run has kept of its conversations, by name."""
-    files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *(folder / OTHER_TEMPLATES).glob("*.jinja")]
-    return {str(file.relative_to(folder)): file for file in files if file.is_file()}
 
 
 def _tokenizer_files(

@@ -43,10 +43,10 @@ def verify_layout(
     Raises `UserError` on all ranks if it is more than rounding explains.
     """
     size = mesh.size("context")
-    # chunks of whole tiles, whose gradients kernels give to other ranks, and more than one window
-    pieces = 2 * size * mesh.size("tensor")
-    wanted = max(TILE * pieces, *(min(2 * window, MOST_TOKENS) for window in layer_windows(config.model)))
-    length = min(config.data.sequence_length, -(-wanted // pieces) * pieces)
+    # chunks of whole tiles, whose gradients kernels give to other ranks, and more than one window, if it is short
+    tiles = 2 * size * mesh.size("tensor") * TILE
+    wanted = max(tiles, *(min(2 * window, MOST_TOKENS) for window in layer_windows(config.model)))
+    length = min(config.data.sequence_length, -(-wanted // tiles) * tiles)
     with torch.compiler.set_stance("force_eager"):  # graphs are compiled for the lengths to come
         split = _loss_and_gradients(model, config, mesh, length, context_parallel, device)
         with _attending(model, lambda attend: attend.attend):

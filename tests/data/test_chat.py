@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpora import find_pieces
+from in_process import output_of
 from longctx.config import DataConfig
 from longctx.data.chat import Chat, ChatError, ChatTokenizer, chat_tokenizer
 from longctx.data.loader import ShuffledTokens
@@ -21,7 +22,7 @@ from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.tokens import NO_END, TokenFolder
 from longctx.errors import DataError
-from runs import ROOT
+from runs import ROOT, small_config, train
 
 # after the templates of three families of models, with the assistant's turns marked
 CHATML = (ROOT / "examples" / "chatml.jinja").read_text()
@@ -96,7 +97,9 @@ def test_ids_and_masks_are_those_of_transformers(folder, name, chat):
 
 def test_a_template_that_writes_turns_otherwise_later_is_refused(folder):
     """As those that drop the reasoning of earlier turns."""
-    text = UNMARKED["chatml"].replace("{{- message.content }}", "{{- message.content + ('' if loop.last else '~') }}")
+    as_it_was, otherwise = "{{- message.content or '' }}", "{{- message.content + ('' if loop.last else '~') }}"
+    text = UNMARKED["chatml"].replace(as_it_was, otherwise)
+    assert text != UNMARKED["chatml"]
     tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, text))
     with pytest.raises(ChatError, match=r"writes message 2 otherwise when others follow.*generation"):
         tokenizer.encode(CHATS["system prompt, three turns"]._replace(messages=[USER, ANSWER, USER, ANSWER]))
@@ -160,12 +163,20 @@ def test_only_answers_are_targets(tmp_path, folder):
 def test_a_mixture_has_the_template_of_its_conversations(tmp_path, folder):
     """Wherever they stand in it."""
     corpora = []
-    for name, record in (("text", {"text": "a whole text"}), ("chats", {"messages": [USER, ANSWER]})):
+    for name, record in (
+        ("text", {"text": "a whole text"}),
+        ("completions", {"prompt": "Q: 3?", "completion": " A: three"}),
+        ("chats", {"messages": [USER, ANSWER]}),
+    ):
         (tmp_path / name).mkdir()
         corpora.append(prepared(tmp_path / name, folder, record))
-    mixture = Mixture(corpora, [1.0, 1.0])
-    assert mixture.chat_prompt == corpora[1].chat_prompt != []
-    assert mixture.chat_folder == corpora[1].folder
+    mixture = Mixture(corpora, [1.0, 1.0, 1.0])
+    assert mixture.chat_prompt == corpora[2].chat_prompt != []
+    assert mixture.chat_folder == corpora[2].folder
+    assert mixture.ends == corpora[2].ends
+    assert corpora[1].chat_prompt == []  # nothing is asked through a template that nothing was written with
+    assert [corpus.ends for corpus in corpora[:2]] == [[mixture.end_of_document]] * 2
+    assert len(mixture.ends) == 2
 
 
 def test_forms_of_messages(tmp_path, folder):
@@ -185,6 +196,10 @@ def test_forms_of_messages(tmp_path, folder):
         split = prepared(tmp_path / name, folder, {"messages": messages}).splits["train"]
         found.append(split.read(0, len(split))[0])
     assert np.array_equal(*found)
+    nothing = {"role": "tool", "content": []}  # of a tool that has found nothing: no text in parts
+    file = records(tmp_path, {"messages": [USER, nothing, ANSWER]})
+    [document] = [document for piece in find_pieces([file]) for document in piece.documents()]
+    assert document.answers.messages[1] == nothing
 
 
 def test_objects_of_parquet_have_no_invented_keys(tmp_path, folder):
@@ -300,13 +315,17 @@ THINKS = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
         ("headers", Chat([USER, THINKS, USER, ANSWER]), None),  # of an earlier turn: as templates drop it on purpose
         ("brackets", Chat([{"role": "tool", "content": "4"}, ANSWER]), None),
         ("last", Chat([USER, ANSWER, {"role": "user", "content": "3?"}, ANSWER]), r"the content of message 1 \(user\)"),
+        ("switch", Chat([{"role": "system", "content": "Be brief. /no_think"}, USER, ANSWER]), None),  # as SmolLM3's
     ],
     ids=str,
 )
 def test_what_a_template_does_not_write_is_named(folder, name, chat, said):
     """A call that is not there would be trained on as an answer of nothing."""
-    last = CHATML.replace("for message in messages", "for message in messages[-2:]")
-    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, TEMPLATES.get(name, last)))
+    others = {
+        "last": CHATML.replace("for message in messages", "for message in messages[-2:]"),
+        "switch": CHATML.replace("+ message.content +", "+ message.content.replace('/no_think', '').rstrip() +"),
+    }
+    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(folder, (TEMPLATES | others)[name]))
     if said is None:
         assert tokenizer.encode(chat)[1].any()
         return
@@ -330,6 +349,7 @@ def test_the_example_writes_tools_and_reasoning_as_qwen_does(folder):
         "<|im_end|>\n<|im_start|>user\n<tool_response>\n4\n</tool_response>\n<tool_response>\n"
         '{"sum": 4}\n</tool_response><|im_end|>\n<|im_start|>assistant\nIt is 4.<|im_end|>\n'
     )
+    assert tokenizer.render([USER, CALL], None).endswith(f"assistant\n{called}<|im_end|>\n")  # content null
 
 
 def test_several_templates_are_chosen_by_the_tools(tmp_path, folder):
@@ -431,3 +451,55 @@ def test_places_of_what_is_left_out_are_looked_up_for_the_examples_alone(tmp_pat
     template = template_file(folder, CHATML)
     made = prepare(pieces, tmp_path / "a", folder / "tokenizer.json", validation_fraction=0.0, chat_template=template)
     assert (made.skipped, len(made.skipped_examples), len(looked_up)) == (50, 20, 20)
+
+
+TURNS = """{{ bos_token + '' }}{% for message in messages %}
+{{- message.role + ': ' }}
+{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
+{%- else %}{{ message.content + eos_token }}{% endif %}
+{%- endfor %}"""
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_what_conversations_were_written_with_goes_along(tmp_path):
+    """Templates and the special tokens that they write; and generation stops where answers end, without being told."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(BUILTIN_TOKENIZER), bos_token="<|begin|>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=["<|eot|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = {"default": TURNS, "tool_use": "{{ tools[0].function.name }}" + TURNS}
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    chats = [{"messages": CHAT}, {"messages": CHAT, "tools": TOOLS}] * 8
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    file = tmp_path / "model" / "tokenizer.json"
+    prepare(find_pieces([tmp_path / "chats.jsonl"]), tmp_path / "corpus", file, validation_fraction=0.0)
+    config = small_config(
+        tmp_path, tmp_path / "corpus", optim__steps=1, validation__sequences=0, data__sequences_per_step=1
+    )
+    config.model.vocab_size = 8200
+    train(config)
+    step = str(config.run_folder / "checkpoints" / "latest")
+    eot, end, im_end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|eot|>", "<|endoftext|>", "<|im_end|>"))
+    for number, (more, ends) in enumerate(
+        (
+            ([], [eot, end]),
+            (["--end-of-document", "<|im_end|>"], [im_end, eot, end]),
+            (["--tokenizer", str(file)], [eot, end]),
+            (["--tokenizer", str(file), "--end-of-document", "<|eot|>"], eot),
+        )
+    ):
+        out = tmp_path / f"out{number}"
+        output_of(ROOT / "tools" / "convert_hf.py", "export", step, "--output", str(out), *more)
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
+        read = AutoTokenizer.from_pretrained(out)
+        for tools in (None, TOOLS):
+            expected = tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
+            assert read.apply_chat_template(CHAT, tools=tools, tokenize=False) == expected
+            assert "<|begin|>" in expected
+        assert read.special_tokens_map == tokenizer.special_tokens_map
+        assert read(["a", "b c d e"], padding=True)["input_ids"][0][-1] == tokenizer.pad_token_id
+    (config.run_folder / "tokenizer.json").unlink()  # as of files of Megatron: which ids end texts is a guess then
+    words = "export", step, "--output", str(tmp_path / "a"), "--tokenizer", str(file)
+    output_of(ROOT / "tools" / "convert_hf.py", *words)
+    assert json.loads((tmp_path / "a" / "generation_config.json").read_text())["eos_token_id"] == end

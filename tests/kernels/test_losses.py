@@ -296,8 +296,10 @@ def test_modules_of_liger():
     with_squares = LigerCrossEntropyLoss(lse_square_scale=0.5, label_smoothing=0.1)(logits, targets)
     torch.testing.assert_close(with_squares, expected + 0.5 * squares)
     for arguments in ({"weight": bias}, {"return_z_loss": True}):
-        with pytest.raises(ValueError, match="weight and return_z_loss: not supported here"):
+        with pytest.raises(ValueError, match="weights of classes and return_z_loss: not supported here"):
             LigerCrossEntropyLoss(**arguments)
+    with pytest.raises(ValueError, match="weights of classes"):
+        LigerFusedLinearCrossEntropyLoss(ce_weight=bias)
 
 
 def test_the_weights_gradient_is_summed_in_float32():

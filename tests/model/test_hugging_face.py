@@ -19,17 +19,16 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from corpora import byte_tokenizer, documents_of, find_pieces, prepared
+from corpora import byte_tokenizer, documents_of, prepared
 from in_process import output_of
 from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, RotaryScaling
-from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
+from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.data.tokenizer import check_same_ids
 from longctx.errors import UserError
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
@@ -569,50 +568,3 @@ def test_the_tokenizer_goes_along(tmp_path, name, begins):
     assert [f.get("bos_token_id") for f in fields] == ([257, 257] if begins else [None, None])
     (tmp_path / "usual").touch()
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}
-
-
-TURNS = """{{ bos_token + '' }}{% for message in messages %}
-{{- message.role + ': ' }}
-{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|eot|>' }}{% endgeneration %}
-{%- else %}{{ message.content + eos_token }}{% endif %}
-{%- endfor %}"""
-CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
-
-
-def test_what_conversations_were_written_with_goes_along(tmp_path):
-    """Templates and the special tokens that they write; and generation stops where answers end, without being told."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(BUILTIN_TOKENIZER), bos_token="<|begin|>", eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=["<|eot|>"],
-    )  # fmt: skip
-    tokenizer.chat_template = {"default": TURNS, "tool_use": "{{ tools[0].function.name }}" + TURNS}
-    tokenizer.save_pretrained(str(tmp_path / "model"))
-    chats = [{"messages": CHAT}, {"messages": CHAT, "tools": TOOLS}] * 8
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    file = tmp_path / "model" / "tokenizer.json"
-    prepare(find_pieces([tmp_path / "chats.jsonl"]), tmp_path / "corpus", file, validation_fraction=0.0)
-    config = small_config(
-        tmp_path, tmp_path / "corpus", optim__steps=1, validation__sequences=0, data__sequences_per_step=1
-    )
-    config.model.vocab_size = 8200
-    train(config)
-    step = str(config.run_folder / "checkpoints" / "latest")
-    eot, end, im_end = (tokenizer.convert_tokens_to_ids(t) for t in ("<|eot|>", "<|endoftext|>", "<|im_end|>"))
-    for number, (more, ends) in enumerate(
-        (
-            ([], [eot, end]),
-            (["--end-of-document", "<|im_end|>"], [im_end, eot, end]),
-            (["--tokenizer", str(file), "--end-of-document", "<|eot|>"], eot),
-        )
-    ):
-        out = tmp_path / f"out{number}"
-        output_of(CONVERT, "export", step, "--output", str(out), *more)
-        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == ends
-        read = AutoTokenizer.from_pretrained(out)
-        for tools in (None, TOOLS):
-            expected = tokenizer.apply_chat_template(CHAT, tools=tools, tokenize=False)
-            assert read.apply_chat_template(CHAT, tools=tools, tokenize=False) == expected
-            assert "<|begin|>" in expected
-        assert read.special_tokens_map == tokenizer.special_tokens_map
-        assert read(["a", "b c d e"], padding=True)["input_ids"][0][-1] == tokenizer.pad_token_id

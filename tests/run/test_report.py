@@ -138,6 +138,15 @@ def test_the_first_steps_of_a_start_are_no_measure_of_speed():
     assert summary(rows[:2])["mean/tokens_per_s"] == 1.0  # nothing else is left
 
 
+def test_lines_that_do_not_say_where_a_start_began():
+    """Of earlier versions: it began after the last line before."""
+    rows = [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 0} for s in range(1, 4)]
+    rows += [{"step": float(s), "perf/step_s": 1.0, "perf/tokens_per_s": 10.0, "run/restarts": 0} for s in range(4, 7)]
+    rows += [{"step": float(s), "perf/step_s": 10.0, "perf/tokens_per_s": 1.0, "run/restarts": 1} for s in range(7, 10)]
+    rows += [{"step": 10.0, "perf/step_s": 2.0, "perf/tokens_per_s": 5.0, "run/restarts": 1}]
+    assert summary(rows)["mean/tokens_per_s"] == pytest.approx(40 / 5)  # tokens over seconds of steps 4, 5, 6 and 10
+
+
 def test_a_last_validation_that_is_not_finite_is_the_last():
     rows = [{"step": 6.0, "loss/val": 4.9, "loss/val_bits_per_byte": 1.9}, {"step": 12.0, "loss/val": math.nan}]
     shown = dict(figures_that_count(rows, {}))

@@ -469,6 +469,7 @@ def test_steps_that_no_line_was_logged_of_are_lost_too(tmp_path, corpus, monkeyp
     assert go(config).is_complete
     last = [row for row in read_metrics(config.run_folder / "metrics.jsonl") if "loss/train" in row][-1]
     assert (last["run/lost_steps"], last["run/start_step"]) == (1, 2)
+    assert json.loads((config.run_folder / "history.json").read_bytes())["logged"] == 0  # of these W&B has seen none
 
 
 def test_the_last_checkpoint_before_the_rate_fell_is_of_the_whole_run(tmp_path, corpus, capsys):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_checks import LARGE_MASKS, MASKS, check
-from longctx.kernels.attention import passes
+from longctx.kernels.attention import choice, passes
 from longctx.kernels.attention.block_mask import BlockMask
 from longctx.kernels.attention.custom_op import Call
 from longctx.kernels.attention.interface import attention
@@ -277,8 +277,9 @@ def test_masks_made_in_a_compiled_function():
 
 def test_a_batch_larger_than_a_grid_is_refused():
     q = torch.empty(65536, 1, 1, 8, device="meta")
-    with pytest.raises(ValueError, match="a batch of 65536: at most 65535 on a GPU in one call, so split it"):
-        attention(q, q, q, KeyIntervals.causal(1))
+    reasons = choice.unsupported(q, KeyIntervals.causal(1), Options(1.0))
+    assert reasons.pop("reference") is None
+    assert set(reasons.values()) == {"a batch of 65536, where a grid has at most 65535: split it"}
 
 
 def test_a_seed_is_a_tensor():
