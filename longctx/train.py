@@ -258,7 +258,7 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"{Path(sys.argv[0]).name}: {message}" if is_main() else 2)
 
 
-def leave_before_the_run(number: int, _frame: object) -> NoReturn:
+def leave_outside_of_a_run(number: int, _frame: object) -> NoReturn:
     """What a signal does until a run answers it, and between the jobs of a multirun; the exit code tells torchrun."""
     if is_main():
         print(f"{signal.Signals(number).name} while no run is in progress: nothing to save", flush=True)
@@ -272,7 +272,7 @@ def start() -> None:
         faulthandler.enable()  # tells where a rank stood when the system ended it (SIGBUS of a file that was cut short)
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is usual:
-            signal.signal(number, leave_before_the_run)
+            signal.signal(number, leave_outside_of_a_run)
     try:
         slurm.join(os.environ)
     except ConfigError as error:
