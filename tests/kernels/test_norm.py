@@ -214,9 +214,9 @@ def test_gradients_of_weights_are_summed_in_float32(implementation):
     """Of rows that are all alike: a sum in 16 bits would stop growing at 2048 of them."""
     dtype = torch.float16  # which the interpreter computes too
     module = LayerNorm(16, implementation=implementation).to(DEVICE, dtype)
-    module(torch.randn(16, device=DEVICE, dtype=dtype).expand(1 << 15, 16)).sum().backward()
+    module(torch.randn(16, device=DEVICE, dtype=dtype).expand(1 << 13, 16)).sum().backward()
     assert module.bias.grad is not None
-    assert torch.equal(module.bias.grad, torch.full_like(module.bias.grad, 1 << 15))
+    assert torch.equal(module.bias.grad, torch.full_like(module.bias.grad, 1 << 13))
 
 
 def test_a_float32_weight_is_not_rounded():

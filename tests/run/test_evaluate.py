@@ -52,18 +52,18 @@ def test_samples_end_with_their_turn_and_with_the_models_positions(tmp_path, cor
         )
 
 
-def test_layouts_agree(tmp_path, corpus):
+@pytest.mark.parametrize(
+    ("parallel", "ranks"),
+    [(ParallelConfig(context=2, tensor=2), 4), pytest.param(ParallelConfig(), 2, marks=pytest.mark.slow)],
+)
+def test_layouts_agree(tmp_path, corpus, parallel, ranks):
     config = small_config(tmp_path / "1", corpus, validation__sequences=3)
     single, words = run_on_ranks(1, look, config)[0]
-    for parallel, ranks in (
-        (ParallelConfig(), 2),
-        (ParallelConfig(context=2, tensor=2), 4),
-    ):
-        config.folder, config.parallel = str(tmp_path / f"{ranks}{parallel.context}"), parallel
-        for results, other_words in run_on_ranks(ranks, look, config):
-            assert results == pytest.approx(single, rel=1e-5)
-            assert results["recall/32"] == single["recall/32"]
-            assert other_words == words
+    config.folder, config.parallel = str(tmp_path / "2"), parallel
+    for results, other_words in run_on_ranks(ranks, look, config):
+        assert results == pytest.approx(single, rel=1e-5)
+        assert results["recall/32"] == single["recall/32"]
+        assert other_words == words
 
 
 def test_validation_by_hand(tmp_path, corpus):
