@@ -20,7 +20,7 @@ train: .venv/.run ## trains recipe=gpt_tiny on real text (NAME=... names the run
 		OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 train.py recipe=gpt_tiny name=$(NAME); \
 	fi
 
-test: .venv/.dev .venv/triton-3.6.0 ## the test suite, some seven minutes on two CPU cores
+test: .venv/.dev .venv/triton-3.6.0 ## the test suite, some nine minutes on two CPU cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-all: .venv/.dev .venv/triton-3.6.0 .venv/triton-3.8.0 .venv/triton-3.9.0 ## that and the long tests, before a release

@@ -55,6 +55,7 @@ def losses(folder: Path) -> list[float]:
     return [row["loss/train"] for row in read_metrics(folder / "metrics.jsonl") if "loss/train" in row]
 
 
+@pytest.mark.slow
 def test_two_machines(network):
     """They train as one process does in each layout, refuse a run folder and a corpus that one has and the other has
     not, and end when the link is cut, each saying which machine it no longer hears of. All in one start, which takes

@@ -197,7 +197,7 @@ def test_secrets_of_the_environment_are_not_shown(monkeypatch):
 @pytest.mark.parametrize("mood", ["silent", "500", "dies", "well"])
 def test_a_server_that_does_not_answer_costs_nothing(tmp_path, corpus, mood, monkeypatch):
     """It accepts and never answers from the start, or in the middle answers 500 or is gone; or it is well."""
-    steps = 150 if mood in ("500", "dies") else 50  # that last longer than until the server is asked again
+    steps = 500 if mood in ("500", "dies") else 50  # that last longer than until the server is asked again
     words = [
         "recipe=gpt_tiny", "parallel=auto", "name=a", f"folder={tmp_path}", "data=prepared", f"data.folder={corpus}",
         "data.sequence_length=64", "model.width=32", f"optim.steps={steps}", "logging.every_steps=1",
