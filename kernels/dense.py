@@ -206,6 +206,11 @@ def check_weight(name: str, weight: Tensor, bias: Tensor | None, in_features: in
     return problems
 
 
+def _apart(tensor: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """`tensor`, or a view of it where it is `other`: torch.compile takes no tensor twice."""
+    return tensor.view_as(tensor) if tensor is not None and tensor is other else tensor
+
+
 # public ---------------------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +229,9 @@ def fused_dense(
         problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
     if problems:
         raise ValueError("; ".join(problems))
-    if residual is x:  # torch.compile takes no tensor twice
-        residual = x.view_as(x)
-    if return_residual and x is not given:  # not as autocast has rounded it
-        return _Dense.apply(x, weight, bias, residual, False), given
-    return _Dense.apply(x, weight, bias, residual, return_residual)
+    is_cast = x is not given
+    found = _Dense.apply(x, weight, bias, _apart(residual, x), return_residual and not is_cast)
+    return (found, given) if return_residual and is_cast else found  # not as autocast has rounded it
 
 
 def fused_mlp(
@@ -256,16 +259,12 @@ def fused_mlp(
     problems += check_weight("weight2", weight2, bias2, len(weight1), x)
     if problems:
         raise ValueError("; ".join(problems))
-    if weight2 is weight1:  # torch.compile takes no tensor twice
-        weight2 = weight1.view_as(weight1)
-    if bias2 is not None and bias2 is bias1:
-        bias2 = bias2.view_as(bias2)
-    is_kernel_to_return_x = return_residual and x is given  # else it is not as autocast has rounded it
+    is_cast = x is not given
     found = _MLP.apply(
-        x, weight1, bias1, weight2, bias2, is_kernel_to_return_x, recompute,
+        x, weight1, bias1, _apart(weight2, weight1), _apart(bias2, bias1), return_residual and not is_cast, recompute,
         hardware.triton_or_reference(implementation, x),
     )  # fmt: skip
-    return (found, given) if return_residual and not is_kernel_to_return_x else found
+    return (found, given) if return_residual and is_cast else found  # not as autocast has rounded it
 
 
 class FusedDense(nn.Linear):

@@ -236,9 +236,8 @@ class Saving:
         anew = "" if is_same_order else "; the data comes in another order here and is read from its first sequence on"
         self.runtime.say(f"resumed from {path}: step {progress.step}, {progress.tokens} tokens read{anew}")
         # as rank 0 has it, as others may have other GPUs: what follows of it is done together
-        return self.runtime.run_on_rank_0(
-            lambda: self.layout() == {key: facts["layout"].get(key) for key in self.layout()}
-        )
+        layout = self.layout()
+        return self.runtime.run_on_rank_0(lambda: layout == {key: facts["layout"].get(key) for key in layout})
 
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""

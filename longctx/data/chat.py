@@ -90,7 +90,7 @@ class ChatTokenizer:
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""
-        marks_answers = bool(GENERATION.search(self.tokenizer.get_chat_template(tools=chat.tools)))
+        marks_answers = _marks_answers(self.tokenizer.get_chat_template(tools=chat.tools))
         text = self.render(chat.messages, chat.tools)
         _refuse_what_is_lost(chat, text)
         encoding = self._apply(
@@ -171,12 +171,19 @@ class ChatTokenizer:
         return found
 
 
+@cache
+def _marks_answers(template: str) -> bool:
+    """Asked of the same few templates for each conversation."""
+    return bool(GENERATION.search(template))
+
+
 def _refuse_what_is_lost(chat: Chat, text: str) -> None:
     """Raises `ChatError` if the text of a conversation lacks what was said, called or offered in it.
 
     Reasoning is looked for in the last answer alone: templates of models that think drop that of earlier turns.
     """
     last = max((n for n, message in enumerate(chat.messages) if message["role"] == "assistant"), default=-1)
+    text = SWITCHES.sub("", text)
     for number, message in enumerate(chat.messages):
         role, said = message["role"], {}
         if role in ("system", "user", "assistant"):
@@ -185,7 +192,7 @@ def _refuse_what_is_lost(chat: Chat, text: str) -> None:
             said["reasoning_content"] = message["reasoning_content"]
         said |= {f"call of {name}": name for name in map(_name_of, message.get("tool_calls") or [])}
         for what, words in said.items():
-            if words.strip() not in SWITCHES.sub("", text):
+            if words.strip() not in text:
                 raise ChatError(
                     f"the chat template does not write the {what} of message {number + 1} ({role}): "
                     f"{words.strip()!r:.60}; give one that does (--chat-template), or leave it out of the conversation"
@@ -207,14 +214,15 @@ def _name_of(call_or_tool: Any) -> str:
 
 def files_of_chats(tokenizer_file: Path, template_file: Path | None) -> list[Path]:
     """What decides how conversations are written, beside the tokenizer: of these the files that are there."""
-    folder = tokenizer_file.parent
-    files = [template_file] if template_file else [folder / CHAT_TEMPLATE, *sorted(folder.glob(f"{OTHER_TEMPLATES}/*"))]
-    return [file for file in (*files, folder / TOKENIZER_CONFIG) if file.is_file()]
+    there = saved_files(tokenizer_file.parent)
+    if template_file is None:
+        return list(there.values())
+    return [template_file, *(file for name, file in there.items() if name == TOKENIZER_CONFIG)]
 
 
 def saved_files(folder: Path) -> dict[str, Path]:
-    """What `ChatTokenizer.save` has written into a folder, by name there."""
-    files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *(folder / OTHER_TEMPLATES).glob("*.jinja")]
+    """What `ChatTokenizer.save`, or transformers, has written into a folder for conversations, by name there."""
+    files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))]
     return {str(file.relative_to(folder)): file for file in files if file.is_file()}
 
 
