@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ALL_IT_TAKES = -1  # of parallel.offload
+AS_FITS = -1  # of parallel.recompute_less_layers and parallel.offload: by the memory that there is
 
 
 class Limits(NamedTuple):
@@ -326,10 +326,12 @@ class ParallelConfig:
     )
     verify: bool = knob(True, "before the first step of a layout, compare it with attention on whole sequences")
     recompute: Recompute = knob(Recompute.none, "activation checkpointing: what the backward pass computes again")
-    attention_saved_layers: int = knob(
-        0, "recompute=full: so many layers, the last, are attention_saved all the same: as many as memory has room for",
-        least=0,
-    )  # fmt: skip
+    recompute_less_layers: int = knob(
+        0,
+        "so many layers, the last, recompute less: nothing with recompute=attention_saved, all but attention with "
+        "recompute=full; -1: as many as fit nine tenths of the memory",
+        least=AS_FITS,
+    )
     tile: int = knob(
         0,
         "norms, projections and MLP run over so many tokens of a micro-batch at a time, forward and backward, and "
@@ -346,7 +348,7 @@ class ParallelConfig:
         0,
         "activation offload: what the first so many layers keep is in host memory, and comes back one layer ahead; "
         "with recompute=attention_saved or full, without torch.compile; -1: as many layers as it takes to fit",
-        least=ALL_IT_TAKES,
+        least=AS_FITS,
     )
     offload_optimizer: bool = knob(
         False, "AdamW's moments stay in host memory and pass through the GPU in each update: 8 bytes a parameter less"
@@ -556,8 +558,15 @@ def layers_with_rotary(model: ModelConfig) -> list[bool]:
 
 def recompute_by_layer(config: Config) -> list[Recompute]:
     """The policy of activation checkpointing of each layer."""
-    policy, saved = config.parallel.recompute, config.parallel.attention_saved_layers
-    return [policy] * (config.model.layers - saved) + [Recompute.attention_saved] * saved
+    policy, layers = config.parallel.recompute, config.parallel.recompute_less_layers
+    assert layers >= 0, "see `remedies.with_layers_chosen`"
+    return [policy] * (config.model.layers - layers) + [less_recompute(policy)] * layers
+
+
+def less_recompute(policy: Recompute) -> Recompute:
+    """The policy of activation checkpointing before `policy`, which keeps more."""
+    policies = list(Recompute)
+    return policies[max(0, policies.index(policy) - 1)]
 
 
 def micro_batch(data: DataConfig, readers: int) -> int:

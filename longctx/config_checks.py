@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from longctx.config import (
+    AS_FITS,
     Config,
     DataConfig,
     DataSource,
@@ -64,15 +65,7 @@ def _check_ranges(config: Config) -> list[str]:
         )
     if config.parallel.shard != -1 and config.parallel.shard < 1:
         problems.append(f"parallel.shard={config.parallel.shard}: give 1 or more, or -1 for all ranks that are left")
-    saved = config.parallel.attention_saved_layers
-    if saved and config.parallel.recompute != Recompute.full:
-        problems.append(
-            f"parallel.attention_saved_layers={saved} is of parallel.recompute=full, which is "
-            f"{config.parallel.recompute}; set one or the other"
-        )
-    if saved > config.model.layers:
-        problems.append(f"parallel.attention_saved_layers={saved}: the model has {config.model.layers} layers")
-    problems += _check_offload(config)
+    problems += _check_recompute(config) + _check_offload(config)
     if not config.name.strip() or Path(config.name).name != config.name or config.name in (".", ".."):
         problems.append(f"name={config.name!r} is no folder name; give one without slashes")
     elif config.name != config.name.strip() or not config.name.isprintable():
@@ -80,19 +73,45 @@ def _check_ranges(config: Config) -> list[str]:
     return problems + _check_data(config.data)
 
 
+def _check_recompute(config: Config) -> list[str]:
+    parallel, layers = config.parallel, config.parallel.recompute_less_layers
+    if not layers:
+        return []
+    if parallel.recompute == Recompute.none:
+        return [
+            f"parallel.recompute_less_layers={layers}: with parallel.recompute=none no layer recomputes anything; set "
+            "parallel.recompute=attention_saved or full, or leave it out"
+        ]
+    if layers > config.model.layers:
+        return [f"parallel.recompute_less_layers={layers}: the model has {config.model.layers} layers"]
+    if (named := _set_for_tiled_blocks(parallel)) and parallel.recompute == Recompute.attention_saved:
+        return [
+            f"parallel.recompute_less_layers={layers} with {named}: such blocks always recompute all but attention; "
+            "set parallel.recompute=full, or leave one out"
+        ]
+    if layers == parallel.offload == AS_FITS:
+        return ["parallel.recompute_less_layers=-1 and parallel.offload=-1 go by the same memory; give one a number"]
+    return []
+
+
+def _set_for_tiled_blocks(parallel: ParallelConfig) -> str:
+    """What is set that makes blocks tiled: `parallel.tile=8192 and parallel.offload=2`; empty: nothing."""
+    is_set = {"tile": parallel.tile, "offload": parallel.offload, "head_groups": parallel.head_groups > 1}
+    return " and ".join(f"parallel.{name}={getattr(parallel, name)}" for name in is_set if is_set[name])
+
+
 def _check_offload(config: Config) -> list[str]:
     parallel, layers = config.parallel, config.model.layers
     problems = []
-    is_set = {"tile": parallel.tile, "offload": parallel.offload, "head_groups": parallel.head_groups > 1}
-    named = [f"parallel.{name}={getattr(parallel, name)}" for name in is_set if is_set[name]]
+    named = _set_for_tiled_blocks(parallel)
     if named and parallel.recompute == Recompute.none:
         problems.append(
-            f"{' and '.join(named)}: such blocks compute all but attention again, and parallel.recompute=none nothing; "
+            f"{named}: such blocks compute all but attention again, and parallel.recompute=none nothing; "
             "set parallel.recompute=attention_saved or full"
         )
     if named and parallel.tensor > 1:
         problems.append(
-            f"{' and '.join(named)} with parallel.tensor={parallel.tensor}: not served yet; set parallel.tensor=1, and "
+            f"{named} with parallel.tensor={parallel.tensor}: not served yet; set parallel.tensor=1, and "
             "parallel.context for the GPUs that it frees"
         )
     if parallel.offload >= layers and parallel.offload:

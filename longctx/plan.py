@@ -169,7 +169,7 @@ def micro_batches_of(config: Config, world_size: int) -> int:
 
 def _sizes(config: Config, world_size: int) -> _Sizes:
     model, parallel, data = config.model, config.parallel, config.data
-    assert parallel.offload >= 0, "see `remedies.with_offload_chosen`"
+    assert parallel.offload >= 0, "see `remedies.with_layers_chosen`"
     compute = bytes_of_a_number(config)
     shard = resolve_shard(parallel, world_size)
     tokens = micro_batch(data, _readers(config, world_size)) * data.sequence_length // parallel.context

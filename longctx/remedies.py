@@ -9,24 +9,24 @@ from itertools import product
 from typing import Any
 
 from longctx.config import (
-    ALL_IT_TAKES,
+    AS_FITS,
     Config,
     Optimizer,
     Positions,
     Recompute,
     configured_ulysses_degree,
-    recompute_by_layer,
     shares_heads,
 )
 from longctx.plan import GIB, host_memory, memory
 from longctx.strategy import Choice
 
 USABLE_OF_HOST = 0.92  # of what is free when a run starts: its own code and the system need some
+SPARE = 0.1  # of a GPU's: layers recompute less up to here; torch's allocator needs more than is allocated
 RESERVED, GAPS = 1.5 * GIB, 0.03  # of a GPU: driver, NCCL and cuBLAS; and what lies between allocations
 TILE = 16384  # tokens that remedies name
 OF_MEMORY = (
     "recompute",
-    "attention_saved_layers",
+    "recompute_less_layers",
     "tile",
     "head_groups",
     "offload",
@@ -41,16 +41,22 @@ def usable(capacity: float) -> float:
     return (1 - GAPS) * capacity - RESERVED
 
 
-def with_offload_chosen(
+def with_layers_chosen(
     config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float
 ) -> Config:  # fmt: skip
-    """`parallel.offload=-1` as the fewest layers with which a run fits `limit` bytes a GPU; all but the last, if none
-    are enough. Other numbers stay as they are."""
-    if config.parallel.offload != ALL_IT_TAKES:
-        return config
+    """Numbers of layers that are -1, by what fits `limit` bytes a GPU; other numbers stay as they are.
 
-    least = _fewest_offloaded(_offloading(config, 0), world_size, choose, limit)
-    return _offloading(config, config.model.layers - 1) if least is None else least
+    `parallel.recompute_less_layers`: the most that fit, 0 if none does. `parallel.offload`: the fewest with which a run
+    fits; all but the last, if none are enough.
+    """
+    parallel = config.parallel
+    if parallel.recompute_less_layers == AS_FITS:
+        most = most_recomputing_less(config, parallel.recompute, world_size, choose, limit)
+        config = with_recompute(config, parallel.recompute, max(0, most))
+    if parallel.offload == AS_FITS:
+        least = _fewest_offloaded(_offloading(config, 0), world_size, choose, limit)
+        config = _offloading(config, config.model.layers - 1) if least is None else least
+    return config
 
 
 def _offloading(config: Config, layers: int) -> Config:
@@ -123,9 +129,7 @@ def remedies(
 ) -> list[str]:  # fmt: skip
     """Words of the command line that make a run fit `limit` bytes a GPU, and what it then needs."""
     changed = [with_recompute(config, policy) for policy in _policies_from(config)[1:]]
-    saved = most_attention_saved(config, world_size, choose, limit)
-    if 0 <= saved < recompute_by_layer(config).count(Recompute.attention_saved):
-        changed.append(with_recompute(config, Recompute.full, saved))
+    changed += as_much_kept_as_fits(config, _policies_from(config), world_size, choose, limit)[:1]
     if config.data.sequences_per_micro_batch > 1:
         changed.append(replace(config, data=replace(config.data, sequences_per_micro_batch=1)))
 
@@ -154,7 +158,7 @@ def tiled(
     """
     if config.parallel.tensor > 1:
         return None
-    assert config.parallel.offload >= 0, "see `with_offload_chosen`"
+    assert config.parallel.offload >= 0, "see `with_layers_chosen`"
     can_offload = config.optim.optimizer == Optimizer.adamw
     optimizers = sorted({config.parallel.offload_optimizer, can_offload or config.parallel.offload_optimizer})
     in_background = sorted({config.checkpoint.asynchronous, False}, reverse=True)
@@ -197,20 +201,39 @@ def words(before: Config, after: Config) -> list[str]:
     return [f"{key}={str(new).lower()}" for key, (old, new) in values.items() if new != old]
 
 
-def with_recompute(config: Config, policy: Recompute, saved_layers: int = 0, **others: Any) -> Config:
+def with_recompute(config: Config, policy: Recompute, less_layers: int = 0, **others: Any) -> Config:
     """The configuration with another policy of activation checkpointing, and `others` of `parallel`."""
-    parallel = replace(config.parallel, recompute=policy, attention_saved_layers=saved_layers, **others)
+    parallel = replace(config.parallel, recompute=policy, recompute_less_layers=less_layers, **others)
     return replace(config, parallel=parallel)
 
 
-def most_attention_saved(config: Config, world_size: int, choose: Callable[[Config], Choice], limit: float) -> int:
-    """Of how many layers attention can be saved with full recompute, so that a run fits `limit` bytes a GPU; -1: not
-    even of none."""
-    for layers in range(config.model.layers, -1, -1):
-        changed = with_recompute(config, Recompute.full, layers)
-        if memory(changed, world_size, choose(changed)).total <= limit:
-            return layers
-    return -1
+def most_recomputing_less(
+    config: Config, policy: Recompute, world_size: int, choose: Callable[[Config], Choice], limit: float
+) -> int:  # fmt: skip
+    """How many layers can recompute less than `policy` says, so that a run fits `limit` bytes a GPU and leaves a tenth
+    of them; 0: none can; -1: not even without such layers it fits."""
+
+    def needed(layers: int) -> float:
+        changed = with_recompute(config, policy, layers)
+        return memory(changed, world_size, choose(changed)).total
+
+    if needed(0) > limit:
+        return -1
+    return next((n for n in range(config.model.layers, 0, -1) if needed(n) <= (1 - SPARE) * limit), 0)
+
+
+def as_much_kept_as_fits(
+    config: Config, policies: list[Recompute], world_size: int, choose: Callable[[Config], Choice], limit: float
+) -> list[Config]:  # fmt: skip
+    """Of each of the `policies` with which a run fits `limit` bytes a GPU: the configuration with as many layers that
+    recompute less as fit, unless all do. What keeps most is first."""
+    never = {Recompute.none, Recompute.attention_saved} if config.parallel.is_tiled else {Recompute.none}
+    found = []
+    for policy in (policy for policy in policies if policy not in never):
+        layers = most_recomputing_less(config, policy, world_size, choose, limit)
+        if 0 <= layers < config.model.layers:
+            found.append(with_recompute(config, policy, layers))
+    return found
 
 
 def _bisect(fits: Callable[[int], bool], least: int, most: int) -> int:

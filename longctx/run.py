@@ -17,7 +17,15 @@ import torch
 from longctx import plan, remedies, step_time
 from longctx import runtime as runtime_module
 from longctx.command_line import how_to_go_on
-from longctx.config import ALL_IT_TAKES, Config, OnUsr1, Optimizer, Positions, RotaryScaling
+from longctx.config import (
+    AS_FITS,
+    Config,
+    OnUsr1,
+    Optimizer,
+    Positions,
+    RotaryScaling,
+    less_recompute,
+)
 from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.evaluate import sample_texts
@@ -48,7 +56,7 @@ def train(run: RunInfo) -> Outcome:
         forget_earlier_runs(runtime.device)
         check_machines(runtime)
         choose = strategy_for(runtime.ranks_of_a_machine)
-        run = replace(run, config=choose_offload(config, runtime, choose))
+        run = replace(run, config=choose_layers(config, runtime, choose))
         config = run.config
         if config.parallel.check_memory:
             is_foreseen = plan.is_foreseen(**implementations(config, runtime.device))
@@ -94,22 +102,23 @@ def forget_earlier_runs(device: torch.device) -> None:
         torch.cuda.reset_accumulated_memory_stats(device)
 
 
-def choose_offload(config: Config, runtime: Runtime, choose: Callable[[Config], Choice]) -> Config:
-    """The configuration with a number for `parallel.offload=-1`, the same on all ranks. Collective.
+def choose_layers(config: Config, runtime: Runtime, choose: Callable[[Config], Choice]) -> Config:
+    """The configuration with numbers of layers that are -1 chosen by the memory there is, the same on all ranks.
 
-    Raises `UserError` where that cannot be planned.
+    Collective. Raises `UserError` where that cannot be planned.
     """
-    if config.parallel.offload != ALL_IT_TAKES:
+    by_memory = [name for name in ("recompute_less_layers", "offload") if getattr(config.parallel, name) == AS_FITS]
+    if not by_memory:
         return config
     if runtime.device.type == "cpu":
-        return remedies.with_offload_chosen(config, runtime.world_size, choose, math.inf)
+        return remedies.with_layers_chosen(config, runtime.world_size, choose, math.inf)
     if not plan.is_foreseen(**implementations(config, runtime.device)):
         raise UserError(
-            "parallel.offload=-1 goes by a plan of memory that knows the fused kernels alone; give a number of layers, "
-            "or leave model.attention and model.fused_ops as they are"
+            f"parallel.{by_memory[0]}=-1 goes by a plan of memory that knows the fused kernels alone; give a number of "
+            "layers, or leave model.attention and model.fused_ops as they are"
         )
     limit = runtime.least(min(remedies.usable(runtime.device_bytes), runtime.free_device_bytes()))
-    return remedies.with_offload_chosen(config, runtime.world_size, choose, limit)
+    return remedies.with_layers_chosen(config, runtime.world_size, choose, limit)
 
 
 def introduce(trainer: Trainer) -> None:
@@ -149,6 +158,11 @@ def kept_and_where(config: Config) -> str:
     """A line on what blocks keep, how much at a time and where; empty for a run that does nothing to hold less."""
     parallel, layers = config.parallel, config.model.layers
     said = []
+    if less := parallel.recompute_less_layers:
+        said.append(
+            f"activation checkpointing is {parallel.recompute} in {layers - less} layers, "
+            f"{less_recompute(parallel.recompute)} in the last {less}"
+        )
     if parallel.tile:
         said.append(f"blocks run in tiles of {parallel.tile} tokens")
     if parallel.head_groups > 1:

@@ -169,6 +169,8 @@ def start(timeout_seconds: int) -> Runtime:
                 f"{local_ranks} ranks on a machine with {gpus} GPUs: each rank needs one; start {gpus} "
                 f"(torchrun --nproc-per-node {gpus}), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when memory is first taken
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

@@ -46,15 +46,16 @@ def seconds(config: Config, world_size: int, of: dict[str, Any]) -> dict[str, fl
 
     Rates are of 16 bits: see `is_timed`.
     """
-    model, recompute = config.model, config.parallel.recompute
+    model, policies = config.model, recompute_by_layer(config)
     attention, products = (work / world_size for work in flops(config))
     width = str(padded_head_dim(model.head_dim))
     attention *= padded_head_dim(model.head_dim) / model.head_dim
     forward, backward = (of["attention_tflops"][width][name] * 1e12 for name in ("forward", "backward"))
     tokens = config.data.sequence_length * config.data.sequences_per_step / world_size
     matrices, rest = parameters(model)
-    again = 0 if recompute == Recompute.none else matrices - model.layers * model.width * model.mlp_width
-    attention_again = recompute_by_layer(config).count(Recompute.full) / model.layers
+    products_again = 1 - policies.count(Recompute.none) / model.layers
+    attention_again = policies.count(Recompute.full) / model.layers
+    again = products_again * (matrices - model.layers * model.width * model.mlp_width)
     ranks = resolve_shard(config.parallel, world_size) * config.parallel.context * config.parallel.tensor
     others = of["other_kernels_us_a_token_of_width_4096"]
     tiles = micro_batches = micro_batches_of(config, world_size)

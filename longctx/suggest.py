@@ -39,6 +39,7 @@ ALIASES = {
     "parallel.tensor": ("tp", "tensor_parallel", "tensor_parallel_size", "tp_size"),
     "parallel.shard": ("fsdp", "dp", "data_parallel", "dp_shard"),
     "parallel.replicate": ("hsdp", "ddp", "dp_replicate"),
+    "parallel.recompute_less_layers": ("attention_saved_layers",),
     "parallel.recompute": ("activation_checkpointing", "gradient_checkpointing", "ac", "remat"),
     "optim.lr": ("learning_rate", "max_lr", "peak_lr"),
     "optim.steps": ("max_steps", "train_steps", "training_steps", "num_steps", "total_steps", "iters", "max_iters"),

@@ -190,7 +190,7 @@ def row(
     config = composed([*words, *(word.format(**numbers) for word in VARIANTS[name])])
     check(config, run.world_size)
     capacity = remedies.usable(run.device_bytes) if run.device.type == "cuda" else math.inf
-    config = remedies.with_offload_chosen(config, run.world_size, strategy_for(run.ranks_of_a_machine), capacity)
+    config = remedies.with_layers_chosen(config, run.world_size, strategy_for(run.ranks_of_a_machine), capacity)
     try:
         found = measured(config, run, is_deterministic, timelines and timelines / f"{name}.json")
     except torch.OutOfMemoryError:

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longctx import plan, remedies, step_time, train
 from longctx.command_line import config_folder, meeting_of, quoted, script, torchrun
-from longctx.config import Config, Recompute, Strategy
+from longctx.config import Config, Recompute, Strategy, less_recompute
 from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.strategy import strategy_for
@@ -140,17 +140,16 @@ def layouts(
 
 
 def memory_choices(config: Config, typed: set[str], machines: Machines, usable: float) -> Iterator[Config]:
-    """What blocks may keep and where: each policy of activation checkpointing, attention saved in as many layers as
-    fit, and tiled blocks with as little in host memory as makes them fit."""
+    """What blocks may keep and where: each policy of activation checkpointing, those between two of them where as many
+    layers as fit keep more, and tiled blocks with as little in host memory as makes them fit."""
     choose = strategy_for(machines.per_machine)
     if typed & {f"parallel.{name}" for name in remedies.OF_MEMORY}:
-        yield remedies.with_offload_chosen(config, machines.gpus, choose, usable)
+        yield remedies.with_layers_chosen(config, machines.gpus, choose, usable)
         return
     plain = remedies.with_recompute(config, Recompute.none, tile=0, head_groups=1, offload=0, offload_optimizer=False)
     yield from (remedies.with_recompute(plain, policy) for policy in Recompute)
-    saved = remedies.most_attention_saved(plain, machines.gpus, choose, usable)
-    if 0 < saved < config.model.layers:
-        yield remedies.with_recompute(plain, Recompute.full, saved)
+    mixed = remedies.as_much_kept_as_fits(plain, list(Recompute), machines.gpus, choose, usable)
+    yield from (between for between in mixed if between.parallel.recompute_less_layers)
     tiled = remedies.tiled(plain, machines.gpus, choose, usable, machines.host_bytes_of_a_rank)
     if tiled is not None:
         yield tiled
@@ -161,7 +160,9 @@ def kept_in_words(config: Config) -> str:
     parallel = config.parallel
     said = [
         str(parallel.recompute),
-        f"{parallel.attention_saved_layers} saved" if parallel.attention_saved_layers else "",
+        f"{parallel.recompute_less_layers} {less_recompute(parallel.recompute)}"
+        if parallel.recompute_less_layers
+        else "",
         f"tile {parallel.tile}" if parallel.tile else "",
         f"{parallel.head_groups} groups of heads" if parallel.head_groups > 1 else "",
         f"{parallel.offload} on host" if parallel.offload else "",

@@ -30,7 +30,7 @@ class ActivationOffload:
     """What the first `layers` blocks of a rank's model keep."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
-        assert layers >= 0, f"{layers} layers: see `remedies.with_offload_chosen`"
+        assert layers >= 0, f"{layers} layers: see `remedies.with_layers_chosen`"
         self.layers, self.device, self.copies = layers, device, HostCopies(device)
         self.places: dict[int, list[Tensor]] = {}  # by layer
         self.kept: list[Kept] = []

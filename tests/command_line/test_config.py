@@ -257,13 +257,29 @@ def test_mixtures_and_curricula():
     check(other_text, 1)  # what the recipe says of its own is no matter
 
 
-def test_layers_that_keep_attention():
-    words = "recipe=gpt_tiny", "parallel.attention_saved_layers=40", "parallel.recompute=attention_saved"
-    with pytest.raises(ConfigError, match=r"is of parallel.recompute=full.*\n.*layers=40: the model has 4 layers"):
-        check(composed(*words), 1)
-    config = composed("recipe=gpt_tiny", "parallel.attention_saved_layers=3", "parallel.recompute=full")
-    check(config, 1)
-    assert recompute_by_layer(config) == [Recompute.full, *[Recompute.attention_saved] * 3]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("recompute_less_layers=2", "recompute_less_layers=2: with parallel.recompute=none no layer recomputes"),
+        ("recompute_less_layers=40 recompute=full", "recompute_less_layers=40: the model has 4 layers"),
+        ("recompute_less_layers=-1 recompute=attention_saved tile=64", "with parallel.tile=64: .*recompute=full"),
+        ("recompute_less_layers=-1 recompute=full offload=-1", "offload=-1 go by the same memory; give one a number"),
+    ],
+)  # fmt: skip
+def test_wrong_numbers_of_layers_that_recompute_less(words, said):
+    with pytest.raises(ConfigError, match=said):
+        check(composed("recipe=gpt_tiny", *(f"parallel.{word}" for word in words.split())), 1)
+
+
+def test_layers_that_recompute_less():
+    def policies(recompute: str) -> list[Recompute]:
+        words = f"parallel.recompute={recompute}", "parallel.recompute_less_layers=3"
+        config = composed("recipe=gpt_tiny", *words)
+        check(config, 1)
+        return recompute_by_layer(config)
+
+    assert policies("full") == [Recompute.full, *[Recompute.attention_saved] * 3]
+    assert policies("attention_saved") == [Recompute.attention_saved, *[Recompute.none] * 3]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_compiled_code_has_the_kernels_and_not_the_ops():
 
 def test_compiling_says_nothing_of_how_a_device_is_looked_up(monkeypatch):
     """torch.compile warns of each cache that it comes by: users would read it at every start."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
     torch.compiler.reset()
     compiled = torch.compile(lambda x: x + hardware.capability(x.device)[0], backend="eager", fullgraph=True)
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from longctx import plan, remedies, run_facts, step_time
 from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
 from longctx.errors import UserError
 from longctx.model.transformer import attention_pairs
-from longctx.run import choose_offload, expected_memory, kept_and_where
+from longctx.run import choose_layers, expected_memory, kept_and_where
 from longctx.runtime import check_memory
 from longctx.strategy import WHOLE_SEQUENCES, Choice, strategy_for
 from runs import ROOT, composed
@@ -115,8 +115,8 @@ LONG = ["recipe=llama3_8b_1m", "parallel.context=8", "data.sequence_length=15728
 @pytest.mark.parametrize(
     ("words", "gpus", "free"),
     [
-        (MUCH, 4, 40), (MUCH, 4, 134.1), ([*LONG, "parallel.attention_saved_layers=32"], 8, 134.1),
-        ([*LONG, "parallel.attention_saved_layers=32"], 8, 50), (["recipe=gpt_32k", *LONG[2:3]], 1, 60),
+        (MUCH, 4, 40), (MUCH, 4, 134.1), ([*LONG, "parallel.recompute_less_layers=32"], 8, 134.1),
+        ([*LONG, "parallel.recompute_less_layers=32"], 8, 50), (["recipe=gpt_32k", *LONG[2:3]], 1, 60),
     ],
     ids=str,
 )  # fmt: skip
@@ -238,19 +238,19 @@ def test_attention_is_saved_in_as_many_layers_as_fit():
     choose = strategy_for(8)
 
     def needed(layers: int) -> float:
-        parallel = replace(config.parallel, recompute=Recompute.full, attention_saved_layers=layers)
+        parallel = replace(config.parallel, recompute=Recompute.full, recompute_less_layers=layers)
         changed = replace(config, parallel=parallel)
         return plan.memory(changed, 8, choose(changed)).total
 
-    layers = remedies.most_attention_saved(config, 8, choose, 134.1 * GIB)
-    assert layers == 21
-    assert needed(layers) <= 134.1 * GIB < needed(layers + 1)
+    layers = remedies.most_recomputing_less(config, Recompute.full, 8, choose, 134.1 * GIB)
+    assert layers == 12
+    assert needed(layers) <= 0.9 * 134.1 * GIB < needed(layers + 1)
     assert needed(0) == plan.memory(remedies.with_recompute(config, Recompute.full), 8, choose(config)).total
     saved = remedies.with_recompute(config, Recompute.attention_saved)
     assert needed(32) == plan.memory(saved, 8, choose(config)).total
-    assert remedies.most_attention_saved(config, 8, choose, 90 * GIB) == -1
+    assert remedies.most_recomputing_less(config, Recompute.full, 8, choose, 90 * GIB) == -1
     [words] = [r for r in remedies.remedies(config, 8, choose, 134.1 * GIB) if "layers" in r]
-    assert words == "parallel.recompute=full with parallel.attention_saved_layers=21 (133.5 GiB)"
+    assert words == "parallel.recompute=full with parallel.recompute_less_layers=12 (119.7 GiB)"
 
 
 ON_ONE = ["recipe=llama3_8b_256k_1gpu"]
@@ -289,22 +289,59 @@ def test_as_many_layers_as_it_takes(monkeypatch):
     config = composed(*ON_ONE, "parallel.offload=-1")
 
     def chosen(gib: float) -> int:
-        return remedies.with_offload_chosen(config, 1, choose, gib * GIB).parallel.offload
+        return remedies.with_layers_chosen(config, 1, choose, gib * GIB).parallel.offload
 
     assert [chosen(gib) for gib in (200, 126, 20)] == [0, 13, 31]
-    assert remedies.with_offload_chosen(composed(*ON_ONE), 1, choose, 0).parallel.offload == 13
+    assert remedies.with_layers_chosen(composed(*ON_ONE), 1, choose, 0).parallel.offload == 13
     runtime = SimpleNamespace(
         device=torch.device("cuda"), device_bytes=128 * GIB, world_size=1, least=lambda mine: min(mine, 140 * GIB),
         free_device_bytes=lambda: 127 * GIB,
     )  # fmt: skip
-    assert choose_offload(config, runtime, choose).parallel.offload == chosen(0.97 * 128 - 1.5) > 13
+    assert choose_layers(config, runtime, choose).parallel.offload == chosen(0.97 * 128 - 1.5) > 13
     runtime.free_device_bytes = lambda: 110 * GIB  # another process is there
-    assert choose_offload(config, runtime, choose).parallel.offload == chosen(110)
+    assert choose_layers(config, runtime, choose).parallel.offload == chosen(110)
     names["attention"] = "sdpa"
     with pytest.raises(UserError, match=r"parallel.offload=-1 goes by a plan .*; give a number of layers"):
-        choose_offload(config, runtime, choose)
+        choose_layers(config, runtime, choose)
     runtime.device = torch.device("cpu")
-    assert choose_offload(config, runtime, choose).parallel.offload == 0
+    assert choose_layers(config, runtime, choose).parallel.offload == 0
+
+
+def test_as_many_layers_recompute_less_as_memory_has_room_for(monkeypatch):
+    """Of Llama 3.1 8B at 128k on four H200s 25 of 32 keep everything, which leaves a tenth; one more would not."""
+    monkeypatch.setattr("longctx.run.implementations", lambda *_: {"attention": "hopper", "fused_ops": "triton"})
+    choose = strategy_for(4)
+    config = composed("recipe=llama3_8b_128k", "parallel.context=4", "parallel.recompute_less_layers=-1")
+
+    def chosen(gib: float) -> int:
+        return remedies.with_layers_chosen(config, 4, choose, gib * GIB).parallel.recompute_less_layers
+
+    assert [chosen(gib) for gib in (40, 60, 134.1, 200)] == [0, 2, 25, 32]
+    for layers, fits in ((25, True), (26, False)):
+        changed = remedies.with_recompute(config, Recompute.attention_saved, layers)
+        assert (plan.memory(changed, 4, choose(changed)).total <= 0.9 * 134.1 * GIB) == fits
+    runtime = SimpleNamespace(
+        device=torch.device("cuda"), device_bytes=139.8 * GIB, world_size=4, least=lambda mine: min(mine, 60 * GIB),
+        free_device_bytes=lambda: 139 * GIB,
+    )  # fmt: skip
+    assert choose_layers(config, runtime, choose).parallel.recompute_less_layers == 2
+    runtime.device = torch.device("cpu")
+    config = choose_layers(config, runtime, choose)
+    assert config.parallel.recompute_less_layers == 32
+    assert "attention_saved in 0 layers, none in the last 32" in kept_and_where(config)
+
+
+def test_less_recompute_takes_less_time():
+    rates = step_time.rates("h200")
+    config = composed("recipe=llama3_8b_128k", "parallel.context=4")
+
+    def seconds(policy: Recompute, layers: int = 0) -> float:
+        return sum(step_time.seconds(remedies.with_recompute(config, policy, layers), 4, rates).values())
+
+    for policy, lighter in ((Recompute.full, Recompute.attention_saved), (Recompute.attention_saved, Recompute.none)):
+        assert seconds(policy, 32) == pytest.approx(seconds(lighter))
+        assert seconds(policy, 16) == pytest.approx((seconds(policy) + seconds(lighter)) / 2)
+        assert seconds(lighter) < 0.97 * seconds(policy)
 
 
 def test_what_a_machine_cannot_hold_is_refused():

@@ -260,13 +260,14 @@ def test_recompute(recompute, strategy):
     assert ratio < 1.5, (ratio, name)
 
 
-def test_recompute_by_layer():
-    """Of two layers the last keeps attention, the first nothing."""
-    parallel = ParallelConfig(context=2, recompute=Recompute.full, attention_saved_layers=1)
+@pytest.mark.parametrize(("recompute", "forward_passes"), [(Recompute.full, 4 + 2), (Recompute.attention_saved, 4)])
+def test_recompute_by_layer(recompute, forward_passes):
+    """Of two layers the last recomputes less: of attention in two steps only full recompute repeats the first's."""
+    parallel = ParallelConfig(context=2, recompute=recompute, recompute_less_layers=1)
     ratio, name = worst_ratio(GQA, parallel, 2, make_inputs(DOCUMENTS))
     assert ratio < 1.5, (ratio, name)
     for (_, calls), _ in run_on_ranks(2, compiled, parallel, make_inputs(DOCUMENTS), GQA):
-        assert calls == 4 + 2  # each layer forward in two steps, and those of the first again
+        assert calls == forward_passes
 
 
 TILED = {

@@ -118,7 +118,8 @@ def traced(config: Config, world_size: int, micro_batches: int) -> LiveBytes:
 def case(recompute: Recompute, words: dict[str, Any]) -> Config:
     """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
     shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
-    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "saved_layers": 0, "parallel": {}}
+    others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "less_layers": 0, "parallel": {}}
+    nothing_less = Recompute.attention_saved if others["parallel"] else Recompute.none  # of tiled blocks, and of others
     others["unit_bytes"] = 1  # of blocks that FSDP gathers together: each by itself
     model = shape | {name: value for name, value in words.items() if name not in others}
     others |= {name: value for name, value in words.items() if name in others}
@@ -127,7 +128,7 @@ def case(recompute: Recompute, words: dict[str, Any]) -> Config:
         data=DataConfig(sequence_length=others["length"], sequences_per_step=others["micro_batches"]),
         parallel=ParallelConfig(
             recompute=recompute,
-            attention_saved_layers=others["saved_layers"] if recompute == Recompute.full else 0,
+            recompute_less_layers=0 if recompute == nothing_less else others["less_layers"],
             **others["parallel"],
         ),
         precision=PrecisionConfig(compute=others["compute"]),
@@ -137,8 +138,8 @@ def case(recompute: Recompute, words: dict[str, Any]) -> Config:
 VARIANTS: dict[str, dict[str, Any]] = {
     "4k": {},
     "short": {"length": 64},
-    "biases, QK-norm, attention of a layer saved": {
-        "saved_layers": 1,
+    "biases, QK-norm, a layer that recomputes less": {
+        "less_layers": 1,
         "qk_norm": True,
         "qkv_bias": True,
         "projection_bias": True,
@@ -151,7 +152,7 @@ MORE: dict[str, dict[str, Any]] = {
     "long": {"length": 16384, "layers": 6},
     "one layer": {"layers": 1},
     "GELU, layer norm": {"activation": Activation.gelu, "norm": Norm.layer_norm},
-    "much attention, of two layers saved": {"saved_layers": 2, "heads": 16, "kv_heads": 16, "mlp_width": 128},
+    "much attention, two layers that recompute less": {"less_layers": 2, "heads": 16, "kv_heads": 16, "mlp_width": 128},
     "much attention": {"heads": 16, "kv_heads": 16, "mlp_width": 128},
     "float32": {"compute": ComputeDtype.float32, "length": 1024},
     "large vocabulary": {"vocab_size": 8192, "length": 1024},
@@ -162,7 +163,7 @@ MORE: dict[str, dict[str, Any]] = {
 
 TILED: dict[str, dict[str, Any]] = {
     "tiles": {"parallel": {"tile": 512}, "layers": 4},
-    "tiles, QK-norm, attention of a layer saved": {"parallel": {"tile": 1024}, "qk_norm": True, "saved_layers": 1},
+    "tiles, QK-norm, a layer that recomputes less": {"parallel": {"tile": 1024}, "qk_norm": True, "less_layers": 1},
     "offload alone": {"parallel": {"offload": 2}},
     "groups of heads": {"parallel": {"tile": 512, "head_groups": 2}, "layers": 4},
     "tiles, eight groups of heads, much attention": {
