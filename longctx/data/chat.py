@@ -1,8 +1,8 @@
 """Conversations as tokens, of which the assistant's turns are trained on and the rest is read only.
 
-The chat template is the tokenizer's own, rendered by transformers, so ids and masks are those of its
-`apply_chat_template(..., return_assistant_tokens_mask=True)`. A template without `{% generation %}` does not say what
-the assistant's turns are: then they are what each adds to the text before it.
+The chat template is the tokenizer's own, rendered by transformers, so ids are those of its `apply_chat_template`. Of
+these the tokens are trained on that have a character of an assistant's turn: of what the template has between
+`{% generation %}` and `{% endgeneration %}`, or, of a template without, of what each turn adds to the text before it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class ChatTokenizer:
     def __init__(self, tokenizer_file: Path, template_file: Path | None = None) -> None:
         """The template of `template_file` (jinja), or that which lies beside the tokenizer. Raises `DataError`."""
         try:
+            from tokenizers.processors import ByteLevel
             from transformers import PreTrainedTokenizerFast
         except ImportError:
             raise DataError(
@@ -63,6 +64,8 @@ class ChatTokenizer:
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
         else:
             self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+        # adds no tokens, as templates write their own, and leaves white space in the tokens' places in the text
+        self.tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
         if template_file is not None:
             self.tokenizer.chat_template = template_file.read_text(encoding="utf-8")
         elif not self.tokenizer.chat_template and (folder / CHAT_TEMPLATE).is_file():
@@ -90,22 +93,17 @@ class ChatTokenizer:
 
     def encode(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""
-        marks_answers = _marks_answers(self.tokenizer.get_chat_template(tools=chat.tools))
         text = self.render(chat.messages, chat.tools)
         _refuse_what_is_lost(chat, text)
         encoding = self._apply(
-            chat.messages, chat.tools, return_dict=True, return_assistant_tokens_mask=marks_answers,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )  # fmt: skip
+            chat.messages, chat.tools, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
+        )
         ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"])
-        if marks_answers:
-            is_trained = np.array(encoding["assistant_masks"], dtype=bool)
-        else:
-            is_trained = np.zeros(len(ids), dtype=bool)
-            for begin, end in self._answers(chat, text):
-                is_trained |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        if chat.given:
-            is_trained &= offsets[:, 0] >= len(self.render(chat.messages[: chat.given], chat.tools))
+        is_trained = np.zeros(len(ids), dtype=bool)
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        answers = self._marked_answers(chat, template) if _marks_answers(template) else self._answers(chat, text)
+        for begin, end in answers:
+            is_trained |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         return ids, is_trained
 
     def ends_of_answers(self, ids: np.ndarray, is_trained: np.ndarray) -> Counter[int]:
@@ -149,8 +147,22 @@ class ChatTokenizer:
             raise ChatError("the chat template does not show what a user writes")
         return before, after
 
+    def _marked_answers(self, chat: Chat, template: str) -> list[tuple[int, int]]:
+        """Where what the template marks begins and ends in the whole text, but for what it marks of the prompt."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokens: dict[str, Any] = self.tokenizer.special_tokens_map
+
+        def marked(messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
+            how = {"chat_template": template, "return_assistant_tokens_mask": True, **tokens}
+            _, (found,) = render_jinja_template([messages], chat.tools, **how)
+            return found  # pyright: ignore[reportReturnType]  it says that it returns a text
+
+        given = len(marked(chat.messages[: chat.given])) if chat.given else 0
+        return marked(chat.messages)[given:]
+
     def _answers(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
-        """Where the assistant's turns begin and end in the whole text."""
+        """Where the assistant's turns begin and end in the whole text: what each adds to the text before it."""
         found = []
         for number, message in enumerate(chat.messages):
             if message.get("role") != "assistant" or number < chat.given:

@@ -26,7 +26,7 @@ class Mixture:
     """Checked corpora with their weights; one corpus alone is a mixture too."""
 
     def __init__(self, corpora: list[Corpus], weights: list[float]) -> None:
-        """Raises `DataError` if their tokenizers differ."""
+        """Raises `DataError` if their tokenizers differ, or how they write conversations."""
         self.corpora, self.weights = corpora, weights
         first = corpora[0]
         for other in corpora[1:]:
@@ -40,11 +40,18 @@ class Mixture:
                     f"{other.end_of_document}, those of {first.folder} with {first.document_begin} and "
                     f"{first.end_of_document}; prepare both alike"
                 )
+        of_chats = [corpus for corpus in corpora if corpus.has_conversations]
+        for other in of_chats[1:]:
+            if other.chat_prompt != of_chats[0].chat_prompt:
+                raise DataError(
+                    f"{other.folder}: its conversations write a question as {other.chat_prompt}, those of "
+                    f"{of_chats[0].folder} as {of_chats[0].chat_prompt}; prepare both with one --chat-template"
+                )
         self.tokenizer_file, self.tokenizer_vocab = first.tokenizer_file, first.tokenizer_vocab
         self.token_bytes: np.ndarray | None = first.token_bytes
         self.document_begin, self.end_of_document = first.document_begin, first.end_of_document
-        of_chats = next((corpus for corpus in corpora if corpus.has_conversations), first)
-        self.chat_prompt, self.chat_folder = of_chats.chat_prompt, of_chats.folder
+        first_of_chats = next(iter(of_chats), first)
+        self.chat_prompt, self.chat_folder = first_of_chats.chat_prompt, first_of_chats.folder
         ends = [end for corpus in corpora for end in corpus.ends if end != self.end_of_document]
         self.ends = list(dict.fromkeys([*ends, self.end_of_document]))
         self.notes = [note for corpus in corpora for note in corpus.notes]

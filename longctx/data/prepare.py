@@ -90,19 +90,19 @@ def prepare(
     the template does not take are left out if `skip_unreadable`. Raises `DataError` naming what cannot be read, if
     nothing is left to train on, if the disk is full, or if `folder` exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise DataError(f"{folder}: exists already; remove it or give another folder")
     tokenizer = open_tokenizer(tokenizer_file)
     frame = document_frame(tokenizer, tokenizer_file, end_of_document, add_special_tokens)
     recipe = Recipe(
-        str(tokenizer_file.resolve()),
+        os.path.abspath(tokenizer_file),  # not where a link leads, which is a blob in a cache of downloads
         sha256(tokenizer_file),
         vocab_size(tokenizer),
         frame.begin,
         frame.end,
         validation_fraction,
         max_document_tokens,
-        "" if chat_template is None else str(chat_template.resolve()),
+        "" if chat_template is None else os.path.abspath(chat_template),
         "".join(sha256(file) for file in files_of_chats(tokenizer_file, chat_template)),
         skip_unreadable,
     )
@@ -117,6 +117,7 @@ def prepare(
 
 def preparing(folder: Path) -> Path:
     """Where what is done is kept until all of it is."""
+    folder = folder if folder.name else folder.absolute()
     return folder.with_name(f"{folder.name}.preparing")
 
 
@@ -150,10 +151,10 @@ def _prepare(
         if manifest.answers:
             _chats(recipe).save(work)
         manifest.write(work)
-        for number in range(len(pieces)):
-            _record(work, number).unlink()
         sync(work)
         work.rename(folder)
+        for number in range(len(pieces)):  # now: until here a failure leaves what the same command goes on with
+            _record(folder, number).unlink()
         (folder / "lock").unlink()
         sync(folder.parent)
     return manifest
@@ -257,15 +258,15 @@ def _tokenize(number: int, piece: Piece, work: Path, recipe: Recipe) -> dict[str
     examples: list[str] = []
     answers: Counter[int] = Counter()  # as of `Manifest`
 
-    def leave_out(document: Document | Skipped, why: object = "") -> None:
+    def leave_out(document: Document | Skipped, why: object) -> None:
         nonlocal skipped
         skipped += 1
         if len(examples) < EXAMPLES:  # to find a place takes reading
-            examples.append(document.why if isinstance(document, Skipped) else f"{document.place}: {why}")
+            examples.append(f"{document.place}: {why}")
 
     for document in piece.documents():
         if isinstance(document, Skipped):
-            leave_out(document)
+            leave_out(document, document.why)
             continue
         try:
             ids, is_trained, text_bytes = _encode_document(tokenizer, document, recipe)
@@ -361,11 +362,11 @@ def _encode(tokenizer: Tokenizer, pieces: Iterable[str]) -> tuple[np.ndarray, in
         text_bytes += sum(len(piece.encode()) for piece in batch)
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for piece, encoding in zip(batch, encodings, strict=True):
-            found = np.array(encoding.ids, dtype=np.int64)
+            found = np.array(encoding.ids, dtype=np.uint32)  # of a long text there are many
             if np.isin(found, numbers).any():
-                found = np.array(encode_spelled(tokenizer, piece, list(specials)), dtype=np.int64)
+                found = np.array(encode_spelled(tokenizer, piece, list(specials)), dtype=np.uint32)
             ids.append(found)
-    return (np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)), text_bytes
+    return (np.concatenate(ids) if ids else np.empty(0, dtype=np.uint32)), text_bytes
 
 
 def _batched(pieces: Iterable[str], size: int = 4 * MIB) -> Iterator[list[str]]:

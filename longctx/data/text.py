@@ -26,7 +26,7 @@ MIB = 1 << 20
 LONGEST_FIRST_LINE = 64 * MIB  # by the first line it is told whether a file holds JSON lines
 PIECES = 64  # an input is cut into about so many, of these sizes in bytes
 SMALLEST_PIECE, LARGEST_PIECE = 4 * MIB, 256 * MIB
-WHOLE_TEXT = 16 * MIB  # a text file is tokenized in parts of this size, cut behind lines
+WHOLE_TEXT = 4 * MIB  # a text file is tokenized in parts of this size, cut behind lines
 
 
 class Document(NamedTuple):
@@ -46,7 +46,12 @@ class Document(NamedTuple):
 class Skipped(NamedTuple):
     """A file, line or row that cannot be read and is left out, as was asked for."""
 
-    why: str  # with its place
+    why: str
+    find_place: Callable[[], str]  # which may take reading
+
+    @property
+    def place(self) -> str:
+        return self.find_place()
 
 
 class Piece(Protocol):
@@ -100,7 +105,7 @@ class FilePiece:
             except UnreadableError as error:  # of the file: the rest of it is left out
                 if not self.skip_unreadable:
                     raise
-                yield Skipped(error.args[0])
+                yield Skipped(error.args[0].removeprefix(f"{part.path}: "), lambda path=part.path: str(path))
 
     def _read_text(self, part: Range) -> Iterator[Document | Skipped]:
         if self.skip_unreadable:  # read twice, so that no half of a document is kept
@@ -137,16 +142,16 @@ class FilePiece:
                         f"{part.path}: columns {self.text_field!r} and {other}: drop what is not to be trained on"
                     )
                 if not columns:
-                    raise DataError(
+                    raise UnreadableError(
                         f"{part.path}: no column {self.text_field!r} but {', '.join(there)}; name it with --text-field"
                     )
                 row = sum(file.metadata.row_group(g).num_rows for g in range(part.begin))
                 groups = list(range(part.begin, part.end))
                 for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns):
-                    rows = batch.to_pylist()
-                    for record in rows if self.text_field in columns else map(_without_nulls, rows):
+                    for record in _rows(batch):
                         where = f"{part.path}: row {row}"
-                        yield self._document(f"{part.name}@{row}", _content, record, lambda where=where: where)
+                        found = record if self.text_field in columns else _without_nulls(record)
+                        yield self._document(f"{part.name}@{row}", _content_of_row, found, lambda where=where: where)
                         row += 1
         except (pa.ArrowException, OSError) as error:
             raise UnreadableError(f"{part.path}: {error}; the file is damaged or cannot be read") from None
@@ -155,13 +160,13 @@ class FilePiece:
         self, name: str, content_of: Callable[..., str | Chat | Completion], found: Any, where: Callable[[], str]
     ) -> Document | Skipped:  # fmt: skip
         try:
-            content = content_of(found, where, self.text_field)
+            content = content_of(found, self.text_field)
             pieces, answers = ([content], None) if isinstance(content, str) else ([], content)
             return Document(name, pieces, answers=answers, find_place=where)
         except UnreadableError as error:
             if not self.skip_unreadable:
-                raise
-            return Skipped(error.args[0])
+                raise UnreadableError(f"{where()}: {error.args[0]}") from None
+            return Skipped(error.args[0], where)
 
 
 class UnreadableError(DataError):
@@ -286,8 +291,10 @@ def _kind(path: Path, text_field: str) -> str:
         return "text"
     if first.startswith(b"PAR1"):
         return "parquet"
-    record = _record_of(first)
-    if record is not None and (record.keys() & {text_field, *CONVERSATIONS} or _record_of(second) is not None):
+    record, fields = _record_of(first), {text_field, *CONVERSATIONS}
+    if record is not None and (record.keys() & fields or _record_of(second) is not None):
+        return "jsonl"
+    if len(first) == LONGEST_FIRST_LINE and first.lstrip().startswith(b"{") and _fields_of_begun(first[:MIB]) & fields:
         return "jsonl"
     if first.lstrip().startswith(b"[") and _is_array_of_records(path, text_field):
         raise DataError(f"{path}: holds a JSON array of records; make JSON lines of it, a record a line (jq -c '.[]')")
@@ -304,8 +311,13 @@ def _is_array_of_records(path: Path, text_field: str) -> bool:
         fields = set(record) if isinstance(record, dict) else set()
     except (ValueError, RecursionError):
         is_cut = len(element) > MIB // 2  # a record longer than that: by what looks like its fields
-        fields = set(re.findall(r'[{,]\s*"([^"]*)"\s*:', element)) if is_cut and element.startswith("{") else set()
+        fields = _fields_of_begun(element.encode()) if is_cut and element.startswith("{") else set()
     return bool(fields & {text_field, *CONVERSATIONS})
+
+
+def _fields_of_begun(record: bytes) -> set[str]:
+    """What looks like the fields of a JSON object of which there is the beginning alone."""
+    return {name.decode("utf-8", "replace") for name in re.findall(rb'[{,]\s*"([^"]*)"\s*:', record)}
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
@@ -405,39 +417,57 @@ def _line_at(path: Path, offset: int) -> str:
     return f"{path}:{number}"
 
 
-def _content_of_line(line: bytes, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
+def _rows(batch: Any) -> Iterator[Any]:
+    """The rows of a batch of Arrow's; in place of one whose text is not UTF-8 the error."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
+
+
+def _content_of_row(row: Any, text_field: str) -> str | Chat | Completion:
+    if isinstance(row, UnicodeDecodeError):
+        raise UnreadableError(f"byte {row.start} of a text is not UTF-8")
+    return _content(row, text_field)
+
+
+def _content_of_line(line: bytes, text_field: str) -> str | Chat | Completion:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{where()}: not JSON ({error})") from None
-    return _content(record, where, text_field)
+        raise UnreadableError(f"not JSON ({error})") from None
+    return _content(record, text_field)
 
 
-def _content(record: Any, where: Callable[[], str], text_field: str) -> str | Chat | Completion:
+def _content(record: Any, text_field: str) -> str | Chat | Completion:
     """What a record holds: a text, a conversation (`messages`), or `prompt` and `completion`, texts or messages."""
     record = record if isinstance(record, dict) else {}
     there = {key for key, value in record.items() if value is not None}
     if text_field in there and (other := _conversation_beside(text_field, there)):
-        raise UnreadableError(f"{where()}: fields {text_field!r} and {other}: drop what is not to be trained on")
-    if text_field in record and (record[text_field] is not None or "messages" not in record):
-        return _checked(record[text_field], where, text_field)
+        raise UnreadableError(f"fields {text_field!r} and {other}: drop what is not to be trained on")
+    if text_field in record and (text_field in there or not _conversation_beside(text_field, set(record))):
+        return _checked(record[text_field], text_field)
     tools = record.get("tools")
     if isinstance(tools, str):  # as datasets keep what has no fixed columns
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise UnreadableError(f"{where()}: field 'tools' is not JSON ({error})") from None
+            raise UnreadableError(f"field 'tools' is not JSON ({error})") from None
     tools = _encodable(tools)
     if "messages" in record:
-        return Chat(_messages(record["messages"], where, "messages"), tools or None)
+        return Chat(_messages(record["messages"], "messages"), tools or None)
     if "prompt" in record and "completion" in record:
         prompt, completion = record["prompt"], record["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Completion(_checked(prompt, where, "prompt"), _checked(completion, where, "completion"))
-        given = _messages(prompt, where, "prompt")
-        return Chat([*given, *_messages(completion, where, "completion")], tools or None, len(given))
+            return Completion(_checked(prompt, "prompt"), _checked(completion, "completion"))
+        given = _messages(prompt, "prompt")
+        return Chat([*given, *_messages(completion, "completion")], tools or None, len(given))
     raise UnreadableError(
-        f"{where()}: no field {text_field!r}; name it with --text-field (also read: messages; prompt and completion)"
+        f"no field {text_field!r}; name it with --text-field (also read: messages; prompt and completion)"
     )
 
 
@@ -448,36 +478,34 @@ def _conversation_beside(text_field: str, there: set[str]) -> str:
     return "'prompt' with 'completion'" if {"prompt", "completion"} <= there - {text_field} else ""
 
 
-def _messages(found: Any, where: Callable[[], str], field: str) -> list[dict[str, Any]]:
+def _messages(found: Any, field: str) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) and "role" in m for m in found):
-        raise UnreadableError(f"{where()}: field {field!r} holds no list of messages, each with a role: {found!r:.60}")
-    return [_message(message, where) for message in found]
+        raise UnreadableError(f"field {field!r} holds no list of messages, each with a role: {found!r:.60}")
+    return [_message(message) for message in found]
 
 
-def _message(message: dict[str, Any], where: Callable[[], str]) -> dict[str, Any]:
+def _message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it: content as one text, arguments of calls as objects, nothing that is null."""
     message = {key: _encodable(value) for key, value in message.items() if value is not None}
     role = message["role"]
     if role == "assistant" and message.get("weight", 1) != 1:
-        raise UnreadableError(
-            f"{where()}: a message has weight {message['weight']}; a turn cannot be left out of training"
-        )
+        raise UnreadableError(f"a message has weight {message['weight']}; a turn cannot be left out of training")
     content = message.get("content", "")
     if isinstance(content, list) and (role != "tool" or _is_text_in_parts(content)):
         texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         message["content"] = content = "".join(texts) if len(texts) == len(content) else content
     if not isinstance(content, str) and role in ("system", "user", "assistant"):  # what a tool gives may be an object
-        raise UnreadableError(f"{where()}: content of a message holds no text but {message['content']!r:.60}")
+        raise UnreadableError(f"content of a message holds no text but {message['content']!r:.60}")
     calls = message.get("tool_calls") or []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict):
-            raise UnreadableError(f"{where()}: tool_calls hold no list of calls, each with a function: {calls!r:.60}")
+            raise UnreadableError(f"tool_calls hold no list of calls, each with a function: {calls!r:.60}")
         if isinstance(arguments := function.get("arguments"), str):  # as OpenAI has them
             try:
                 function["arguments"] = _encodable(json.loads(arguments or "{}"))
             except (ValueError, RecursionError) as error:
-                raise UnreadableError(f"{where()}: arguments of a call are not JSON ({error})") from None
+                raise UnreadableError(f"arguments of a call are not JSON ({error})") from None
     return message
 
 
@@ -505,7 +533,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _checked(text: Any, where: Callable[[], str], text_field: str) -> str:
+def _checked(text: Any, text_field: str) -> str:
     if not isinstance(text, str):
-        raise UnreadableError(f"{where()}: field {text_field!r} holds no text but {text!r:.40}")
+        raise UnreadableError(f"field {text_field!r} holds no text but {text!r:.40}")
     return _encodable(text)
