@@ -11,6 +11,8 @@ multiplies again. GELU is the tanh form. (Dao, flash-attention's fused_dense; He
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -216,7 +218,7 @@ def _apart(tensor: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 def fused_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, return_residual: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """x W^T + bias + residual, (..., out_features); with `return_residual` also x, for a skip connection around it.
 
     x (..., in_features), weight (out_features, in_features), bias (out_features,), residual (..., out_features), all of
@@ -225,8 +227,9 @@ def fused_dense(
     given = x
     x, weight, bias, residual = precision.autocast(x, weight, bias, residual)  # pyright: ignore[reportAssignmentType]
     problems = check_weight("weight", weight, bias, x.shape[-1], x)
-    if not problems and residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
-        problems.append(f"residual {tuple(residual.shape)}: must be {(*x.shape[:-1], len(weight))}")
+    shape = (*x.shape[:-1], len(weight))
+    if not problems and residual is not None and (residual.shape, residual.dtype) != (shape, x.dtype):
+        problems.append(f"residual {tuple(residual.shape)} {residual.dtype}: must be {shape} {x.dtype}, as x")
     if problems:
         raise ValueError("; ".join(problems))
     is_cast = x is not given
@@ -244,7 +247,7 @@ def fused_mlp(
     return_residual: bool = False,
     recompute: bool = False,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """gelu(x W1^T + bias1) W2^T + bias2, (..., out_features); with `return_residual` also x.
 
     x (..., in_features), weight1 (hidden_features, in_features), weight2 (out_features, hidden_features), all of one

@@ -51,7 +51,7 @@ def rotary_reference(
     """Turns pairs of dims of x (batch, sequence, heads, head_dim); shapes and pairs as in `longctx.kernels.rotary`."""
     if positions is not None:
         is_inside = ((positions >= 0) & (positions < len(cos))).unsqueeze(-1)
-        place = positions.clamp(0, len(cos) - 1)
+        place = positions.clamp(0, len(cos) - 1).long()  # uint8 would be taken for a mask
         cos, sin = (torch.where(is_inside, table[place], torch.nan) for table in (cos, sin))
     rotary_dim = 2 * cos.shape[-1]
     turned, rest = x[..., :rotary_dim].to(accumulation_dtype(x.dtype)), x[..., rotary_dim:]
@@ -303,7 +303,7 @@ def _check(q, k, cos, sin, positions, inplace) -> None:
             problems.append(f"cos {tuple(cos.shape)}: its last dim must be 1 to head_dim / 2 = {head_dim // 2}")
         if positions is None and (cos.ndim != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != sequence):
             problems.append(f"cos {tuple(cos.shape)}: must be ({batch} or 1, {sequence}, rotary_dim / 2)")
-        if positions is not None and positions.is_floating_point():
+        if positions is not None and (positions.is_floating_point() or positions.dtype == torch.bool):
             problems.append(f"positions {positions.dtype}: must be integers")
         if positions is not None and (
             cos.ndim != 2 or tuple(positions.shape) not in ((batch, sequence), (1, sequence))

@@ -28,7 +28,7 @@ def attention(
     scale: float | None = None,
     implementation: str = "auto",
     *,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     dropout: float = 0.0,
@@ -39,12 +39,12 @@ def attention(
 
     q (batch, n_queries, heads, head_dim); k and v (batch, n_keys, kv_heads, head_dim) with heads a multiple of
     kv_heads; all float16, bfloat16 or float32 (float64 for the reference), head_dim up to 256. scale: 1 /
-    sqrt(head_dim) by default. `softcap`: scores become softcap * tanh(score / softcap), 0 for none. `alibi_slopes`,
-    float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope * |distance| is taken off. `dropout`:
-    probability with which an entry of the softmax is dropped; its `seed` (one int64) is drawn from torch's generator.
-    `deterministic`: the same bits each time. `sink` (heads,): the score of one more key whose value is 0, with gradient
-    (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). All has to be finite, what a mask
-    hides too (0 * NaN is NaN), but for what lies past the last sequence of `flash_attn_varlen_func`.
+    sqrt(head_dim) by default. `softcap`: scores become softcap * tanh(score / softcap); 0 or None: they do not.
+    `alibi_slopes`, float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope * |distance| is taken off.
+    `dropout`: probability with which an entry of the softmax is dropped; its `seed` (one int64) is drawn from torch's
+    generator. `deterministic`: the same bits each time. `sink` (heads,): the score of one more key whose value is 0,
+    with gradient (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). All has to be finite,
+    what a mask hides too (0 * NaN is NaN), but for what lies past the last sequence of `flash_attn_varlen_func`.
 
     In torch.autocast q, k and v are cast first, as by torch's attention. Returns out, like q, and lse (batch, heads,
     n_queries), float32 (float64 for float64 inputs), natural log. A row that sees no key has out 0, lse -inf and zero
@@ -62,7 +62,7 @@ def attention(
 
 
 def explain(
-    q: Tensor, mask: KeyIntervals | BlockMask, scale: float | None = None, *, softcap: float = 0.0,
+    q: Tensor, mask: KeyIntervals | BlockMask, scale: float | None = None, *, softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None, sink: Tensor | None = None, dropout: float = 0.0, deterministic: bool = False,
 ) -> str:  # fmt: skip
     """What `auto` takes for such a call of `attention`, and why none of the others: a line each, fastest first."""
@@ -80,7 +80,7 @@ def make_options(
     q: Tensor,
     scale: float | None = None,
     *,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -90,7 +90,7 @@ def make_options(
     if dropout and seed is None:
         seed = new_seed(q.device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    options = Options(factor, softcap, alibi_slopes, dropout, seed if dropout else None, deterministic)
+    options = Options(factor, softcap or 0.0, alibi_slopes, dropout, seed if dropout else None, deterministic)
     check_options(options, q)
     return options
 
@@ -135,8 +135,12 @@ def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, 
     bounds = mask.intervals.start if isinstance(mask, BlockMask) else mask.start
     problems += kept_problems(mask, q) if isinstance(mask, BlockMask) else []
     problems += [] if bounds is None else bound_problems(bounds, q)
-    if sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device):
-        problems.append(f"sink {tuple(sink.shape)} on {sink.device}: must be ({q.shape[2]},), a score a query head")
+    if sink is not None and not isinstance(sink, Tensor):
+        problems.append(f"sink {sink!r}: must be a tensor ({q.shape[2]},), a score a query head")
+    elif sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device or not sink.is_floating_point()):
+        problems.append(
+            f"sink {tuple(sink.shape)} {sink.dtype} on {sink.device}: must be ({q.shape[2]},), a score a query head"
+        )
     if problems:
         raise ValueError("attention: " + "; ".join(problems))
 
@@ -170,7 +174,7 @@ def check_options(options: Options, q: Tensor) -> None:
     """Raises ValueError, with all that is wrong, unless queries like `q` can be attended from with `options`."""
     problems = []
     batch, n_queries, heads, _ = q.shape
-    if isinstance(options.scale, Tensor) or not 0 < options.scale < math.inf:
+    if isinstance(options.scale, Tensor | str) or not 0 < options.scale < math.inf:
         problems.append(f"scale {options.scale}: must be finite, above 0 and no tensor: multiply a learned one into q")
     if not 0 <= options.softcap < math.inf:
         problems.append(f"softcap {options.softcap}: must be finite and above 0, or 0 for none")

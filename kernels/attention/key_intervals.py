@@ -43,13 +43,16 @@ class KeyIntervals:
 
     @staticmethod
     def full(n_queries: int, n_keys: int) -> KeyIntervals:
-        """Every query sees every key."""
+        """Every query sees every key. Raises ValueError for what are no numbers of rows, as `causal` does."""
+        _check_sizes(n_queries, n_keys)
         return KeyIntervals(n_queries, n_keys)
 
     @staticmethod
     def causal(n_queries: int, n_keys: int | None = None) -> KeyIntervals:
         """Query `i` sees the keys up to `i + n_keys - n_queries`."""
-        return KeyIntervals(n_queries, n_queries if n_keys is None else n_keys, is_causal=True)
+        n_keys = n_queries if n_keys is None else n_keys
+        _check_sizes(n_queries, n_keys)
+        return KeyIntervals(n_queries, n_keys, is_causal=True)
 
     @staticmethod
     def intervals(start: Tensor, end: Tensor, n_keys: int) -> KeyIntervals:
@@ -177,9 +180,9 @@ class KeyIntervals:
         first, end = (bound.contiguous() for bound in torch.broadcast_tensors(first, end))
         return replace(self, is_causal=False, start=first, end=end)
 
-    def windowed(self, size: int, device: torch.device) -> KeyIntervals:
+    def windowed(self, size: int, device: torch.device | str) -> KeyIntervals:
         """As `window`: for the same mask and size the same tensors each time, which caches know."""
-        return banded(self, _left_of_window(size), 0, device)
+        return banded(self, _left_of_window(size), 0, torch.device(device))
 
     def rows(self, index: Tensor) -> KeyIntervals:
         """The mask of the query rows `index` over the same keys: ascending ones, such as one rank's, for a kernel."""
@@ -227,6 +230,12 @@ def _check_index(index: Tensor) -> None:
     """Raises ValueError unless these are integers (n,). That they ascend is not asked: it would wait for the device."""
     if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"index {tuple(index.shape)} {index.dtype}: must be ascending int32 or int64, (n,)")
+
+
+def _check_sizes(*sizes: int) -> None:
+    for size in sizes:
+        if isinstance(size, float | bool) or (isinstance(size, int) and size < 0):  # compiled code has other integers
+            raise ValueError(f"a mask over {size!r} rows or keys: give their number, 0 or more")
 
 
 def _left_of_window(size: int) -> int:

@@ -12,6 +12,7 @@ dropout, `S_dmask` is the softmax itself, negative where an entry was dropped, a
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from longctx.kernels.attention.reference import attention_scores, dropout_weight
 from longctx.kernels.dropout import new_seed
 
 Window = tuple[int, int]
-Result = Tensor | tuple[Tensor, Tensor, Tensor]
+Result = Any  # a tensor, or three: a caller knows which it has asked for
 
 
 def flash_attn_func(

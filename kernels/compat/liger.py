@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longctx.kernels.loss.cross_entropy import cross_entropy
+from longctx.kernels.loss.cross_entropy import REDUCTIONS, cross_entropy
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
+from longctx.kernels.loss.options import LossOptions
 
 
 class _Loss(nn.Module):
@@ -26,9 +27,20 @@ class _Loss(nn.Module):
         super().__init__()
         if weight is not None or return_z_loss:
             raise ValueError("weights of classes and return_z_loss: not supported here, pass None and False")
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index, "z_loss": lse_square_scale, "label_smoothing": label_smoothing,
-            "reduction": reduction, "softcap": softcap,
+        problems = LossOptions(ignore_index, label_smoothing, lse_square_scale, softcap or 0.0).check()
+        if reduction not in REDUCTIONS:
+            problems.append(f"reduction={reduction!r}: must be none, sum or mean")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.ignore_index, self.lse_square_scale, self.label_smoothing = ignore_index, lse_square_scale, label_smoothing
+        self.reduction, self.softcap = reduction, softcap
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """By the names of our losses."""
+        return {
+            "ignore_index": self.ignore_index, "z_loss": self.lse_square_scale, "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing, "softcap": self.softcap,
         }  # fmt: skip
 
 

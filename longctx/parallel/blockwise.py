@@ -164,12 +164,14 @@ class Blockwise:
         return gradient.dq(), dk.to(dtype), dv.to(dtype)
 
     def _schedule(self, k: Tensor, mask: SplitMask) -> Schedule:
-        tokens_of_a_step = self.budget.step // (2 * k[:, :1].nbytes)
+        tokens_of_a_step = self.budget.step // max(1, 2 * k[:, :1].nbytes)
         return schedule_of(mask, self.transport.rank, tokens_of_a_step, self._slots(k), k.device)
 
     def _slots(self, k: Tensor) -> int:
         """Of an inbox, each with the gradients from one rank."""
-        return max(1, min(MOST_SLOTS, self.budget.inbox // (2 * k.numel() * accumulation_dtype(k.dtype).itemsize)))
+        return max(
+            1, min(MOST_SLOTS, self.budget.inbox // max(1, 2 * k.numel() * accumulation_dtype(k.dtype).itemsize))
+        )
 
 
 def _give_gradients(steps: range, keys: _Keys, gradient: PartialBackward) -> None:

@@ -45,12 +45,16 @@ class ContextParallel:
         self.choice, self.transports, self.is_alone = choice, tuple(transports), not transports
         self.size = math.prod(transport.size for transport in transports)  # a number: torch.compile traces no generator
         self.exchange = _exchange(choice.strategy, self.transports) if self.transports else None
-        self.name = f"context {next(_numbers)}"
+        # compiled graphs are kept on disk by it: it has to say all that decides the shapes of results
+        self.name = f"{choice.strategy} {choice.ulysses_size} context {next(_numbers)}"
         _open[self.name] = self
 
     @staticmethod
     def over(choice: Choice, mesh: Mesh, timeout_seconds: int) -> ContextParallel:
-        """That of a mesh. Collective; a rank that comes `timeout_seconds` late to an exchange ends the run."""
+        """That of a mesh, whose groups have the same timeout.
+
+        Collective; a rank that comes `timeout_seconds` late to an exchange ends the run.
+        """
         if mesh.size("context") == 1:
             return ContextParallel(choice, ())
         is_product = choice.strategy == Strategy.ulysses_ring
@@ -58,14 +62,19 @@ class ContextParallel:
         return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds) for group in groups])
 
     @staticmethod
-    def of_group(group: dist.ProcessGroup, strategy: str = "ring", timeout_seconds: int = 600) -> ContextParallel:
+    def of_group(
+        group: dist.ProcessGroup | None, strategy: str = "ring", timeout_seconds: int = 600
+    ) -> ContextParallel:
         """For a model of one's own: the ranks of `group` share each sequence by `ring`, `gather` or `ulysses`.
 
-        A group of one rank has whole sequences, and its masks are `KeyIntervals`. Collective; a rank that comes
-        `timeout_seconds` late to an exchange ends the run. Raises ValueError for other strategies.
+        A group of one rank has whole sequences, and its masks are `KeyIntervals`. Collective. A rank that comes
+        `timeout_seconds` late to an exchange through symmetric memory ends the run; exchanges by messages go by the
+        timeout of `group`. Raises ValueError for other strategies, and on ranks that are not in `group`.
         """
         if strategy not in (usable := [str(name) for name in (Strategy.ring, Strategy.gather, Strategy.ulysses)]):
             raise ValueError(f"strategy={strategy!r} is not one of {', '.join(usable)}")
+        if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: is none of this rank; give one that it is in, such as dist.group.WORLD")
         choice = Choice(Strategy(strategy), group.size() if strategy == Strategy.ulysses else 1, "as asked for")
         return ContextParallel(choice, [make_transport(group, 1000 * timeout_seconds)] if group.size() > 1 else ())
 
@@ -145,10 +154,11 @@ class ContextAttend(nn.Module):
         super().__init__()
         self.attend, self.context_parallel = attend, context_parallel
         self.options: dict[str, Any] = attend.options  # pyright: ignore[reportAttributeAccessIssue]: of `Attend`
-        if refused := sorted(set(self.options) - set(SUPPORTED_OPTIONS)):
+        refused = sorted(set(self.options) - set(SUPPORTED_OPTIONS))
+        if refused and not context_parallel.is_alone:
             raise ValueError(
                 f"attention with {', '.join(refused)} cannot be split over ranks: use {', '.join(SUPPORTED_OPTIONS)}, "
-                "or parallel.context=1"
+                "or whole sequences on each rank (parallel.context=1)"
             )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: SplitMask | KeyIntervals) -> Tensor:
@@ -157,7 +167,8 @@ class ContextAttend(nn.Module):
         Raises ValueError where these, the mask and the ranks do not fit each other, before anything is exchanged.
         """
         if self.context_parallel.is_alone:
-            return self.attend(q, k, v, mask)
+            is_whole = isinstance(mask, SplitMask) and mask.split.size == 1
+            return self.attend(q, k, v, mask.mask if is_whole else mask)
         if not isinstance(mask, SplitMask):
             raise TypeError(f"{type(mask).__name__}: a split sequence has a SplitMask, as Split.mask makes it")
         q, k, v = precision.autocast(q, k, v)  # pyright: ignore[reportAssignmentType]

@@ -321,7 +321,9 @@ def test_an_option_reaches_the_split_attention_or_is_refused():
         "alibi_slopes", "dropout", "seed",
     }  # fmt: skip
     for name in options:
-        made = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), [])
+        made = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), [SimpleNamespace(size=2, rank=0)])
+        alone = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), [])
+        assert alone.replace(Attend("reference", **{name: 1})).options == {name: 1}  # which splits nothing
         if name in SUPPORTED_OPTIONS:
             assert made.replace(Attend("reference", **{name: 1})).options == {name: 1}
             continue
