@@ -44,7 +44,7 @@ from longctx.runtime import Runtime
 FORMAT = "longctx-checkpoint-2"
 MANIFEST = "manifest.json"
 HEAD, HEAD_BEFORE = "head.weight", "output_weight"  # what a head's own weight is called, and until 2026-11-29
-BEST_BY = "loss/val"  # fact of a checkpoint
+BEST_BY, VALIDATED_ON = "loss/val", "validation_sequences"  # facts of a checkpoint
 DTYPES = {  # of safetensors
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -525,14 +525,21 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any], metadata: dict[str
 
 
 def best_of(paths: list[Path]) -> Path | None:
-    """The one of the lowest validation loss, of those saved in a step that was validated; None if none was."""
-    losses = {}
+    """The one of the lowest validation loss, of those that were validated on as many sequences as the last that was.
+
+    None if none was: losses of other held-out sequences do not compare.
+    """
+    losses, sequences = {}, {}
     for path in paths:
         try:
-            losses[path] = read_manifest(path)["facts"].get(BEST_BY, math.inf)
+            facts = read_manifest(path)["facts"]
         except CheckpointError:  # which is for those to say who want to read it
             continue
-    return min((path for path, loss in losses.items() if loss < math.inf), key=losses.__getitem__, default=None)
+        if facts.get(BEST_BY, math.inf) < math.inf:
+            losses[path], sequences[path] = facts[BEST_BY], facts.get(VALIDATED_ON)
+    last = next((sequences[path] for path in reversed(losses) if sequences[path]), None)
+    alike = [path for path in losses if sequences[path] in (None, last)]  # None: of an earlier version
+    return min(alike, key=losses.__getitem__, default=None)
 
 
 def _write(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> list[str]:

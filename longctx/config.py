@@ -209,12 +209,16 @@ class RotaryConfig:
         8192, "tokens of the context the frequencies were first trained at (dynamic, yarn, llama3)", least=1
     )
     longest: int = knob(0, "dynamic: tokens of the longest sequence the model is used with", least=0)
-    low_frequency_factor: float = knob(1.0, "llama3: wavelengths over original_length / this are divided by `factor`")
-    high_frequency_factor: float = knob(4.0, "llama3: wavelengths under original_length / this are kept")
-    beta_fast: float = knob(32.0, "yarn: dimensions that turn more often than this within original_length are kept")
-    beta_slow: float = knob(1.0, "yarn: those that turn less often are divided by `factor`")
+    low_frequency_factor: float = knob(
+        1.0, "llama3: wavelengths over original_length / this are divided by `factor`", above=0
+    )
+    high_frequency_factor: float = knob(4.0, "llama3: wavelengths under original_length / this are kept", above=0)
+    beta_fast: float = knob(
+        32.0, "yarn: dimensions that turn more often than this within original_length are kept", above=0
+    )
+    beta_slow: float = knob(1.0, "yarn: those that turn less often are divided by `factor`", above=0)
     attention_factor: float | None = knob(
-        None, "yarn: what cosines and sines are multiplied by; null: by the paper's rule"
+        None, "yarn: what cosines and sines are multiplied by; null: by the paper's rule", above=0
     )
 
 

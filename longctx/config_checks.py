@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from longctx.config import (
@@ -15,6 +16,7 @@ from longctx.config import (
     ParallelConfig,
     Positions,
     Recompute,
+    RotaryConfig,
     RotaryScaling,
     Strategy,
     attended_heads,
@@ -138,11 +140,13 @@ def _check_data(data: DataConfig) -> list[str]:
         problems.append(f"data.folder={data.folder} and data.mixture are both given; put the folder into the mixture")
     if data.source == DataSource.recall and data.copies:
         problems.append(f"data.copies={data.copies} is of text, data.source is recall; set data.copies=0")
-    shortest = min((tokens for tokens in data.curriculum.values() if tokens > 0), default=LEAST_SPAN_OF_COPIES)
+    spans = [tokens for tokens in data.curriculum.values() if tokens > 0]
+    shortest = min([data.sequence_length, *spans])
     if data.copies and shortest < LEAST_SPAN_OF_COPIES:
+        where = "data.sequence_length" if shortest == data.sequence_length else "data.curriculum"
         problems.append(
-            f"data.copies={data.copies}: in spans of {shortest} tokens (data.curriculum) hardly a copy finds room; "
-            f"give spans of {LEAST_SPAN_OF_COPIES} or more, or data.copies=0"
+            f"data.copies={data.copies}: in spans of {shortest} tokens ({where}) hardly a copy finds room; give "
+            f"{LEAST_SPAN_OF_COPIES} or more, or data.copies=0"
         )
     problems += [
         f"data.mixture: {folder} has the weight {weight}; give one above 0, or leave it out"
@@ -158,8 +162,25 @@ def _check_data(data: DataConfig) -> list[str]:
     return problems
 
 
+def _check_rotary(rotary: RotaryConfig, head_dim: int) -> list[str]:
+    low, high = rotary.low_frequency_factor, rotary.high_frequency_factor
+    if rotary.scaling == RotaryScaling.llama3 and low >= high:
+        return [
+            f"model.rotary.low_frequency_factor={low:g} is not less than model.rotary.high_frequency_factor={high:g}, "
+            "and frequencies between them are blended; Llama 3.1 has 1 and 4"
+        ]
+    if rotary.scaling == RotaryScaling.yarn and (rotary.beta_slow >= rotary.beta_fast or rotary.theta <= 1):
+        return [
+            f"model.rotary.scaling=yarn: beta_slow={rotary.beta_slow:g} must be below beta_fast={rotary.beta_fast:g}, "
+            f"and theta={rotary.theta:g} above 1; the paper has 1, 32 and 10000"
+        ]
+    if rotary.scaling in (RotaryScaling.ntk, RotaryScaling.dynamic) and head_dim <= 2:
+        return [f"model.head_dim={head_dim}: model.rotary.scaling={rotary.scaling} needs 4 or more"]
+    return []
+
+
 def _check_model(model: ModelConfig) -> list[str]:
-    problems = []
+    problems = _check_rotary(model.rotary, model.head_dim) if model.positions == Positions.rotary else []
     if model.kv_heads > 0 and model.heads % model.kv_heads:
         problems.append(
             f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; use {_divisors(model.heads)}"
@@ -215,7 +236,9 @@ def _check_batch(config: Config, world_size: int) -> list[str]:
         near = max(1, round(data.sequences_per_step / readers)) * readers
         context = parallel.context * readers // math.gcd(readers, data.sequences_per_step)
         others = parallel.replicate * parallel.tensor
+        sharing = replace(config, parallel=replace(parallel, context=context))
         can_share = parallel.shard == -1 and world_size % (context * others) == 0
+        can_share = can_share and not _check_batch(sharing, world_size) and not _check_sharing(sharing)
         or_shared = f", or parallel.context={context}, so that more ranks share each sequence" if can_share else ""
         problems.append(
             f"data.sequences_per_step={data.sequences_per_step} is no multiple of the {readers} ranks that read "

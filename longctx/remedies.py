@@ -194,7 +194,7 @@ def _head_groups(config: Config) -> list[int]:
 
 def words(before: Config, after: Config) -> list[str]:
     """What to say on the command line for a change of what is kept, where, or at a time."""
-    fields = [("parallel", name) for name in ("context", "strategy", *OF_MEMORY)]
+    fields = [("parallel", name) for name in ("context", "shard", "strategy", *OF_MEMORY)]
     fields += [("data", name) for name in ("sequences_per_micro_batch", "sequence_length")]
     fields.append(("checkpoint", "asynchronous"))
     values = {f"{group}.{name}": [getattr(getattr(c, group), name) for c in (before, after)] for group, name in fields}

@@ -62,10 +62,24 @@ def is_same_order(path: Path, saved: dict[str, Any], here: dict[str, Any], is_ow
     return not changed
 
 
-def changes(before: str, now: str) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> its value before and now, of two configurations as YAML; keys that only one has are left out."""
-    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
-    return {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and key not in PLACES}
+def as_yaml(configuration: dict[str, Any]) -> str:
+    """A nested configuration as checkpoints keep it."""
+    return OmegaConf.to_yaml(OmegaConf.create(configuration))
+
+
+def changes(before: str | dict[str, Any], now: str | dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its value before and now, of two configurations, nested or as YAML.
+
+    Left out are keys that only one has, and those of an earlier version's that say where a value was to be found
+    (`${...}`) in place of it.
+    """
+    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(found))) for found in (before, now))
+    compared = {key for key in new if key in old and key not in PLACES and not _is_reference(old[key], new[key])}
+    return {key: (old[key], new[key]) for key in new if key in compared and old[key] != new[key]}
+
+
+def _is_reference(before: Any, now: Any) -> bool:
+    return isinstance(before, str) and "${" in before and not isinstance(now, str)
 
 
 def of_same_branch(before: str, now: str) -> bool:

@@ -66,7 +66,7 @@ def train(run: RunInfo) -> Outcome:
         watchdog = Watchdog(runtime.rank, runtime.world_size, config.parallel.timeout_seconds, name)
         try:
             trainer = Trainer(run, runtime, stop)
-            watchdog.heartbeat = trainer.heartbeat
+            watchdog.heartbeat, watchdog.expected_s = trainer.heartbeat, lambda: trainer.expected_s
             stop.abandon = lambda: abandon(trainer)
             try:
                 introduce(trainer)

@@ -15,7 +15,7 @@ class RunInfo:
     """The configuration of a run, its text, and the words that asked for it."""
 
     config: Config
-    config_yaml: str  # as composed, interpolations unresolved: logged, and stored in checkpoints
+    config_yaml: str  # as composed, interpolations unresolved
     overrides: list[str]  # of the command line
 
     @property

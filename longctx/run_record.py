@@ -69,10 +69,8 @@ class RunRecord:
 
     def is_changed(self) -> bool:
         """Whether the last start of the run had a configuration that trains otherwise."""
-        path = self.run.folder / CONFIG
-        if not path.exists():
-            return False
-        changed = resume.changes(path.read_text(encoding="utf-8"), self.run.config_yaml)
+        before = read_record(self.run.folder).get("configuration", {})
+        changed = resume.changes(before, json.loads(json.dumps(self.record["configuration"])))
         return any(not key.startswith(("logging.", "checkpoint.", "validation.")) for key in changed)
 
     def is_same_branch(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from longctx import resume
-from longctx.checkpoint import BEST_BY, Checkpoints, state_tensors
+from longctx.checkpoint import BEST_BY, VALIDATED_ON, Checkpoints, state_tensors
 from longctx.config import Schedule
 from longctx.data.mixture import Mixture
 from longctx.errors import UserError
@@ -21,6 +21,7 @@ from longctx.optim import Optimizers
 from longctx.parallel.context_parallel import ContextParallel
 from longctx.plan import checkpoint_bytes
 from longctx.run_info import RunInfo
+from longctx.run_record import shown_configuration
 from longctx.runtime import Runtime
 from longctx.schedule import decay_start
 
@@ -64,6 +65,7 @@ class Saving:
     ) -> None:  # fmt: skip
         # The parameters as they are handed out at the start: after a forward pass without a backward one, the model's
         # own are the gathered copies in the compute dtype.
+        self.configuration = resume.as_yaml(shown_configuration(run))  # what a run that goes on is compared with
         self.run, self.runtime, self.progress, self.parameters = run, runtime, progress, parameters
         self.optimizer, self.context_parallel, self.tokens = optimizer, context_parallel, tokens
         config = run.config
@@ -71,7 +73,8 @@ class Saving:
         self.checkpoints = Checkpoints(run.folder / "checkpoints", config.checkpoint.keep, runtime, undecayed)
         self.say = runtime.say  # that of the metrics, once there are any
         self.saved_step: int | None = None
-        self.origin: str | None = None  # the checkpoint of which this run is a branch
+        self.origin: str | None = None  # the checkpoint of another run of which this run is a branch
+        self.went_back_to: str | None = None  # the checkpoint of its own that it was last told to go on from
         self.is_branching = False  # this start begins at a checkpoint of another run
         self.stall_s = 0.0  # that training has waited for checkpoints, since it was last asked
 
@@ -112,11 +115,13 @@ class Saving:
             "end_of_document": self.tokens.end_of_document if self.tokens else None,
             "ends": self.tokens.ends if self.tokens else [],
             "resumed_from": self.origin,
+            "went_back_to": self.went_back_to,
+            VALIDATED_ON: self.run.config.validation.sequences,
             "undecayed_until": self.checkpoints.undecayed_until,
             **best,
             "layout": self.layout(),
             "torch": torch.__version__,
-            "configuration": self.run.config_yaml,
+            "configuration": self.configuration,
         }
 
     def layout(self) -> dict[str, Any]:
@@ -190,17 +195,23 @@ class Saving:
             is_there = self.runtime.run_on_rank_0(lambda: os.path.exists(given))
             if Path(given).name == given and not is_there:  # a word
                 raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
-            self.origin = given = resume.in_one_way(given)
+            given = resume.in_one_way(given)
+            is_own = self._is_own(Path(given))
             origin = newest[1]["facts"]["resumed_from"] if newest else None
-            is_restart = origin is not None and resume.in_one_way(origin) == given  # goes on where it was
-            if newest and not is_restart and not self._is_own(Path(given)):
+            if is_own:
+                self.went_back_to = given
+                is_restart = newest is not None and self._goes_on_after_going_back(newest[1]["facts"], given)
+            else:
+                self.origin = given
+                is_restart = origin is not None and resume.in_one_way(origin) == given
+            if newest and not is_restart and not is_own:
                 began = f"at {origin}" if origin else "anew"
                 raise UserError(
                     f"{self.checkpoints.folder} has checkpoints of a run that began {began}, "
                     f"not at {given}: give the branch another name, or remove the folder"
                 )
-            if not is_restart:
-                self.is_branching = not self._is_own(Path(given))
+            if not is_restart:  # which goes on where it was
+                self.is_branching = not is_own
                 # `latest` of a run that goes on may lead elsewhere by the time that the tensors are read
                 path = Path(self.runtime.run_on_rank_0(lambda: str(Path(given).resolve())))
                 newest = path, self.checkpoints.verify(path)
@@ -212,8 +223,10 @@ class Saving:
         facts = manifest["facts"]
         if is_own and not self.origin:  # a branch that goes on without saying so stays one
             self.origin = facts["resumed_from"]
+        if is_own and not self.went_back_to:
+            self.went_back_to = facts.get("went_back_to")
         is_same_order = resume.is_same_order(path, facts["data"], self.data_order(), is_own)
-        if message := resume.compare(path, manifest, self.run.config, self.run.config_yaml, is_own):
+        if message := resume.compare(path, manifest, self.run.config, self.configuration, is_own):
             self.runtime.say(message)
         self.checkpoints.load(path, manifest, self.state())
         progress.step, progress.consumed = int(manifest["step"]), int(facts["consumed"])
@@ -238,6 +251,14 @@ class Saving:
         # as rank 0 has it, as others may have other GPUs: what follows of it is done together
         layout = self.layout()
         return self.runtime.run_on_rank_0(lambda: layout == {key: facts["layout"].get(key) for key in layout})
+
+    def _goes_on_after_going_back(self, newest: dict[str, Any], given: str) -> bool:
+        """Whether the run of the newest checkpoint's facts had gone back to `given`, and is started again as it was.
+
+        One that is told to go back there with something changed does so once more.
+        """
+        is_same = newest.get("went_back_to") == given
+        return is_same and not resume.changes(newest["configuration"], self.configuration)
 
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""

@@ -191,6 +191,11 @@ def swept_keys(words: list[str]) -> set[str]:
 def typed(words: list[str]) -> list[str]:
     """The command line for Hydra: values of text as they were typed."""
     parser, keys = OverridesParser.create(), set(text_keys())
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()}
+    if none := next((word for word in words if word.endswith("=null") and word.partition("=")[0] in groups), None):
+        name = none.partition("=")[0]
+        there = ", ".join(sorted(file.stem for file in (CONFIGS / name).glob("*.yaml")))
+        raise ConfigError([f"{none}: {name} is a group of keys; give one of {there}"])
 
     def parsed(word: str) -> object:
         try:

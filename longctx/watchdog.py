@@ -50,6 +50,9 @@ class RealClock:
         return ended.wait(seconds)
 
 
+PATIENCE = 3  # times what a step is expected to take: the first is expected by its products alone
+
+
 class Watchdog:
     """Watches the rank after this one until `stop`."""
 
@@ -62,6 +65,7 @@ class Watchdog:
         """
         self.clock = clock or RealClock()
         self.heartbeat: Callable[[], tuple[int, ...]] = tuple  # numbers that change as long as the main thread gets on
+        self.expected_s: Callable[[], float] = float  # seconds that a step may well take without such a change
         self.last_beat: tuple[int, ...] = ()
         self.rank, self.other, self.timeout_seconds = rank, (rank + 1) % size, timeout_seconds
         self.period_s = min(5.0, timeout_seconds / 10)
@@ -109,7 +113,7 @@ class Watchdog:
         if self.shown_at and self.progress_at > self.shown_at:
             self.shown_at = 0.0
             self.store.delete_key(f"stack/{self.rank}")
-        elif not self.shown_at and self.progress_at < now - self.silence_s:
+        elif not self.shown_at and self.progress_at < now - max(self.silence_s, PATIENCE * self.expected_s()):
             self.shown_at = now
             self._show_where_ranks_stand()
         found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
@@ -162,9 +166,11 @@ class Watchdog:
             return
         keys = {rank: f"stack/{rank}" for rank in range(self.size)}
         stacks = {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
-        seconds = self.clock() - self.progress_at
+        seconds, expected = self.clock() - self.progress_at, self.expected_s()
+        took = f", and one was expected to take {expected:.0f} s" if expected else ""
         print(
-            f"no step for {seconds:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g})\n" + comparison(stacks),
+            f"no step for {seconds:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g}){took}\n"
+            + comparison(stacks),
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

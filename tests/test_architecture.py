@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "saving": {
         "checkpoint", "config", "data", "errors", "model", "optim", "parallel", "plan", "resume", "run_info",
-        "runtime", "schedule",
+        "run_record", "runtime", "schedule",
     },
     "trainer": {
         "batch", "config", "data", "errors", "hugging_face", "metrics", "metrics_file", "model", "optim", "parallel",

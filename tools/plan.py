@@ -121,12 +121,16 @@ def layouts(
     """What may be changed of a run without changing its results: words that say it, and the configuration."""
     gpus = machines.gpus
     contexts = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    others = config.parallel.shard * config.parallel.replicate * config.parallel.tensor
+    may_shard = not typed & {"parallel", "parallel.shard"}  # else a recipe for one sequence has context alone
     for context in contexts if "parallel.context" not in typed else [config.parallel.context]:
         strategies = [Strategy.gather, Strategy.ring, Strategy.ulysses] if context > 1 else [Strategy.auto]
         if context * config.parallel.tensor > machines.per_machine:
             strategies.append(Strategy.ulysses_ring)
         for strategy in strategies if "parallel.strategy" not in typed else [config.parallel.strategy]:
-            of_ranks = replace(config, parallel=replace(config.parallel, context=context, strategy=strategy))
+            shard = -1 if may_shard and context * others != gpus else config.parallel.shard
+            parallel = replace(config.parallel, context=context, strategy=strategy, shard=shard)
+            of_ranks = replace(config, parallel=parallel)
             try:
                 check(of_ranks, gpus)
             except ConfigError as error:

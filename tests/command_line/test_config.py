@@ -251,7 +251,7 @@ def test_mixtures_and_curricula():
         check(composed("recipe=gpt_tiny", "data.mixture={a: 1}"), 1)
     with pytest.raises(ConfigError, match=r"data.copies=0.5 is of text.*; set data.copies=0"):
         check(composed("recipe=gpt_tiny", "data=recall", "data.copies=0.5"), 1)
-    with pytest.raises(ConfigError, match="data.copies=0.1: in spans of 64 tokens .* give spans of 128 or more"):
+    with pytest.raises(ConfigError, match="data.copies=0.1: in spans of 64 tokens .* give 128 or more"):
         check(composed("recipe=gpt_tiny", "data.copies=0.1", "data.curriculum={0: 64, 0.5: 0}"), 1)
     other_text = composed("recipe=gpt_32k", "data=prepared", "data.folder=a")
     check(other_text, 1)  # what the recipe says of its own is no matter

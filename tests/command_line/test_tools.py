@@ -150,6 +150,16 @@ def test_bench_ops(tmp_path):
         assert ("forward_ms" in row) == ("entropy" not in row["case"]), row
 
 
+def test_plan_of_a_recipe_for_one_sequence_has_mixed_layouts_too():
+    """Of eight sequences a step on two machines two GPUs may share each, and nothing of attention leaves a machine."""
+    result = run_tool("plan", "recipe=extend_qwen3_0_6b_128k", "gpus=16", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {plan["context"] for plan in found["plans"] if plan["fits"]} == {2, 4, 8, 16}
+    assert found["plans"][0]["context"] == 2
+    assert "parallel.shard=-1" in found["command"]
+
+
 def test_plan():
     """The fastest that fits is first, and its command is one that train.py takes."""
     result = run_tool("plan", "recipe=llama3_8b_1m", "gpus=8", "--json")
@@ -158,9 +168,10 @@ def test_plan():
     assert found["usable_gib"] == pytest.approx(134.1, abs=0.05)
     first = found["plans"][0]
     assert first["fits"]
-    assert sum(first["memory"]["terms"].values()) / 2**30 == pytest.approx(105.9, abs=0.1)
-    assert first["longest"] == 1384448
-    assert found["command"].endswith("parallel.context=8 parallel.strategy=ring parallel.recompute=attention_saved")
+    assert sum(first["memory"]["terms"].values()) / 2**30 == pytest.approx(117.4, abs=0.1)
+    assert first["longest"] == 1228800
+    said = "parallel.strategy=ring parallel.recompute=attention_saved parallel.recompute_less_layers=2"
+    assert found["command"].endswith(f"parallel.context=8 {said}")
     fitting = [p["fits"] for p in found["plans"]]
     assert fitting == sorted(fitting, reverse=True)
     assert {p["words"][2] for p in found["plans"] if not p["fits"]} == {"parallel.recompute=none"}
