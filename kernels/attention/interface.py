@@ -139,7 +139,7 @@ def _check_mask(mask: KeyIntervals | BlockMask, sink: Tensor | None, q: Tensor, 
         problems.append(f"sink {sink!r}: must be a tensor ({q.shape[2]},), a score a query head")
     elif sink is not None and (sink.shape != (q.shape[2],) or sink.device != q.device or not sink.is_floating_point()):
         problems.append(
-            f"sink {tuple(sink.shape)} {sink.dtype} on {sink.device}: must be ({q.shape[2]},), a score a query head"
+            f"sink {tuple(sink.shape)} on {sink.device}, {sink.dtype}: must be ({q.shape[2]},), a score a query head"
         )
     if problems:
         raise ValueError("attention: " + "; ".join(problems))

@@ -271,6 +271,46 @@ def test_wrong_numbers_of_layers_that_recompute_less(words, said):
         check(composed("recipe=gpt_tiny", *(f"parallel.{word}" for word in words.split())), 1)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("scaling=yarn beta_fast=0", "model.rotary.beta_fast=0.0 must be above 0"),
+        ("scaling=yarn beta_slow=40", "beta_slow=40 must be below beta_fast=32"),
+        ("scaling=yarn theta=1", "theta=1 above 1"),
+        ("scaling=llama3 low_frequency_factor=8", "low_frequency_factor=8 is not less than .*=4"),
+        ("low_frequency_factor=nan", "low_frequency_factor=nan must be above 0"),
+        ("attention_factor=-1", "attention_factor=-1.0 must be above 0, or null: by the paper's rule"),
+    ],
+)
+def test_wrong_numbers_of_rotary_positions(words, said):
+    with pytest.raises(ConfigError, match=said):
+        check(composed("recipe=gpt_tiny", *(f"model.rotary.{word}" for word in words.split())), 1)
+    head = "model.head_dim=2", "model.rotary.scaling=ntk", "model.rotary.factor=2"
+    with pytest.raises(ConfigError, match="model.head_dim=2: model.rotary.scaling=ntk needs 4 or more"):
+        check(composed("recipe=gpt_tiny", *head), 1)
+
+
+def test_a_fix_that_is_named_is_one():
+    """Three ranks do not share 2048 tokens in six chunks, and Ulysses does not share six heads over four."""
+    for words, ranks in (([], 3), (["data.sequences_per_step=1", "parallel.strategy=ulysses"], 4)):
+        with pytest.raises(ConfigError) as caught:
+            check(composed("recipe=gpt_2k", *words), ranks)
+        assert "is no multiple of" in str(caught.value)
+        assert "or parallel.context" not in str(caught.value)
+    with pytest.raises(ConfigError, match="use 4, or parallel.context=4, so that more ranks share each sequence"):
+        check(composed("recipe=gpt_2k", "data.sequences_per_step=1"), 4)
+
+
+def test_copies_need_room_in_a_sequence():
+    with pytest.raises(ConfigError, match=r"spans of 64 tokens \(data.sequence_length\) hardly a copy finds room"):
+        check(composed("recipe=gpt_tiny", "data.copies=0.5", "data.sequence_length=64"), 1)
+
+
+def test_a_group_of_keys_is_not_null():
+    with pytest.raises(ConfigError, match="optim=null: optim is a group of keys; give one of adamw, muon"):
+        train.typed(["recipe=gpt_tiny", "optim=null"])
+
+
 def test_layers_that_recompute_less():
     def policies(recompute: str) -> list[Recompute]:
         words = f"parallel.recompute={recompute}", "parallel.recompute_less_layers=3"

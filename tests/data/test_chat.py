@@ -503,3 +503,61 @@ def test_what_conversations_were_written_with_goes_along(tmp_path):
     words = "export", step, "--output", str(tmp_path / "a"), "--tokenizer", str(file)
     output_of(ROOT / "tools" / "convert_hf.py", *words)
     assert json.loads((tmp_path / "a" / "generation_config.json").read_text())["eos_token_id"] == end
+
+
+def trained_words(file: Path, template: Path, chat: Chat) -> str:
+    tokenizer = ChatTokenizer(file, template)
+    ids, is_trained = tokenizer.encode(chat)
+    return tokenizer.tokenizer.decode(ids[is_trained])
+
+
+def test_answers_are_found_where_tokens_leave_white_space_out_of_their_places(tmp_path, folder):
+    """As byte-level tokenizers that trim offsets do, where a turn begins or ends with spaces."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    trimming = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data | {"post_processor": trimming}))
+    shutil.copyfile(folder / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    said = [" first answer  ", " a2", "a3 "]
+    chat = Chat([turn for text in said for turn in (USER, {"role": "assistant", "content": text})])
+    closed_outside = CHATML.replace("<|im_end|>\\n' }}{%- endgeneration", "' }}{%- endgeneration")
+    for text in (CHATML, closed_outside):
+        found = trained_words(tmp_path / "tokenizer.json", template_file(tmp_path, text), chat)
+        assert found == trained_words(folder / "tokenizer.json", template_file(folder, text), chat)
+        assert re.findall("first answer|a2|a3|What", found) == ["first answer", "a2", "a3"]
+
+
+def test_a_completion_of_messages_is_trained_on_from_its_first_word(tmp_path, folder):
+    """Where the template ends a conversation with more than the end of the turn, and the prompt alone is longer."""
+    ending = BRACKETS + "{% if not add_generation_prompt %}" + "<|endoftext|>" * 3 + "{% endif %}"
+    template = template_file(tmp_path, ending)
+    asked = [USER, ANSWER, USER]
+    chat = Chat([*asked, {"role": "assistant", "content": "The answer is long"}], given=len(asked))
+    found = trained_words(folder / "tokenizer.json", template, chat)
+    assert found.strip() == "The answer is long<|endoftext|>"
+
+
+def test_a_tokenizer_that_is_linked_to_has_its_template_beside_the_link(tmp_path, folder):
+    """As in the cache of downloads of Hugging Face, where files are links to blobs of other names."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    texts = {name: (folder / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
+    for number, (name, text) in enumerate({**texts, "chat_template.jinja": CHATML}.items()):
+        (blobs / f"{number:x}").write_text(text)
+        (snapshot / name).symlink_to(blobs / f"{number:x}")
+    pieces = find_pieces([records(tmp_path, {"messages": [USER, ANSWER]})])
+    made = prepare(pieces, tmp_path / "out", snapshot / "tokenizer.json", validation_fraction=0.0)
+    assert sum(made.answers.values()) == 1
+    kept = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (kept["bos_token"], kept["eos_token"]) == ("<|begin|>", "<|endoftext|>")
+
+
+def test_conversations_of_two_templates_are_not_mixed(tmp_path, folder):
+    corpora = []
+    for name, text in (("a", CHATML), ("b", HEADERS)):
+        pieces = find_pieces([records(tmp_path, {"messages": [USER, ANSWER]})])
+        template = template_file(folder, text)
+        prepare(pieces, tmp_path / name, folder / "tokenizer.json", validation_fraction=0.0, chat_template=template)
+        corpora.append(TokenFolder(tmp_path / name, 9000))
+    with pytest.raises(DataError, match=r"b: its conversations write a question as .*prepare both with one --chat"):
+        Mixture(corpora, [1.0, 1.0])

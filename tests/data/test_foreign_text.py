@@ -10,8 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, processors
 
@@ -20,6 +23,7 @@ from in_process import run_script
 from longctx.config import DataConfig, TokenDtype
 from longctx.data import tokenizer as tokenizer_module
 from longctx.data import tokens
+from longctx.data.chat import Completion
 from longctx.data.corpus import open_corpus, read_megatron
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.text import Skipped, files_by_kind, find_files
@@ -406,3 +410,58 @@ def test_a_full_disk_is_told_with_what_is_free_and_needed(tmp_path, monkeypatch)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"train_00000.tokens: No space left on device: .* free, about 0.0 MB needed"):
         prepare(find_pieces([tmp_path / "a.txt"]), tmp_path / "corpus")
+
+
+def test_lines_that_are_left_out_are_not_looked_up(tmp_path, monkeypatch):
+    """But for the examples: each look-up reads the file up to there."""
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 50 + '{"text": "good"}\n')
+    looked_up = []
+    monkeypatch.setattr("longctx.data.text._line_at", lambda path, offset: looked_up.append(offset) or f"{path}:?")
+    made = prepare(
+        find_pieces([tmp_path / "a.jsonl"], skip_unreadable=True), tmp_path / "out", validation_fraction=0.0,
+        skip_unreadable=True,
+    )  # fmt: skip
+    assert (made.skipped, len(looked_up)) == (50, 20)
+    assert made.skipped_examples[0] == f"{tmp_path / 'a.jsonl'}:?: field 'text' holds no text but None"
+
+
+def test_rows_of_parquet_that_are_not_utf8_are_named_or_left_out(tmp_path):
+    texts = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: row 1: byte 0 of a text is not UTF-8; or leave out"):
+        texts_of([tmp_path / "a.parquet"])
+    assert texts_of([tmp_path / "a.parquet"], skip_unreadable=True) == ["one", "three"]
+
+
+def test_a_parquet_file_without_the_column_is_left_out_too(tmp_path):
+    pq.write_table(pa.table({"Text": ["one"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("two")
+    with pytest.raises(DataError, match=r"a.parquet: no column 'text' but Text; name it with --text-field"):
+        texts_of([tmp_path / "a.parquet", tmp_path / "b.txt"])
+    assert texts_of([tmp_path / "a.parquet", tmp_path / "b.txt"], skip_unreadable=True) == ["two"]
+
+
+def test_a_first_line_that_is_too_long_to_read_is_told_by_its_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr("longctx.data.text.LONGEST_FIRST_LINE", 1000)
+    (tmp_path / "dump.json").write_text(json.dumps({"id": 1, "text": "long " * 500}) + '\n{"text": "two"}\n')
+    assert texts_of([tmp_path / "dump.json"]) == ["long " * 500, "two"]
+
+
+def test_a_preparation_that_cannot_be_moved_into_place_is_kept(tmp_path):
+    """And one into what a link to nothing is called is refused at once."""
+    (tmp_path / "a.txt").write_text("one two three")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    pieces = find_pieces([tmp_path / "a.txt"])
+    with pytest.raises(DataError, match="link: exists already"):
+        prepare(pieces, tmp_path / "link", validation_fraction=0.0)
+    with mock.patch.object(Path, "rename", side_effect=OSError(20, "Not a directory", "out")), pytest.raises(DataError):
+        prepare(pieces, tmp_path / "out", validation_fraction=0.0)
+    assert (tmp_path / "out.preparing" / "piece_00000.json").is_file()
+    assert prepare(pieces, tmp_path / "out", validation_fraction=0.0).splits["train"]
+    assert not list((tmp_path / "out").glob("piece_*"))
+
+
+def test_a_text_that_is_null_beside_a_completion_is_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null, "prompt": "Q", "completion": "A"}\n')
+    (document,) = [d for piece in find_pieces([tmp_path / "a.jsonl"]) for d in piece.documents()]
+    assert document.answers == Completion("Q", "A")

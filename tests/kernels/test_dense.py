@@ -156,7 +156,8 @@ def test_refusals():
     for call, message in (
         (lambda: fused_dense(x, weight.T), r"weight \(24, 40\) .*: must be \(out_features, 24\) torch.float32"),
         (lambda: fused_dense(x, weight, weight[0]), r"bias of weight \(24,\) .*: must be \(40,\)"),
-        (lambda: fused_dense(x, weight, residual=x), r"residual \(3, 24\): must be \(3, 40\)"),
+        (lambda: fused_dense(x, weight, residual=x), r"residual \(3, 24\) .*: must be \(3, 40\)"),
+        (lambda: fused_dense(x, weight, residual=x.new_zeros(3, 40).half()), r"residual .* torch.float16: must be"),
         (lambda: fused_mlp(x, weight, weight), r"weight2 \(40, 24\) .*: must be \(out_features, 40\)"),
         (lambda: fused_mlp(x, weight.double(), weight.T), r"weight1 \(40, 24\) torch.float64"),
     ):

@@ -298,6 +298,9 @@ def test_modules_of_liger():
     for arguments in ({"weight": bias}, {"return_z_loss": True}):
         with pytest.raises(ValueError, match="weights of classes and return_z_loss: not supported here"):
             LigerCrossEntropyLoss(**arguments)
+    with pytest.raises(ValueError, match="label_smoothing=2.0: must be 0 to 1; reduction='avg': must be none, sum or"):
+        LigerCrossEntropyLoss(reduction="avg", label_smoothing=2.0)
+    assert LigerCrossEntropyLoss(reduction="sum").reduction == "sum"
     with pytest.raises(ValueError, match="weights of classes"):
         LigerFusedLinearCrossEntropyLoss(ce_weight=bias)
 

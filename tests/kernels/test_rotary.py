@@ -93,9 +93,14 @@ def test_positions_of_a_shard():
     q, k = random(1, 16, 4, 16), random(1, 16, 2, 16)
     held = torch.tensor([12, 13, 14, 15, 0, 1, 2, 3], device=DEVICE)
     whole = apply_rotary_to_both(q, k, cos, sin, implementation="triton")
-    for implementation in ("triton", "reference"):
+    for implementation, dtype in (("triton", held.dtype), ("reference", held.dtype), ("reference", torch.uint8)):
         part = apply_rotary_to_both(
-            q[:, held], k[:, held], cos[0], sin[0], positions=held.unsqueeze(0), implementation=implementation
+            q[:, held],
+            k[:, held],
+            cos[0],
+            sin[0],
+            positions=held.to(dtype).unsqueeze(0),
+            implementation=implementation,
         )
         for a, b in zip(part, whole, strict=True):
             torch.testing.assert_close(a, b[:, held], rtol=0, atol=1e-6)
@@ -142,6 +147,7 @@ def test_refusals():
         (lambda: apply_rotary(q, cos.clone().requires_grad_(), sin), "cos and sin get no gradient here"),
         (lambda: apply_rotary_to_both(q, q[:, :3], cos, sin), r"k \(2, 3, 4, 16\) .*: must be \(2, 6, '\*', 16\)"),
         (lambda: apply_rotary(q, cos, sin, positions=torch.zeros(2, 6, dtype=torch.int64)), "must be a table"),
+        (lambda: apply_rotary(q, cos[0], sin[0], positions=torch.ones(2, 6, dtype=torch.bool)), "must be integers"),
         (lambda: apply_rotary(q.transpose(2, 3), cos2, sin2, inplace=True), "stride 1, not"),
         (
             lambda: apply_rotary(q[:, :, :1].expand(2, 6, 4, 16), cos, sin, inplace=True),

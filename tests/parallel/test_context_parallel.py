@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longctx.config import ComputeDtype, Config, ParallelConfig, Strategy
+from longctx.config import ComputeDtype, Config, ParallelConfig, Positions, Strategy
 from longctx.errors import UserError
 from longctx.kernels.attention import choice, passes, reference, tiles
 from longctx.kernels.attention.hopper_backward import GradientTargets
@@ -331,6 +331,36 @@ def test_an_option_reaches_the_split_attention_or_is_refused():
             made.replace(Attend("reference", **{name: 1}))
 
 
+def test_graphs_kept_on_disk_are_of_one_exchange(monkeypatch):
+    """They hold its name, which a later process gives again: the shapes of results must not differ under one."""
+    monkeypatch.setattr(context_parallel, "_numbers", itertools.repeat(0))
+    choices = [Choice(Strategy.ring, 1, ""), Choice(Strategy.gather, 1, ""), Choice(Strategy.ulysses, 4, "")]
+    choices += [Choice(Strategy.ulysses_ring, size, "") for size in (2, 4)]
+    assert len({ContextParallel(choice, []).name for choice in choices}) == len(choices)
+
+
+def test_one_rank_takes_what_many_take():
+    """A mask as of a split sequence, and a batch of nothing."""
+    attend = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), []).attend("reference")
+    q, mask = torch.randn(2, 8, 2, 4), KeyIntervals.causal(8)
+    split = load_balance.balanced(torch.arange(8) + 1, 1)
+    assert torch.equal(attend(q, q, q, load_balance.SplitMask(mask, split)), attend(q, q, q, mask))
+
+
+def empty_batch(_rank: int, strategy: str) -> tuple[int, ...]:
+    attend = ContextParallel.of_group(torch.distributed.group.WORLD, strategy).attend()
+    mask = load_balance.in_order(16, 2).mask(torch.zeros(1, 16, dtype=torch.int64), torch.device("cpu"))
+    q = torch.ones(0, 8, 2, 4, requires_grad=True)
+    out = attend(q, q, q, mask)
+    out.sum().backward()
+    return tuple(out.shape)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
+def test_an_empty_batch(strategy):
+    assert run_on_ranks(2, empty_batch, strategy) == [(0, 8, 2, 4)] * 2
+
+
 def test_a_mask_that_is_not_split_is_refused():
     transports = [SimpleNamespace(size=2, rank=0)]
     attend = ContextParallel(Choice(Strategy.ring, 1, "as asked for"), transports).attend("reference")
@@ -457,6 +487,25 @@ def verified(_rank: int, parallel: ParallelConfig, broken: str, compute=ComputeD
         return verify_layout(model, config, mesh, context, torch.device("cpu"))
     except UserError as error:
         return str(error)
+
+
+def verified_model(_rank: int, changes: dict, compute: ComputeDtype) -> float | str:
+    parallel = ParallelConfig(context=2, strategy=Strategy.ulysses)
+    config = Config(model=replace(GQA, **changes), parallel=parallel)
+    config.precision.compute = compute
+    mesh = make_mesh(parallel, torch.distributed.get_world_size(), "cpu")
+    model, context = parallelize(config, mesh, torch.distributed.get_world_size(), torch.device("cpu"))
+    return verify_layout(model, config, mesh, context, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("compute", [ComputeDtype.float32, ComputeDtype.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{"window": 1}, {"qkv_bias": True, "positions": Positions.learned, "max_positions": 4096}], ids=str
+)
+def test_gradients_that_are_nothing_but_rounding_refuse_no_layout(changes, compute):
+    """Of queries and keys where a row sees one key, and of biases of keys, the gradient is 0."""
+    most = 1e-4 if compute == ComputeDtype.float32 else 0.05
+    assert all(0 < found < most for found in run_on_ranks(2, verified_model, changes, compute))
 
 
 LAYOUTS = {

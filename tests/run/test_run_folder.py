@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import checkpoint, resume, runtime
+from longctx import run as run_module
 from longctx import run_folder as run_folder_module
 from longctx.checkpoint import (
     BEST_BY,
+    VALIDATED_ON,
     CheckpointError,
     Checkpoints,
     list_checkpoints,
@@ -28,6 +32,7 @@ from longctx.checkpoint import (
 from longctx.config import Config, LoggingConfig, Schedule, WandbMode
 from longctx.errors import UserError
 from longctx.files import write_manifest
+from longctx.hugging_face.export import model_of
 from longctx.local_part import local_of
 from longctx.metrics import History, Metrics
 from longctx.metrics_file import read_metrics
@@ -330,6 +335,63 @@ def test_a_checkpoint_on_another_disk_is_still_of_the_run(tmp_path, corpus):
     config.seed = 7
     with pytest.raises(UserError, match="was trained on another order of sequences: seed was 0, is 7"):
         train(config)
+
+
+def test_a_run_goes_back_as_often_as_it_is_told_and_goes_on_where_it_was(tmp_path, corpus, capsys):
+    config = small_config(tmp_path, corpus, optim__steps=4, checkpoint__every_steps=2, checkpoint__keep=5)
+    train(config)
+    config.checkpoint.resume = str(config.run_folder / "checkpoints" / "step_2")
+    for lr in (1e-3, 2e-3):  # the first attempt was none, so once more from there
+        config.optim.lr = lr
+        with trainer_of(config) as trainer:
+            assert trainer.step == 2
+        train(config)
+    with trainer_of(config) as trainer:  # the same command again, as a queue may give it
+        assert trainer.step == 4
+    config.checkpoint.resume = "auto"
+    with trainer_of(config) as trainer:
+        assert (trainer.step, trainer.saving.origin) == (4, None)
+
+
+def test_a_branch_that_has_gone_back_is_still_one(tmp_path, corpus):
+    """And starts again with its first command."""
+    train(small_config(tmp_path, corpus, name="origin", optim__steps=2))
+    start = str(tmp_path / "origin" / "checkpoints" / "step_2")
+    branch = small_config(tmp_path, corpus, name="branch", optim__steps=4, checkpoint__resume=start)
+    branch.checkpoint.every_steps, branch.checkpoint.keep = 1, 5
+    train(branch)
+    branch.checkpoint.resume = str(branch.run_folder / "checkpoints" / "step_3")
+    train(branch)
+    branch.checkpoint.resume = start
+    with trainer_of(branch) as trainer:
+        assert (trainer.step, trainer.saving.origin) == (4, start)
+
+
+def test_the_best_checkpoint_is_of_those_validated_alike(tmp_path):
+    """A loss of fewer held-out sequences says nothing beside one of more."""
+    checkpoints = Checkpoints(tmp_path, 9, runtime.start(60), None)
+    for step, loss, sequences in ((1, 1.0, 1), (2, 3.0, 32), (3, 2.0, 32), (4, 2.5, 32)):
+        checkpoints.save(step, {}, {BEST_BY: loss, VALIDATED_ON: sequences})
+    assert (tmp_path / "best").resolve().name == "step_3"
+    checkpoints.save(5, {}, {})  # not validated
+    assert (tmp_path / "best").resolve().name == "step_3"
+
+
+def test_values_from_the_environment_are_compared_and_exported(tmp_path, corpus, monkeypatch):
+    """A checkpoint holds what they were, not where they came from."""
+    config = small_config(tmp_path, corpus, optim__steps=2)
+    written = yaml.safe_load(run_info(config).config_yaml)
+    written["model"]["rotary"]["theta"] = "${oc.env:THETA}"
+    config.model.rotary.theta = 5e5
+    info = dataclasses.replace(run_info(config), config_yaml=yaml.safe_dump(written))
+    run_module.train(info)
+    manifest = read_manifest(config.run_folder / "checkpoints" / "latest")
+    assert model_of(manifest)[0].rotary.theta == 5e5
+    config.model.rotary.theta, config.optim.steps = 1e4, 4
+    with pytest.raises(UserError, match=r"with model.rotary.theta 500000.0 -> 10000.0 this would be another run"):
+        run_module.train(dataclasses.replace(info, config=config))
+    earlier = {"model": {"rotary": {"theta": "${oc.env:THETA}"}}}  # as versions before kept it
+    assert resume.changes(earlier, {"model": {"rotary": {"theta": 1e4}}}) == {}
 
 
 def saved_embedding(folder: Path) -> torch.Tensor:

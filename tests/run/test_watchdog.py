@@ -134,6 +134,20 @@ def test_a_rank_that_has_left_is_not_missed(store, watchdog):
     assert watchdog.ends == []
 
 
+def test_a_step_may_take_as_long_as_it_is_expected_to(store, watchdog, capsys):
+    """One of a million tokens takes longer than any collective may."""
+    watchdog.heartbeat, watchdog.expected_s = lambda: (7,), lambda: 1100.0
+    for number in range(661):
+        store.set("longctx/alive/a/1", f"{number} {this_machine()} 77")
+        watchdog.look()
+        watchdog.clock.now += 5
+    assert capsys.readouterr().err == ""
+    store.set("longctx/alive/a/1", f"661 {this_machine()} 77")
+    watchdog.look()
+    said = "no step for 3305 s (parallel.timeout_seconds=600), and one was expected to take 1100 s\n"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_ranks_that_beat_and_make_no_progress_show_where_they_stand(store, watchdog, capsys):
     store.set("longctx/alive/a/stack/1", "  in a loop of its own\n")
     watchdog.heartbeat = lambda: (7,)

@@ -288,6 +288,34 @@ def test_a_seed_is_a_tensor():
         attention(x, x, x, KeyIntervals.causal(8), dropout=0.1, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sink": 1.0}, r"sink 1.0: must be a tensor \(4,\)"),
+        ({"sink": torch.zeros(4, dtype=torch.int64)}, r"sink \(4,\) on cpu, torch.int64"),
+        ({"scale": "auto"}, "scale auto: must be finite"),
+    ],
+    ids=str,
+)
+def test_options_of_other_kinds_are_named(options, said):
+    x = torch.zeros(2, 8, 4, 4)
+    with pytest.raises(ValueError, match=said):
+        attention(x, x, x, KeyIntervals.causal(8), **options)
+
+
+def test_no_softcap_is_none_or_0():
+    x = torch.randn(2, 8, 4, 4)
+    given = [attention(x, x, x, KeyIntervals.causal(8), softcap=softcap)[0] for softcap in (None, 0.0)]
+    assert torch.equal(*given)
+
+
+@pytest.mark.parametrize("size", [-1, 8.0, True])
+def test_numbers_of_rows_and_keys_are_numbers(size):
+    for make in (KeyIntervals.causal, KeyIntervals.full):
+        with pytest.raises(ValueError, match=f"a mask over {size!r} rows or keys: give their number, 0 or more"):
+            make(8, size)
+
+
 def test_a_mask_is_an_object_of_its_own():
     x = torch.zeros(2, 8, 4, 4)
     with pytest.raises(TypeError, match="mask is a Tensor, must be a KeyIntervals or BlockMask"):
