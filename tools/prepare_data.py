@@ -81,6 +81,8 @@ def main() -> None:
     for split, shards in manifest.splits.items():
         tokens, documents_, size = (sum(getattr(s, f) for s in shards) for f in ("tokens", "documents", "text_bytes"))
         print(f"{split}: {documents_} documents, {tokens} tokens, {size / max(tokens, 1):.2f} bytes a token")
+    if arguments.validation_fraction and not manifest.splits["validation"]:
+        print("no document was held out, so a run has no validation: give a larger --validation-fraction, such as 0.1")
     for line in answers_lines(manifest, arguments.tokenizer):
         print(line)
     split = TokenFolder(arguments.output, manifest.vocab_size).splits["train"]

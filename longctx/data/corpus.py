@@ -30,7 +30,11 @@ def open_corpus(folder: Path, vocab_size: int, data: DataConfig, rank: int = 0, 
     A folder with `manifest.json` is longctx's own, one with `*.idx` is Megatron's, one with `train.bin` nanoGPT's.
     Raises `DataError` naming the file, what is wrong with it and what to do.
     """
-    if (folder / MANIFEST).exists() or not folder.is_dir():
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; make it with tools/prepare_data.py, or name the one that has the files"
+        )
+    if (folder / MANIFEST).exists():
         corpus = TokenFolder(folder, vocab_size, data.check_hashes, rank, ranks)
         if corpus.manifest.format == BEFORE:  # whose file has nothing for added tokens
             corpus.token_bytes = count_bytes(open_tokenizer(folder / "tokenizer.json"))

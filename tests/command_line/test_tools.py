@@ -57,6 +57,10 @@ def test_prepare_data(tmp_path):
     assert 3 <= counts["validation"] <= 20
     assert f"train: {counts['train']} documents" in result.stdout
 
+    assert "no document was held out" not in result.stdout
+    few = run_tool("prepare_data", str(tmp_path / "in" / "a.txt"), "--output", str(tmp_path / "few"))
+    assert "no document was held out, so a run has no validation: give a larger --validation-fraction" in few.stdout
+
     again = run_tool(*words, "--text-field", "body")
     assert again.returncode == 1
     assert "exists already; remove it or give another folder" in again.stderr

@@ -194,5 +194,5 @@ def test_a_corpus_without_validation_text_is_left_out(tmp_path, corpora, capsys)
 def test_every_folder_is_checked(tmp_path, corpora):
     config = small_config(tmp_path, corpora[0])
     config.data.folder, config.data.mixture = "", {str(corpora[0]): 1.0, str(tmp_path / "no"): 1.0}
-    with pytest.raises(UserError, match="no/manifest.json: no such file"), trainer_of(config):
+    with pytest.raises(UserError, match="no: no such folder"), trainer_of(config):
         pass
