@@ -40,7 +40,7 @@ def attention(
     q (batch, n_queries, heads, head_dim); k and v (batch, n_keys, kv_heads, head_dim) with heads a multiple of
     kv_heads; all float16, bfloat16 or float32 (float64 for the reference), head_dim up to 256. scale: 1 /
     sqrt(head_dim) by default. `softcap`: scores become softcap * tanh(score / softcap); 0 or None: they do not.
-    `alibi_slopes`, float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope * |distance| is taken off.
+    `alibi_slopes`, float32 (heads,), (batch, heads) or (batch, n_queries, heads): slope times distance is taken off.
     `dropout`: probability with which an entry of the softmax is dropped; its `seed` (one int64) is drawn from torch's
     generator. `deterministic`: the same bits each time. `sink` (heads,): the score of one more key whose value is 0,
     with gradient (Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks). All has to be finite,
