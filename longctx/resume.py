@@ -126,6 +126,9 @@ def _saved_optim(configuration: str) -> OptimConfig:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree or prefix.removesuffix(".") in WHOLE:
-        return {prefix.removesuffix("."): tree} if prefix else {}
+    path = prefix.removesuffix(".")
+    if path in WHOLE and isinstance(tree, dict):
+        return {path: {str(key): value for key, value in tree.items()}}  # steps are texts in what was JSON once
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree} if prefix else {}
     return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}

@@ -255,10 +255,11 @@ class Saving:
     def _goes_on_after_going_back(self, newest: dict[str, Any], given: str) -> bool:
         """Whether the run of the newest checkpoint's facts had gone back to `given`, and is started again as it was.
 
-        One that is told to go back there with something changed does so once more.
+        One that is told to go back there with something changed that it learns by does so once more.
         """
-        is_same = newest.get("went_back_to") == given
-        return is_same and not resume.changes(newest["configuration"], self.configuration)
+        changed = resume.changes(newest["configuration"], self.configuration)
+        learns_otherwise = any(key.startswith(("model.", "optim.", "data.", "precision.")) for key in changed)
+        return newest.get("went_back_to") == given and not learns_otherwise
 
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""

@@ -346,6 +346,7 @@ def test_a_run_goes_back_as_often_as_it_is_told_and_goes_on_where_it_was(tmp_pat
         with trainer_of(config) as trainer:
             assert trainer.step == 2
         train(config)
+    config.checkpoint.keep = 4
     with trainer_of(config) as trainer:  # the same command again, as a queue may give it
         assert trainer.step == 4
     config.checkpoint.resume = "auto"
@@ -392,6 +393,8 @@ def test_values_from_the_environment_are_compared_and_exported(tmp_path, corpus,
         run_module.train(dataclasses.replace(info, config=config))
     earlier = {"model": {"rotary": {"theta": "${oc.env:THETA}"}}}  # as versions before kept it
     assert resume.changes(earlier, {"model": {"rotary": {"theta": 1e4}}}) == {}
+    spans = {"data": {"curriculum": {0: 64, 0.5: 0}}}
+    assert resume.changes(spans, {"data": {"curriculum": {"0": 64, "0.5": 0}}}) == {}
 
 
 def saved_embedding(folder: Path) -> torch.Tensor:
