@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from longctx.config import (
-    AS_FITS,
     Config,
     DataConfig,
     DataSource,
@@ -77,7 +76,7 @@ def _check_ranges(config: Config) -> list[str]:
 
 def _check_recompute(config: Config) -> list[str]:
     parallel, layers = config.parallel, config.parallel.recompute_less_layers
-    if not layers:
+    if layers <= 0:  # -1: as many as can, which may be none
         return []
     if parallel.recompute == Recompute.none:
         return [
@@ -91,8 +90,6 @@ def _check_recompute(config: Config) -> list[str]:
             f"parallel.recompute_less_layers={layers} with {named}: such blocks always recompute all but attention; "
             "set parallel.recompute=full, or leave one out"
         ]
-    if layers == parallel.offload == AS_FITS:
-        return ["parallel.recompute_less_layers=-1 and parallel.offload=-1 go by the same memory; give one a number"]
     return []
 
 

@@ -46,13 +46,15 @@ def with_layers_chosen(
 ) -> Config:  # fmt: skip
     """Numbers of layers that are -1, by what fits `limit` bytes a GPU; other numbers stay as they are.
 
-    `parallel.recompute_less_layers`: the most that fit, 0 if none does. `parallel.offload`: the fewest with which a run
-    fits; all but the last, if none are enough.
+    `parallel.recompute_less_layers`: the most that fit, 0 if none does, or can, as where layers are offloaded by what
+    fits. `parallel.offload`: the fewest with which a run fits; all but the last, if none are enough.
     """
     parallel = config.parallel
     if parallel.recompute_less_layers == AS_FITS:
-        most = most_recomputing_less(config, parallel.recompute, world_size, choose, limit)
-        config = with_recompute(config, parallel.recompute, max(0, most))
+        config = with_recompute(config, parallel.recompute)
+        if parallel.recompute not in _never_mixed(config) and parallel.offload != AS_FITS:
+            most = most_recomputing_less(config, parallel.recompute, world_size, choose, limit)
+            config = with_recompute(config, parallel.recompute, max(0, most))
     if parallel.offload == AS_FITS:
         least = _fewest_offloaded(_offloading(config, 0), world_size, choose, limit)
         config = _offloading(config, config.model.layers - 1) if least is None else least
@@ -222,14 +224,18 @@ def most_recomputing_less(
     return next((n for n in range(config.model.layers, 0, -1) if needed(n) <= (1 - SPARE) * limit), 0)
 
 
+def _never_mixed(config: Config) -> set[Recompute]:
+    """Policies with which no layer can recompute less: tiled blocks recompute all but attention at least."""
+    return {Recompute.none, Recompute.attention_saved} if config.parallel.is_tiled else {Recompute.none}
+
+
 def as_much_kept_as_fits(
     config: Config, policies: list[Recompute], world_size: int, choose: Callable[[Config], Choice], limit: float
 ) -> list[Config]:  # fmt: skip
     """Of each of the `policies` with which a run fits `limit` bytes a GPU: the configuration with as many layers that
     recompute less as fit, unless all do. What keeps most is first."""
-    never = {Recompute.none, Recompute.attention_saved} if config.parallel.is_tiled else {Recompute.none}
     found = []
-    for policy in (policy for policy in policies if policy not in never):
+    for policy in (policy for policy in policies if policy not in _never_mixed(config)):
         layers = most_recomputing_less(config, policy, world_size, choose, limit)
         if 0 <= layers < config.model.layers:
             found.append(with_recompute(config, policy, layers))

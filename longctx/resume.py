@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from longctx.errors import UserError
 from longctx.schedule import decay_start
 
 WINDOWS = "windows"  # key of a checkpoint's facts on its data: how text is cut into sequences
+ESCAPED = "\\${"  # which OmegaConf takes for text
+# keys that the weights of a step depend on
+LEARNED_BY = (
+    "model.", "optim.", "precision.", "data.sequences_per_step", "data.curriculum", "data.mixture", "data.copies"
+)  # fmt: skip
 PLACES = ("name", "folder", "checkpoint.resume")  # where the run is, not what it is
 WHOLE = ("data.mixture", "data.curriculum")  # whose keys are the user's: compared as one value
 # of the model: how it is computed, or how it began
@@ -63,8 +69,16 @@ def is_same_order(path: Path, saved: dict[str, Any], here: dict[str, Any], is_ow
 
 
 def as_yaml(configuration: dict[str, Any]) -> str:
-    """A nested configuration as checkpoints keep it."""
-    return OmegaConf.to_yaml(OmegaConf.create(configuration))
+    """A nested configuration as checkpoints keep it: texts with `${` are texts there, and refer to nothing."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(configuration)))
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return value.replace("${", ESCAPED) if isinstance(value, str) and not isinstance(value, Enum) else value
 
 
 def changes(before: str | dict[str, Any], now: str | dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -73,13 +87,23 @@ def changes(before: str | dict[str, Any], now: str | dict[str, Any]) -> dict[str
     Left out are keys that only one has, and those of an earlier version's that say where a value was to be found
     (`${...}`) in place of it.
     """
-    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(found))) for found in (before, now))
-    compared = {key for key in new if key in old and key not in PLACES and not _is_reference(old[key], new[key])}
+    old, new = (_flat(_nested(found)) for found in (before, now))
+    compared = {
+        key for key in new if key in old and key not in PLACES and "${" not in str(old[key]).replace(ESCAPED, "")
+    }
     return {key: (old[key], new[key]) for key in new if key in compared and old[key] != new[key]}
 
 
-def _is_reference(before: Any, now: Any) -> bool:
-    return isinstance(before, str) and "${" in before and not isinstance(now, str)
+def _nested(configuration: str | dict[str, Any]) -> Any:
+    if isinstance(configuration, dict):
+        configuration = as_yaml(configuration)
+    return OmegaConf.to_container(OmegaConf.create(configuration))
+
+
+def learns_otherwise(before: str, now: str) -> bool:
+    """Whether two configurations as YAML differ in what the weights of a step depend on."""
+    changed = set(changes(before, now)) - set(HARMLESS) - {"optim.steps", "optim.max_skipped_steps"}
+    return any(key.startswith(LEARNED_BY) for key in changed)
 
 
 def of_same_branch(before: str, now: str) -> bool:

@@ -107,16 +107,18 @@ def choose_layers(config: Config, runtime: Runtime, choose: Callable[[Config], C
 
     Collective. Raises `UserError` where that cannot be planned.
     """
-    by_memory = [name for name in ("recompute_less_layers", "offload") if getattr(config.parallel, name) == AS_FITS]
-    if not by_memory:
+    parallel = config.parallel
+    if AS_FITS not in (parallel.recompute_less_layers, parallel.offload):
         return config
     if runtime.device.type == "cpu":
         return remedies.with_layers_chosen(config, runtime.world_size, choose, math.inf)
     if not plan.is_foreseen(**implementations(config, runtime.device)):
-        raise UserError(
-            f"parallel.{by_memory[0]}=-1 goes by a plan of memory that knows the fused kernels alone; give a number of "
-            "layers, or leave model.attention and model.fused_ops as they are"
-        )
+        if parallel.offload == AS_FITS:
+            raise UserError(
+                "parallel.offload=-1 goes by a plan of memory that knows the fused kernels alone; give a number of "
+                "layers, or leave model.attention and model.fused_ops as they are"
+            )
+        return remedies.with_recompute(config, parallel.recompute)  # so no layer recomputes less
     limit = runtime.least(min(remedies.usable(runtime.device_bytes), runtime.free_device_bytes()))
     return remedies.with_layers_chosen(config, runtime.world_size, choose, limit)
 

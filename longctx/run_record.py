@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def shown_configuration(run: RunInfo) -> dict[str, Any]:
         return any(reads_environment(find(part.partition("}")[0])) for part in text.split("${")[1:])
 
     def shown(value: Any, text: Any) -> Any:
+        if isinstance(value, Enum):  # a choice of few holds no secret
+            return value
         if isinstance(text, str) and isinstance(value, str | list | dict) and reads_environment(text):
             return text
         if isinstance(value, dict):
@@ -71,7 +74,9 @@ class RunRecord:
         """Whether the last start of the run had a configuration that trains otherwise."""
         before = read_record(self.run.folder).get("configuration", {})
         changed = resume.changes(before, json.loads(json.dumps(self.record["configuration"])))
-        return any(not key.startswith(("logging.", "checkpoint.", "validation.")) for key in changed)
+        by_memory = {"parallel.recompute_less_layers", "parallel.offload"}  # as -1 was chosen
+        others = ("logging.", "checkpoint.", "validation.")
+        return any(not key.startswith(others) for key in changed if key not in by_memory)
 
     def is_same_branch(self) -> bool:
         """Whether the last start of the run began at the checkpoint of another run that this one begins at."""

@@ -197,10 +197,10 @@ class Saving:
                 raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
             given = resume.in_one_way(given)
             is_own = self._is_own(Path(given))
-            origin = newest[1]["facts"]["resumed_from"] if newest else None
+            origin, back = self._beginnings(newest[1]["facts"]) if newest else (None, None)
             if is_own:
                 self.went_back_to = given
-                is_restart = newest is not None and self._goes_on_after_going_back(newest[1]["facts"], given)
+                is_restart = back == given and not self._learns_otherwise(newest)
             else:
                 self.origin = given
                 is_restart = origin is not None and resume.in_one_way(origin) == given
@@ -221,10 +221,9 @@ class Saving:
         is_own = not self.is_branching
         path, manifest = newest
         facts = manifest["facts"]
-        if is_own and not self.origin:  # a branch that goes on without saying so stays one
-            self.origin = facts["resumed_from"]
-        if is_own and not self.went_back_to:
-            self.went_back_to = facts.get("went_back_to")
+        if is_own:  # a branch that goes on without saying so stays one
+            origin, back = self._beginnings(facts)
+            self.origin, self.went_back_to = self.origin or origin, self.went_back_to or back
         is_same_order = resume.is_same_order(path, facts["data"], self.data_order(), is_own)
         if message := resume.compare(path, manifest, self.run.config, self.configuration, is_own):
             self.runtime.say(message)
@@ -252,14 +251,20 @@ class Saving:
         layout = self.layout()
         return self.runtime.run_on_rank_0(lambda: layout == {key: facts["layout"].get(key) for key in layout})
 
-    def _goes_on_after_going_back(self, newest: dict[str, Any], given: str) -> bool:
-        """Whether the run of the newest checkpoint's facts had gone back to `given`, and is started again as it was.
+    def _beginnings(self, facts: dict[str, Any]) -> tuple[str | None, str | None]:
+        """Of which checkpoint a run is a branch, and to which of its own it went back, by a checkpoint's facts."""
+        origin, back = facts["resumed_from"], facts.get("went_back_to")
+        if origin and self._is_own(Path(origin)):  # as earlier versions kept it
+            return None, origin
+        return origin, back
 
-        One that is told to go back there with something changed that it learns by does so once more.
+    def _learns_otherwise(self, newest: tuple[Path, dict[str, Any]] | None) -> bool:
+        """Whether the run learns by other values than when it went back to a checkpoint, which it does once more then.
+
+        Rank 0 says so for all: others may have folders of their own.
         """
-        changed = resume.changes(newest["configuration"], self.configuration)
-        learns_otherwise = any(key.startswith(("model.", "optim.", "data.", "precision.")) for key in changed)
-        return newest.get("went_back_to") == given and not learns_otherwise
+        before = newest[1]["facts"]["configuration"] if newest else self.configuration
+        return self.runtime.run_on_rank_0(lambda: resume.learns_otherwise(before, self.configuration))
 
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint, which may be a link to another disk, is named as one of this run."""

@@ -50,7 +50,7 @@ class RealClock:
         return ended.wait(seconds)
 
 
-PATIENCE = 3  # times what a step is expected to take: the first is expected by its products alone
+EXPECTED_TIMES = 3  # what a step is expected to take, before it is missed: the first is expected by its products alone
 
 
 class Watchdog:
@@ -113,7 +113,7 @@ class Watchdog:
         if self.shown_at and self.progress_at > self.shown_at:
             self.shown_at = 0.0
             self.store.delete_key(f"stack/{self.rank}")
-        elif not self.shown_at and self.progress_at < now - max(self.silence_s, PATIENCE * self.expected_s()):
+        elif not self.shown_at and self.progress_at < now - max(self.silence_s, EXPECTED_TIMES * self.expected_s()):
             self.shown_at = now
             self._show_where_ranks_stand()
         found = self.store.get(str(self.other)).decode() if self.store.check([str(self.other)]) else ""
@@ -167,7 +167,8 @@ class Watchdog:
         keys = {rank: f"stack/{rank}" for rank in range(self.size)}
         stacks = {rank: self.store.get(key).decode() if self.store.check([key]) else "" for rank, key in keys.items()}
         seconds, expected = self.clock() - self.progress_at, self.expected_s()
-        took = f", and one was expected to take {expected:.0f} s" if expected else ""
+        is_long = EXPECTED_TIMES * expected > self.silence_s
+        took = f", and one was expected to take {expected:.0f} s" if is_long else ""
         print(
             f"no step for {seconds:.0f} s (parallel.timeout_seconds={self.timeout_seconds:g}){took}\n"
             + comparison(stacks),

@@ -234,7 +234,8 @@ def _check_index(index: Tensor) -> None:
 
 def _check_sizes(*sizes: int) -> None:
     for size in sizes:
-        if isinstance(size, float | bool) or (isinstance(size, int) and size < 0):  # compiled code has other integers
+        is_number = isinstance(size, int | torch.SymInt) and not isinstance(size, bool)  # compiled code has the latter
+        if not is_number or (isinstance(size, int) and size < 0):
             raise ValueError(f"a mask over {size!r} rows or keys: give their number, 0 or more")
 
 

@@ -152,14 +152,16 @@ class ChatTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokens: dict[str, Any] = self.tokenizer.special_tokens_map
-
-        def marked(messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
-            how = {"chat_template": template, "return_assistant_tokens_mask": True, **tokens}
-            _, (found,) = render_jinja_template([messages], chat.tools, **how)
-            return found  # pyright: ignore[reportReturnType]  it says that it returns a text
-
-        given = len(marked(chat.messages[: chat.given])) if chat.given else 0
-        return marked(chat.messages)[given:]
+        how = {"chat_template": template, "return_assistant_tokens_mask": True, **tokens}
+        try:
+            found: Any = render_jinja_template([chat.messages], chat.tools, **how)
+        except Exception as error:  # a template raises what it likes
+            raise ChatError(f"the chat template does not take it ({type(error).__name__}: {error})") from None
+        (text,), (marked,) = found
+        prompt = self.render(chat.messages[: chat.given], chat.tools) if chat.given else ""
+        # alone the prompt may end otherwise than where more follows
+        shared = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        return [(begin, end) for begin, end in marked if begin >= shared]
 
     def _answers(self, chat: Chat, whole: str) -> list[tuple[int, int]]:
         """Where the assistant's turns begin and end in the whole text: what each adds to the text before it."""

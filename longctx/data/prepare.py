@@ -6,6 +6,7 @@ in `<folder>.preparing` until all of it is, so that a preparation which was stop
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -153,10 +154,11 @@ def _prepare(
         manifest.write(work)
         sync(work)
         work.rename(folder)
-        for number in range(len(pieces)):  # now: until here a failure leaves what the same command goes on with
-            _record(folder, number).unlink()
-        (folder / "lock").unlink()
-        sync(folder.parent)
+        # only now, as a failure until here leaves what the same command goes on with; the corpus is whole without
+        with contextlib.suppress(OSError):
+            for leftover in (*(_record(folder, number) for number in range(len(pieces))), folder / "lock"):
+                leftover.unlink()
+            sync(folder.parent)
     return manifest
 
 

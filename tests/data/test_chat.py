@@ -561,3 +561,18 @@ def test_conversations_of_two_templates_are_not_mixed(tmp_path, folder):
         corpora.append(TokenFolder(tmp_path / name, 9000))
     with pytest.raises(DataError, match=r"b: its conversations write a question as .*prepare both with one --chat"):
         Mixture(corpora, [1.0, 1.0])
+
+
+def test_what_a_template_refuses_when_it_marks_is_named_too(tmp_path, folder):
+    refusing = "{% if messages[-1].role == 'user' %}{{ raise_exception('no question last') }}{% endif %}" + CHATML
+    tokenizer = ChatTokenizer(folder / "tokenizer.json", template_file(tmp_path, refusing))
+    with pytest.raises(ChatError, match="does not take it .*no question last"):
+        tokenizer.encode(Chat([USER, ANSWER], given=1))
+
+
+def test_a_template_may_mark_the_last_answer_alone(tmp_path, folder):
+    """The prompt's own last answer is marked where it stands alone, and not in the whole."""
+    marking = """{% for m in messages %}{{ m.role + ': ' }}{% if loop.last and m.role == 'assistant' %}
+{%- generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
+    chat = Chat([USER, ANSWER, USER, {"role": "assistant", "content": "five"}], given=2)
+    assert trained_words(folder / "tokenizer.json", template_file(tmp_path, marking), chat) == "five"

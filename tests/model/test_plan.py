@@ -17,6 +17,7 @@ import torch
 
 from longctx import plan, remedies, run_facts, step_time
 from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
+from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.model.transformer import attention_pairs
 from longctx.run import choose_layers, expected_memory, kept_and_where
@@ -329,6 +330,21 @@ def test_as_many_layers_recompute_less_as_memory_has_room_for(monkeypatch):
     config = choose_layers(config, runtime, choose)
     assert config.parallel.recompute_less_layers == 32
     assert "attention_saved in 0 layers, none in the last 32" in kept_and_where(config)
+
+
+@pytest.mark.parametrize(
+    "words", [["recompute=none"], ["tile=8192"], ["offload=-1"], ["tile=8192", "offload=2"]], ids=" ".join
+)
+def test_where_no_layer_can_recompute_less_none_does(words, monkeypatch):
+    """A recipe's -1 stands in the way of no other choice, nor of kernels whose memory is not known."""
+    config = composed("recipe=finetune_qwen3_0_6b_32k", *(f"parallel.{word}" for word in words))
+    check(config, 1)
+    chosen = remedies.with_layers_chosen(config, 1, strategy_for(1), 134.1 * GIB)
+    assert chosen.parallel.recompute_less_layers == 0
+    monkeypatch.setattr("longctx.run.implementations", lambda *_: {"attention": "sdpa", "fused_ops": "triton"})
+    runtime = SimpleNamespace(device=torch.device("cuda"))
+    unknown = choose_layers(composed("recipe=finetune_qwen3_0_6b_32k"), runtime, strategy_for(1))
+    assert unknown.parallel.recompute_less_layers == 0
 
 
 def test_less_recompute_takes_less_time():

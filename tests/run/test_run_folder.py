@@ -29,7 +29,7 @@ from longctx.checkpoint import (
     read_manifest,
     verify_files,
 )
-from longctx.config import Config, LoggingConfig, Schedule, WandbMode
+from longctx.config import Config, FusedImplementation, LoggingConfig, Schedule, WandbMode
 from longctx.errors import UserError
 from longctx.files import write_manifest
 from longctx.hugging_face.export import model_of
@@ -37,6 +37,7 @@ from longctx.local_part import local_of
 from longctx.metrics import History, Metrics
 from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
+from longctx.saving import Saving
 from longctx.trainer import Trainer
 from ranks import run_on_ranks
 from runs import ROOT, run_info, small_config, train, trainer_of
@@ -347,11 +348,47 @@ def test_a_run_goes_back_as_often_as_it_is_told_and_goes_on_where_it_was(tmp_pat
             assert trainer.step == 2
         train(config)
     config.checkpoint.keep = 4
-    with trainer_of(config) as trainer:  # the same command again, as a queue may give it
+    config.model.fused_ops, config.data.sequences_per_micro_batch = FusedImplementation.reference, 1
+    with trainer_of(config) as trainer:  # the same again, as a queue may give it, and in what it learns by
         assert trainer.step == 4
     config.checkpoint.resume = "auto"
     with trainer_of(config) as trainer:
         assert (trainer.step, trainer.saving.origin) == (4, None)
+
+
+def test_a_run_that_went_back_before_goes_on_where_it_was(tmp_path, corpus, monkeypatch):
+    """Earlier versions kept where it went back to as where it began."""
+    config = small_config(tmp_path, corpus, optim__steps=4, checkpoint__every_steps=2)
+    train(config)
+    config.checkpoint.resume = str(config.run_folder / "checkpoints" / "step_2")
+    facts = Saving.facts
+    before = {"resumed_from": config.checkpoint.resume, "went_back_to": None}
+    monkeypatch.setattr(Saving, "facts", lambda self: facts(self) | before)
+    train(config)
+    with trainer_of(config) as trainer:
+        assert (trainer.step, trainer.saving.origin) == (4, None)
+
+
+def goes_back(rank: int, config: Config) -> int:
+    """The step that a run is at on ranks whose corpora have paths of their own."""
+    config.data.folder = f"{config.data.folder}{rank}"
+    with trainer_of(config) as trainer:
+        step = trainer.step
+        if step == 2:
+            trainer.train_step()
+            trainer.save()
+        return step
+
+
+def test_ranks_go_back_together(tmp_path, corpus):
+    for rank in range(2):
+        (tmp_path / f"corpus{rank}").symlink_to(corpus)
+    config = small_config(tmp_path, corpus, optim__steps=3, checkpoint__every_steps=2)
+    train(config)
+    config.data.folder, config.optim.steps = str(tmp_path / "corpus"), 6
+    config.checkpoint.resume = str(config.run_folder / "checkpoints" / "step_2")
+    assert run_on_ranks(2, goes_back, config) == [2, 2]
+    assert run_on_ranks(2, goes_back, config) == [3, 3]
 
 
 def test_a_branch_that_has_gone_back_is_still_one(tmp_path, corpus):
@@ -392,7 +429,9 @@ def test_values_from_the_environment_are_compared_and_exported(tmp_path, corpus,
     with pytest.raises(UserError, match=r"with model.rotary.theta 500000.0 -> 10000.0 this would be another run"):
         run_module.train(dataclasses.replace(info, config=config))
     earlier = {"model": {"rotary": {"theta": "${oc.env:THETA}"}}}  # as versions before kept it
-    assert resume.changes(earlier, {"model": {"rotary": {"theta": 1e4}}}) == {}
+    assert resume.changes(yaml.safe_dump(earlier), {"model": {"rotary": {"theta": 1e4}}}) == {}
+    texts = {"logging": {"wandb_notes": "${b"}, "validation": {"sample_prompts": ["cost ${5"]}}
+    assert resume.changes(resume.as_yaml(texts), texts) == {}
     spans = {"data": {"curriculum": {0: 64, 0.5: 0}}}
     assert resume.changes(spans, {"data": {"curriculum": {"0": 64, "0.5": 0}}}) == {}
 
