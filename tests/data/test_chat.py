@@ -575,4 +575,4 @@ def test_a_template_may_mark_the_last_answer_alone(tmp_path, folder):
     marking = """{% for m in messages %}{{ m.role + ': ' }}{% if loop.last and m.role == 'assistant' %}
 {%- generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
     chat = Chat([USER, ANSWER, USER, {"role": "assistant", "content": "five"}], given=2)
-    assert trained_words(folder / "tokenizer.json", template_file(tmp_path, marking), chat) == "five"
+    assert trained_words(folder / "tokenizer.json", template_file(tmp_path, marking), chat).strip() == "five"
