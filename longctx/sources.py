@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longctx.config import Config, DataSource
 from longctx.data import builtin
-from longctx.data.chat import saved_files
+from longctx.data.chat import has_template, saved_files
 from longctx.data.corpus import open_corpus
 from longctx.data.loader import Copies, Probes, RecallStream, Source
 from longctx.data.mixture import BLOCK, ChainedTokens, MixedTokens, Mixture, shares
@@ -78,15 +78,21 @@ def check_tokenizers(config: Config, tokens: Mixture | None, runtime: Runtime) -
         runtime.run_on_rank_0(lambda file=file: check_same_ids(ours, file, frame) if file.is_file() else None)
 
 
-def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime) -> None:
+def keep_tokenizer(tokens: Mixture | None, folder: Path, runtime: Runtime, init_from: str = "") -> None:
     """Leaves the corpus's tokenizer in the run's folder, as documents were made with it, and the chat template of its
-    conversations: for exports. On rank 0."""
+    conversations: for exports. On rank 0. Says so if the model of `init_from` has a template that these lack."""
     if tokens is None or tokens.tokenizer_file is None:
         return
     file = folder / "tokenizer.json"
     try:
         file.write_text(as_trained(tokens.tokenizer_file, tokens.document_begin), encoding="utf-8")
-        for name, kept in saved_files(tokens.chat_folder).items():
+        of_chats = saved_files(tokens.chat_folder)
+        if not of_chats and init_from and has_template(Path(init_from).expanduser()):
+            runtime.say(
+                f"{init_from} has a chat template, and the text no conversations, so an export will have none: copy it "
+                "there, with the special tokens and the ends of generation_config.json"
+            )
+        for name, kept in of_chats.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(kept, folder / name)
     except OSError as error:

@@ -77,7 +77,9 @@ class Trainer:
         self.validation = Validation(config, self.tokens, self.model, self.mesh, runtime)
 
         is_known_layout = self.saving.resume()  # which may refuse what is asked for, with nothing of the run changed
-        runtime.run_on_rank_0(lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime))
+        runtime.run_on_rank_0(
+            lambda: keep_tokenizer(self.tokens, self.run_info.folder, runtime, config.model.init_from)
+        )
         if progress.step == 0 and config.model.init_from:
             progress.context = start_from_pretrained(self.model, config.model, runtime)
         if self.mesh.size("context") > 1 and config.parallel.verify and not is_known_layout:

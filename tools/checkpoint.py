@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from longctx.checkpoint import BEST_BY, CheckpointError, list_checkpoints, read_manifest, verify_files
+from longctx.checkpoint import BEST_BY, MANIFEST, CheckpointError, list_checkpoints, read_manifest, verify_files
 from longctx.errors import UserError
 
 
@@ -40,7 +40,8 @@ def main() -> None:
 
 def find(path: Path) -> list[Path]:
     """The checkpoints of a run's folder, of its folder of checkpoints, or the one at `path`."""
-    if path.name.startswith("step_") or path.name in ("latest", "best"):
+    is_named_so = path.name.startswith("step_") or path.name in ("latest", "best")
+    if (path / MANIFEST).exists() or (is_named_so and not (path / "checkpoints").is_dir()):
         return [path]
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:

@@ -58,7 +58,7 @@ def export_checkpoint(
 ) -> None:
     import torch
 
-    from longctx.hugging_face.export import export_hugging_face
+    from longctx.hugging_face.export import export_hugging_face, reads_other_ids
 
     if tokenizer is not None and not tokenizer.is_file():
         raise UserError(f"--tokenizer {tokenizer}: no such file")
@@ -67,6 +67,11 @@ def export_checkpoint(
     print(f"{folder}: {len(files)} files, {size:.3g} GiB; transformers.AutoModelForCausalLM.from_pretrained reads it")
     if not (folder / "tokenizer.json").exists():
         print("without a tokenizer: the run's corpus had none; give one with --tokenizer")
+    elif reads_other_ids(folder):
+        print(
+            "AutoTokenizer gives other ids than the model was trained on, as transformers takes Qwen 2's own rules for "
+            "it; load the tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained"
+        )
 
 
 if __name__ == "__main__":

@@ -234,6 +234,13 @@ def files_of_chats(tokenizer_file: Path, template_file: Path | None) -> list[Pat
     return [template_file, *(file for name, file in there.items() if name == TOKENIZER_CONFIG)]
 
 
+def has_template(folder: Path) -> bool:
+    """Whether the tokenizer of a folder has a chat template, in a file of its own or in its configuration."""
+    config = folder / TOKENIZER_CONFIG
+    is_inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return is_inside or (folder / CHAT_TEMPLATE).is_file()
+
+
 def saved_files(folder: Path) -> dict[str, Path]:
     """What `ChatTokenizer.save`, or transformers, has written into a folder for conversations, by name there."""
     files = [folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG, *sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))]

@@ -40,6 +40,10 @@ from longctx.files import disk_problem
 from longctx.hugging_face.convert import PretrainedError, Stored, stored_tensors, to_config_json
 
 FILE_BYTES = 5 << 30
+PROBES = (
+    "def f(x):\n    return x[10:256]\n",
+    " It's 1234.5 km, caf\u00e9 cafe\u0301, \u5b57 \U0001f600\t",
+)  # texts that tokenizers cut apart
 PREFIX = "model."  # of the weights' names in a checkpoint
 
 
@@ -115,6 +119,8 @@ def _tokenizer_files(
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
+    if '"add_prefix_space":true' in tokenizer.to_str():  # which transformers before 5 would switch off
+        config["add_prefix_space"] = True
     names = {"eos_token_id": ends[0]} | ids  # a template may write another than answers end with
     config |= {name.removesuffix("_id"): tokenizer.id_to_token(number) for name, number in names.items()}
     ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if name in ids} | {"eos_token_id": ends[0]}
@@ -123,6 +129,22 @@ def _tokenizer_files(
         TOKENIZER_CONFIG: _json(config),
         "generation_config.json": _json(ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]}),
     }
+
+
+def reads_other_ids(folder: Path) -> bool:
+    """Whether transformers' AutoTokenizer gives other ids than `tokenizer.json` in an exported folder.
+
+    For models of the kind of Qwen 2 it takes the rules of their tokenizer in place of those in the file. False where
+    transformers is not there to ask.
+    """
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2":
+        return False
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ImportError:
+        return False
+    written, read = (cls.from_pretrained(str(folder)) for cls in (PreTrainedTokenizerFast, AutoTokenizer))
+    return len(read) != len(written) or any(read(text)["input_ids"] != written(text)["input_ids"] for text in PROBES)
 
 
 def _json(fields: dict[str, Any]) -> str:

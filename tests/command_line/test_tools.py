@@ -330,3 +330,16 @@ def test_idle_time_of_a_timeline():
     assert tool.without(idle, [(0.0, 14.0), (13.0, 15.0), (18.0, 26.0)]) == [(15.0, 18.0), (26.0, 30.0)]
     assert tool.without(idle, []) == idle
     assert tool.gaps([]) == []
+
+
+@pytest.mark.parametrize("name", ["best", "latest", "step_lr"])
+def test_a_run_of_the_name_of_a_checkpoint_is_a_run(tmp_path, name):
+    """What is there decides; a checkpoint without a manifest is still refused as one."""
+    for step in (1, 2):
+        folder = tmp_path / name / "checkpoints" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    find = load_tool("checkpoint").find
+    assert [path.name for path in find(tmp_path / name)] == ["step_1", "step_2"]
+    assert find(folder) == [folder]
+    assert find(tmp_path / "step_3") == [tmp_path / "step_3"]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from corpora import find_pieces
 from in_process import output_of
+from longctx import runtime
 from longctx.config import DataConfig
 from longctx.data.chat import Chat, ChatError, ChatTokenizer, chat_tokenizer
 from longctx.data.loader import ShuffledTokens
@@ -22,6 +23,7 @@ from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
 from longctx.data.tokens import NO_END, TokenFolder
 from longctx.errors import DataError
+from longctx.sources import keep_tokenizer
 from runs import ROOT, small_config, train
 
 # after the templates of three families of models, with the assistant's turns marked
@@ -576,3 +578,20 @@ def test_a_template_may_mark_the_last_answer_alone(tmp_path, folder):
 {%- generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
     chat = Chat([USER, ANSWER, USER, {"role": "assistant", "content": "five"}], given=2)
     assert trained_words(folder / "tokenizer.json", template_file(tmp_path, marking), chat).strip() == "five"
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_an_export_will_lack_is_told(tmp_path, folder, capsys, where):
+    """A chat model that is trained on from text alone."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    run.mkdir()
+    (model / where).write_text(CHATML if where.endswith("jinja") else json.dumps({"chat_template": CHATML}))
+    corpus = prepared(tmp_path, folder, {"text": "a whole text"})
+    keep_tokenizer(Mixture([corpus], [1.0]), run, runtime.start(60), str(model))
+    assert f"{model} has a chat template, and the text no conversations" in capsys.readouterr().out
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    corpus = prepared(chats, folder, {"messages": [USER, ANSWER]})
+    keep_tokenizer(Mixture([corpus], [1.0]), run, runtime.start(60), str(model))
+    assert capsys.readouterr().out == ""

@@ -11,7 +11,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +31,7 @@ from longctx.config import ModelConfig, Norm, ParallelConfig, RotaryConfig, Rota
 from longctx.data.prepare import BUILTIN_TOKENIZER
 from longctx.data.tokenizer import check_same_ids
 from longctx.errors import UserError
+from longctx.hugging_face import export
 from longctx.hugging_face.convert import PretrainedError, from_config_json, stored_tensors, to_config_json
 from longctx.hugging_face.export import export_hugging_face
 from longctx.hugging_face.load import PretrainedWeights
@@ -568,3 +569,31 @@ def test_the_tokenizer_goes_along(tmp_path, name, begins):
     assert [f.get("bos_token_id") for f in fields] == ([257, 257] if begins else [None, None])
     (tmp_path / "usual").touch()
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}
+
+
+def exported(tmp_path: Path, model: str, tokenizer: Tokenizer) -> Path:
+    """A folder with no more than `tools/convert_hf.py` looks at, and its tokenizer."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    names, files = export._tokenizer_files(tmp_path / "tokenizer.json", [0], None, {}, 64, 9000)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "config.json").write_text(json.dumps({"model_type": model, "vocab_size": 9000} | names))
+    return folder
+
+
+def test_a_tokenizer_that_transformers_replaces_is_told(tmp_path):
+    """It has rules of its own for Qwen 2, whatever tokenizer.json says."""
+    tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    assert export.reads_other_ids(exported(tmp_path, "qwen2", tokenizer))
+    (tmp_path / "b").mkdir()
+    assert not export.reads_other_ids(exported(tmp_path / "b", "llama", tokenizer))
+
+
+def test_a_prefix_space_goes_along(tmp_path):
+    """Versions of transformers before 5 go by the configuration alone."""
+    tokenizer = Tokenizer.from_file(str(BUILTIN_TOKENIZER))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    config = json.loads((exported(tmp_path, "llama", tokenizer) / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is True
