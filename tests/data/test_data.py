@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from corpora import Documents, find_pieces
 from longctx.config import DataConfig
-from longctx.data import builtin
+from longctx.data import builtin, windows
 from longctx.data.loader import Copies, Loader, RecallStream, ShuffledTokens, SpacedTokens, shuffled
 from longctx.data.packing import IGNORE_INDEX, pack
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare
@@ -442,3 +442,30 @@ def test_manifest_is_plain_json(corpus):
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert manifest["splits"]["train"][0]["documents"] == 3
     assert TokenFolder(corpus, VOCAB).manifest.fields() | {"sha256": manifest["sha256"]} == manifest
+
+
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = {}
+    for seed in (0, 1):
+        source = ShuffledTokens(split_of([1281], 1), DataConfig(sequence_length=64), seed, "here")
+        assert source.size == 20
+        for epoch in range(2):
+            orders[seed, epoch] = tuple(int(source.sequence(epoch * 20 + n).tokens[0]) for n in range(20))
+    assert len(set(orders.values())) == 4
+    assert len({tuple(sorted(order)) for order in orders.values()}) == 1
+
+
+def test_a_text_of_a_sequence_needs_one_token_more():
+    with pytest.raises(DataError, match="64 tokens, a sequence needs 65"):
+        ShuffledTokens(split_of([64], 1), DataConfig(sequence_length=64), 0, "here")
+    assert ShuffledTokens(split_of([65], 1), DataConfig(sequence_length=64), 0, "here").size == 1
+
+
+def test_conversations_that_are_packed_in_lots_stay_apart(monkeypatch):
+    """The first sequence of a lot is none of the lot before."""
+    monkeypatch.setattr(windows, "PACKED_TOGETHER", 3)
+    split = split_of([9] * 8, 8, np.ones(72, dtype=bool))
+    source = ShuffledTokens(split, DataConfig(sequence_length=20), 0, "here")
+    assert source.size == 5
+    seen = sorted(t for n in range(source.size) for t in source.sequence(n).targets.tolist() if t >= 0)
+    assert seen == [t for t in range(72) if t % 9]

@@ -196,3 +196,19 @@ def test_every_folder_is_checked(tmp_path, corpora):
     config.data.folder, config.data.mixture = "", {str(corpora[0]): 1.0, str(tmp_path / "no"): 1.0}
     with pytest.raises(UserError, match="no: no such folder"), trainer_of(config):
         pass
+
+
+def test_corpora_that_frame_documents_otherwise_are_not_mixed(tmp_path):
+    documents = [Documents([Document("a", ["b"], False)])]
+    prepare(documents, tmp_path / "a")
+    prepare(documents, tmp_path / "b", end_of_document="b")
+    with pytest.raises(DataError, match="prepare both alike"):
+        Mixture([TokenFolder(tmp_path / name, 8192) for name in "ab"], [1, 1])
+
+
+def test_each_corpus_has_a_validation_sequence_at_least(tmp_path):
+    folders = make_corpus(tmp_path / "a"), make_corpus(tmp_path / "b", documents=90)
+    mixture = Mixture([TokenFolder(folder, 8192) for folder in folders], [0.9, 0.1])
+    source, _ = mixture.validation(DataConfig(sequence_length=16), 1)
+    assert source is not None
+    assert [one.size for one in source.sources] == [1, 1]

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from corpora import Documents, find_pieces
 from longctx.data import text
@@ -256,3 +257,35 @@ def test_lengths(tmp_path):
     assert share_of_long(split) == pytest.approx(59_997 / 70_007)
     assert "in documents of 32,768 tokens or more: 85.7 % of the tokens" in length_table(split)
     assert "85.7 % of the tokens" in draw_lengths(split, tmp_path / "a.svg").read_text()
+
+
+def test_ids_above_65535_are_kept(tmp_path):
+    """As those of Llama 3's vocabulary, which two bytes do not hold."""
+    tokenizer = Tokenizer(models.WordLevel({"<end>": 0} | {f"w{n}": n for n in range(1, 70000)}, "w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<end>"])
+    file = tmp_path / "tokenizer.json"
+    tokenizer.save(str(file))
+    documents = [Documents([Document("a", ["w69999 w5"], False)])]
+    prepare(documents, tmp_path / "corpus", file, end_of_document="<end>")
+    assert TokenFolder(tmp_path / "corpus", 70000).splits["train"].read(0, 3)[0].tolist() == [69999, 5, 0]
+
+
+def test_parts_of_a_document_are_as_long_as_asked_for_with_their_frame(tmp_path):
+    """And have their share of its bytes."""
+    text = "def f(x): return x + 1\n" * 9
+    prepare([Documents([Document("a", [text], False)])], tmp_path / "corpus", max_document_tokens=16)
+    corpus = TokenFolder(tmp_path / "corpus", 8192)
+    (ends,) = corpus.splits["train"].document_ends
+    assert np.diff(ends, prepend=0).max() == 16
+    assert sum(shard.text_bytes for shard in corpus.manifest.splits["train"]) == pytest.approx(len(text), abs=len(ends))
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path):
+    """Even where it has the size it had."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "abc"}\n')
+    (before,) = find_pieces([file])
+    os.utime(file, ns=(0, 1))
+    (after,) = find_pieces([file])
+    assert before.identity != after.identity

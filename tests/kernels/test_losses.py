@@ -388,3 +388,14 @@ def test_memory_of_a_backward_pass():
         with LiveBytes(logits, own) as live:
             torch.autograd.grad(cross_entropy(own, targets, inplace=inplace, implementation="triton"), own)
         assert live.most < most * logits.nbytes
+
+
+def test_small_gradients_of_float16_wait_for_the_loss_scale():
+    logits = torch.full((64, 32), -14.0, device=DEVICE)
+    logits[:, 0] = 0
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        x = logits.to(dtype).requires_grad_()
+        (cross_entropy(x, torch.zeros(64, dtype=torch.int64, device=DEVICE)) * 65536.0).backward()
+        gradients.append(x.grad.float())
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=0)

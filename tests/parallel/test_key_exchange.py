@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from longctx.config import Config, ModelConfig, ParallelConfig, Strategy
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.tiles import TILE
-from longctx.parallel import ulysses
+from longctx.parallel import blockwise, key_exchange, ulysses
 from longctx.parallel.key_exchange import make_exchange_plan, spans_of
 from longctx.parallel.load_balance import (
     TOLERANCE,
@@ -204,3 +206,48 @@ def test_the_strategy_suits_the_machines(parallel, length, on_a_machine, expecte
     chosen = choose_strategy(config, on_a_machine)
     assert (chosen.strategy, chosen.ulysses_size) == expected
     assert chosen.reason
+
+
+class Addressed:
+    """A transport whose buffers lie where their generation says."""
+
+    generation = 0
+
+    def addresses(self, _name, moves, _piece_of):
+        return [(1000 * self.generation + move.place, move.length) for move in moves]
+
+
+def test_addresses_of_tiles_at_their_owner_are_of_its_buffer_as_it_is():
+    """One a tile, as far apart as its tokens; and others once the buffer has moved."""
+    made, inbox = Addressed(), torch.empty(2, 1, 8, 2, 3, 4)  # float32: 96 bytes a token
+    step = SimpleNamespace(moves=[key_exchange.Move(1, 0, 0, 0, 0, 2 * TILE)], gradient_targets={})
+
+    def found() -> list[int]:
+        return blockwise._gradient_targets(step, range(2), None, inbox, made).addresses.tolist()
+
+    assert found() == [0, TILE * 96]
+    made.generation = 1
+    assert found() == [1000, 1000 + TILE * 96]
+
+
+def test_tiles_of_two_owners_are_told():
+    def plan(length: int) -> key_exchange.ExchangePlan:
+        order = zigzag(length, 2).order
+        start, end = torch.zeros(1, length, dtype=torch.int64), order.unsqueeze(0) + 1
+        return key_exchange.make_exchange_plan(order, start, end, 2, length, 2)
+
+    assert plan(4 * TILE).tiles_have_one_owner(1, 0)
+    assert not plan(4 * 64).tiles_have_one_owner(1, 1)
+
+
+def test_two_splits_of_one_mask_are_two_for_caches():
+    """Masks of one document share their bounds: Ulysses trains on one split and is validated on another."""
+    start = torch.zeros(1, 512, dtype=torch.int64)
+    one, other = (split.mask(start, torch.device("cpu")) for split in (zigzag(512, 2), in_order(512, 2)))
+    assert ulysses._moves_of_group(one, 1, 0) != ulysses._moves_of_group(other, 1, 0)
+
+
+def test_short_sequences_are_shared_no_worse_than_by_zigzag():
+    start = torch.cat([torch.zeros(100), torch.full((156,), 100)])
+    work = torch.arange(256) - start + 1
+    assert imbalance(work, balanced(work, 2)) <= imbalance(work, zigzag(256, 2))

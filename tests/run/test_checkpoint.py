@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle  # noqa: TID251  to show that none is read
 import random
@@ -22,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx import runtime
 from longctx.checkpoint import (
+    BEST_BY,
     CheckpointError,
     Checkpoints,
     ShardWriter,
@@ -39,7 +41,7 @@ from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from ranks import run_on_ranks, started_ranks
-from runs import ROOT, TINY
+from runs import ROOT, TINY, small_config, trainer_of
 
 
 def make_state(parallel: ParallelConfig, seed: int):
@@ -522,3 +524,18 @@ def test_a_background_save_that_fails_on_one_rank_fails_on_all(tmp_path):
         assert re.search(r"saving to .*step_2.tmp-.* failed on rank 1: .*No space left on device", message)
         assert torch.equal(value, torch.ones(4))
         assert names == ["latest", "step_1"]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 9, runtime.start(60))
+    for step, loss in ((1, math.nan), (2, 3.0), (3, 2.0)):
+        checkpoints.save(step, {}, {BEST_BY: loss})
+    assert (tmp_path / "best").resolve().name == "step_3"
+
+
+def test_an_old_validation_loss_is_not_of_a_later_checkpoint(tmp_path, corpus):
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        trainer.progress.validated, trainer.progress.step = (1, 2.0), 2
+        assert BEST_BY not in trainer.saving.facts()
+        trainer.progress.validated = (2, 2.0)
+        assert trainer.saving.facts()[BEST_BY] == 2.0

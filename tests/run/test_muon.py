@@ -136,3 +136,8 @@ def test_matrices_of_a_shape_stand_together():
     shapes = [sorted(m.parameter.shape) for m in bucket]
     assert shapes == sorted(shapes, reverse=True)
     assert sum(a != b for a, b in pairwise(shapes)) == len({*map(tuple, shapes)}) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_nothing_is_nothing(dtype):
+    assert newton_schulz(torch.zeros(1, 4, 8, dtype=dtype)).eq(0).all()

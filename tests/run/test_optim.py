@@ -124,3 +124,13 @@ def test_state_is_made_without_changing_parameters(optimizer, is_offloaded):
     assert optimizers.updates == 0
     optimizers.updates = 7
     assert optimizers.updates == 7
+
+
+def test_wsd_falls_to_the_fraction_that_is_asked_for():
+    wsd = OptimConfig(steps=100, warmup_steps=0, schedule=Schedule.wsd, decay_fraction=0.2, final_lr_fraction=0.1)
+    assert [schedule(step, wsd) for step in (80, 90, 100)] == pytest.approx([1, 0.55, 0.1])
+
+
+def test_adamw_has_the_configured_betas():
+    made = Optimizers(torch.nn.Linear(3, 2), OptimConfig(beta1=0.8, beta2=0.7, eps=1e-5, warmup_steps=0))
+    assert {(group["betas"], group["eps"]) for group in made.optimizers[0].param_groups} == {((0.8, 0.7), 1e-5)}

@@ -7,9 +7,11 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from longctx.kernels import hardware
 from longctx.kernels.attention.key_intervals import KeyIntervals
+from longctx.kernels.attention.mask_cache import cached_per_mask
 
 
 def test_subset_of_keys_keeps_the_mask():
@@ -105,3 +107,30 @@ def test_masks_of_a_size_share_their_bounds():
     assert first.start is second.start
     assert first.dense("cpu").equal(KeyIntervals.causal(9, 11).dense("cpu"))
     assert KeyIntervals.causal(9, 12).with_bounds("cpu").start is not first.start
+
+
+def test_starts_of_documents_are_copied():
+    """A loader may write the next batch into the same tensor."""
+    start = torch.zeros(1, 8, dtype=torch.int32)
+    mask = KeyIntervals.documents(start)
+    start[0, 4:] = 4
+    assert mask.start is not None
+    assert mask.start.eq(0).all()
+
+
+def test_what_is_kept_for_tensors_is_for_all_of_them_as_they_are():
+    """None is taken for another that has its address later, nor for what it was before it was written to."""
+    total = cached_per_mask(lambda tensors: float(tensors[1].sum()))
+    anchor = torch.zeros(1)
+    assert [total((anchor, torch.full((1,), float(n)))) for n in range(20)] == list(range(20))
+    x = torch.zeros(1)
+    assert total((anchor, x)) == 0
+    x.add_(1)
+    assert total((anchor, x)) == 1
+
+
+def test_a_fake_tensor_is_not_kept():
+    with FakeTensorMode():
+        KeyIntervals.causal(1733).with_bounds("cpu")
+    start = KeyIntervals.causal(1733).with_bounds("cpu").start
+    assert type(start) is torch.Tensor
