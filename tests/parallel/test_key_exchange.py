@@ -15,7 +15,6 @@ from longctx.kernels.attention.tiles import TILE
 from longctx.parallel import blockwise, key_exchange, ulysses
 from longctx.parallel.key_exchange import make_exchange_plan, spans_of
 from longctx.parallel.load_balance import (
-    TOLERANCE,
     SplitMask,
     _owners_of_pieces,
     balanced,
@@ -63,7 +62,7 @@ def test_documents_are_shared_evenly(size, length, median):
     for seed in range(12):
         work = work_of(document_starts(length, median, seed))
         split = balanced(work, size)
-        assert imbalance(work, split) <= TOLERANCE
+        assert imbalance(work, split) <= 1.02
         assert len(spans_of(split.order, size)) <= (2 * size - 1) * (1 if length // size > 1 << 14 else 3)
         assert split.order.sort().values.equal(torch.arange(len(work)))
         assert all(bool((split.held(rank).diff() > 0).all()) for rank in range(size))

@@ -24,6 +24,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from longctx import runtime
 from longctx.checkpoint import (
     BEST_BY,
+    FORMAT,
     CheckpointError,
     Checkpoints,
     ShardWriter,
@@ -40,6 +41,7 @@ from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.optim import Optimizers
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
+from longctx.saving import Progress
 from ranks import run_on_ranks, started_ranks
 from runs import ROOT, TINY, small_config, trainer_of
 
@@ -539,3 +541,27 @@ def test_an_old_validation_loss_is_not_of_a_later_checkpoint(tmp_path, corpus):
         assert BEST_BY not in trainer.saving.facts()
         trainer.progress.validated = (2, 2.0)
         assert trainer.saving.facts()[BEST_BY] == 2.0
+
+
+def test_each_file_is_read_by_one_rank(tmp_path):
+    """Whichever is damaged, one of four finds it."""
+    folder = tmp_path / "step_1"
+    folder.mkdir()
+    names = [f"part_{number}.bin" for number in range(4)]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    files = {name: {"bytes": len(name), "sha256": sha256(folder / name)} for name in names}
+    write_manifest(folder / "manifest.json", {"format": FORMAT, "step": 1, "files": files, "tensors": {}, "facts": {}})
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(name.encode()[::-1])
+        for rank in set(range(4)) - {number}:
+            verify_files(folder, rank, 4)
+        with pytest.raises(CheckpointError, match=f"{name}: its sha256 is not the manifest's"):
+            verify_files(folder, number, 4)
+        (folder / name).write_bytes(name.encode())
+
+
+def test_a_step_costs_what_all_ranks_take():
+    progress = Progress()
+    progress.add_costs({"perf/step_s": 2.0, "perf/tflops_per_gpu": 500.0}, 4)
+    assert (progress.trained_s, progress.costs()) == (2.0, {"run/device_s": 8.0, "run/pflop": 4.0})
