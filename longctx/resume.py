@@ -149,10 +149,20 @@ def _saved_optim(configuration: str) -> OptimConfig:
     return OptimConfig(steps=optim.steps, **given)
 
 
+def _number(key: Any) -> Any:
+    """A key that spells a number as that."""
+    for kind in (int, float):
+        try:
+            return kind(key) if isinstance(key, str) else key
+        except ValueError:
+            continue
+    return key
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     path = prefix.removesuffix(".")
     if path in WHOLE and isinstance(tree, dict):
-        return {path: {str(key): value for key, value in tree.items()}}  # steps are texts in what was JSON once
+        return {path: {_number(key): value for key, value in tree.items()}}  # steps are texts in what was JSON once
     if not isinstance(tree, dict) or not tree:
         return {path: tree} if prefix else {}
     return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
