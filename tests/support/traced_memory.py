@@ -119,10 +119,10 @@ def case(recompute: Recompute, words: dict[str, Any]) -> Config:
     """A small model; `words`: fields of `ModelConfig`, or of what is named here."""
     shape = {"vocab_size": 512, "width": 256, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp_width": 896}
     others = {"length": 4096, "compute": ComputeDtype.bfloat16, "micro_batches": 1, "less_layers": 0, "parallel": {}}
-    nothing_less = Recompute.attention_saved if others["parallel"] else Recompute.none  # of tiled blocks, and of others
     others["unit_bytes"] = 1  # of blocks that FSDP gathers together: each by itself
     model = shape | {name: value for name, value in words.items() if name not in others}
     others |= {name: value for name, value in words.items() if name in others}
+    nothing_less = Recompute.attention_saved if others["parallel"] else Recompute.none  # of tiled blocks, and of others
     return Config(
         model=ModelConfig(**model, fused_ops=FusedImplementation.triton),  # pyright: ignore[reportArgumentType]
         data=DataConfig(sequence_length=others["length"], sequences_per_step=others["micro_batches"]),
