@@ -73,7 +73,7 @@ class RunRecord:
     def is_changed(self) -> bool:
         """Whether the last start of the run had a configuration that trains otherwise."""
         before = read_record(self.run.folder).get("configuration", {})
-        changed = resume.changes(before, json.loads(json.dumps(self.record["configuration"])))
+        changed = resume.changes(before, self.record["configuration"])
         by_memory = {"parallel.recompute_less_layers", "parallel.offload"}  # as -1 was chosen
         others = ("logging.", "checkpoint.", "validation.")
         return any(not key.startswith(others) for key in changed if key not in by_memory)

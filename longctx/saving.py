@@ -196,22 +196,22 @@ class Saving:
             if Path(given).name == given and not is_there:  # a word
                 raise UserError(f"checkpoint.resume={given}: must be auto, never, or the folder of a checkpoint")
             given = resume.in_one_way(given)
-            is_own = self._is_own(Path(given))
+            names_own = self._is_own(Path(given))
             origin, back = self._beginnings(newest[1]["facts"]) if newest else (None, None)
-            if is_own:
+            if names_own:
                 self.went_back_to = given
-                is_restart = back == given and not self._learns_otherwise(newest)
+                is_restart = newest is not None and back == given and not self._learns_otherwise(newest[1])
             else:
                 self.origin = given
                 is_restart = origin is not None and resume.in_one_way(origin) == given
-            if newest and not is_restart and not is_own:
+            if newest and not is_restart and not names_own:
                 began = f"at {origin}" if origin else "anew"
                 raise UserError(
                     f"{self.checkpoints.folder} has checkpoints of a run that began {began}, "
                     f"not at {given}: give the branch another name, or remove the folder"
                 )
             if not is_restart:  # which goes on where it was
-                self.is_branching = not is_own
+                self.is_branching = not names_own
                 # `latest` of a run that goes on may lead elsewhere by the time that the tensors are read
                 path = Path(self.runtime.run_on_rank_0(lambda: str(Path(given).resolve())))
                 newest = path, self.checkpoints.verify(path)
@@ -258,12 +258,12 @@ class Saving:
             return None, origin
         return origin, back
 
-    def _learns_otherwise(self, newest: tuple[Path, dict[str, Any]] | None) -> bool:
-        """Whether the run learns by other values than when it went back to a checkpoint, which it does once more then.
+    def _learns_otherwise(self, newest: dict[str, Any]) -> bool:
+        """Whether the run learns by other values than that of the newest manifest, which had gone back to a checkpoint.
 
         Rank 0 says so for all: others may have folders of their own.
         """
-        before = newest[1]["facts"]["configuration"] if newest else self.configuration
+        before = newest["facts"]["configuration"]
         return self.runtime.run_on_rank_0(lambda: resume.learns_otherwise(before, self.configuration))
 
     def _is_own(self, checkpoint: Path) -> bool:

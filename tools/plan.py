@@ -161,12 +161,10 @@ def memory_choices(config: Config, typed: set[str], machines: Machines, usable: 
 
 def kept_in_words(config: Config) -> str:
     """What blocks keep, and where: for the table."""
-    parallel = config.parallel
+    parallel, less = config.parallel, config.parallel.recompute_less_layers
     said = [
         str(parallel.recompute),
-        f"{parallel.recompute_less_layers} {less_recompute(parallel.recompute)}"
-        if parallel.recompute_less_layers
-        else "",
+        f"{less} {less_recompute(parallel.recompute)}" if less else "",
         f"tile {parallel.tile}" if parallel.tile else "",
         f"{parallel.head_groups} groups of heads" if parallel.head_groups > 1 else "",
         f"{parallel.offload} on host" if parallel.offload else "",

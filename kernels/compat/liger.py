@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longctx.kernels.loss.cross_entropy import REDUCTIONS, cross_entropy
+from longctx.kernels.loss.cross_entropy import cross_entropy, reduction_problems
 from longctx.kernels.loss.linear_cross_entropy import linear_cross_entropy
 from longctx.kernels.loss.options import LossOptions
 
@@ -28,8 +28,7 @@ class _Loss(nn.Module):
         if weight is not None or return_z_loss:
             raise ValueError("weights of classes and return_z_loss: not supported here, pass None and False")
         problems = LossOptions(ignore_index, label_smoothing, lse_square_scale, softcap or 0.0).check()
-        if reduction not in REDUCTIONS:
-            problems.append(f"reduction={reduction!r}: must be none, sum or mean")
+        problems += reduction_problems(reduction)
         if problems:
             raise ValueError("; ".join(problems))
         self.ignore_index, self.lse_square_scale, self.label_smoothing = ignore_index, lse_square_scale, label_smoothing

@@ -46,8 +46,7 @@ def cross_entropy(
         problems.append(f"targets {tuple(targets.shape)}: must be {tuple(logits.shape[:-1])}, one a row of logits")
     if inplace and not logits.is_contiguous():
         problems.append("inplace: the logits must be contiguous, for the gradient to take their place")
-    if reduction not in REDUCTIONS:
-        problems.append(f"reduction={reduction!r}: must be none, sum or mean")
+    problems += reduction_problems(reduction)
     problems += target_problems(targets, ignore_index, logits.shape[-1])
     if problems:
         raise ValueError("; ".join(problems))
@@ -67,6 +66,11 @@ def makes_gradient_early(reduction: str, *inputs: Tensor | None) -> bool:
     given = [x for x in inputs if x is not None]
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     return reduction != "none" and needs_gradient and given[0].dtype != torch.float16
+
+
+def reduction_problems(reduction: str) -> list[str]:
+    """What is wrong with the name of a reduction."""
+    return [] if reduction in REDUCTIONS else [f"reduction={reduction!r}: must be none, sum or mean"]
 
 
 def target_problems(targets: Tensor, ignore_index: int, n_classes: int) -> list[str]:

@@ -18,11 +18,11 @@ from longctx.kernels.addressing import matrix
 from longctx.kernels.forward_mode import refuse_tangents
 from longctx.kernels.loss import chunks, reference
 from longctx.kernels.loss.cross_entropy import (
-    REDUCTIONS,
     gradient_of,
     handed_out_once,
     losses_of,
     makes_gradient_early,
+    reduction_problems,
     scale_,
     statistics_of,
     target_problems,
@@ -89,8 +89,7 @@ def _check(hidden, weight, bias, targets, options, reduction, token_weight) -> N
         problems.append(f"hidden on {hidden.device}, {', '.join(elsewhere)}: must be on one device")
     if bias is not None and bias.shape != weight.shape[:1]:
         problems.append(f"bias {tuple(bias.shape)}: must be {tuple(weight.shape[:1])}, one a class")
-    if reduction not in REDUCTIONS:
-        problems.append(f"reduction={reduction!r}: must be none, sum or mean")
+    problems += reduction_problems(reduction)
     if token_weight is not None and (
         reduction != "sum" or token_weight.numel() != 1 or (token_weight.requires_grad and torch.is_grad_enabled())
     ):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,9 +97,7 @@ class ChatTokenizer:
         """Ids (int64) of a conversation, and which of them are trained on. Raises `ChatError`."""
         text = self.render(chat.messages, chat.tools)
         _refuse_what_is_lost(chat, text)
-        encoding = self._apply(
-            chat.messages, chat.tools, return_dict=True, tokenizer_kwargs={"return_offsets_mapping": True}
-        )
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"])
         is_trained = np.zeros(len(ids), dtype=bool)
         template = self.tokenizer.get_chat_template(tools=chat.tools)
@@ -129,14 +129,11 @@ class ChatTokenizer:
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, is_asked: bool = False) -> str:
         """The text of messages; `is_asked`: with what the assistant's next turn begins with."""
-        return self._apply(messages, tools, add_generation_prompt=is_asked, tokenize=False)
-
-    def _apply(self, messages: list[dict[str, Any]], tools: list[Any] | None, **how: Any) -> Any:
-        """As transformers' `apply_chat_template`. Raises `ChatError`."""
-        try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **how)
-        except Exception as error:  # a template raises what it likes
-            raise ChatError(f"the chat template does not take it ({type(error).__name__}: {error})") from None
+        with _refusals_named():
+            found: Any = self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=is_asked, tokenize=False
+            )
+        return found
 
     def prompt(self) -> tuple[str, str]:
         """What stands before and after a question that opens a conversation. Raises `ChatError`."""
@@ -153,10 +150,8 @@ class ChatTokenizer:
 
         tokens: dict[str, Any] = self.tokenizer.special_tokens_map
         how = {"chat_template": template, "return_assistant_tokens_mask": True, **tokens}
-        try:
+        with _refusals_named():
             found: Any = render_jinja_template([chat.messages], chat.tools, **how)
-        except Exception as error:  # a template raises what it likes
-            raise ChatError(f"the chat template does not take it ({type(error).__name__}: {error})") from None
         (text,), (marked,) = found
         prompt = self.render(chat.messages[: chat.given], chat.tools) if chat.given else ""
         # alone the prompt may end otherwise than where more follows
@@ -183,6 +178,15 @@ class ChatTokenizer:
                 )
             found.append((len(before), len(until)))
         return found
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """Raises `ChatError` for whatever a template raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ChatError(f"the chat template does not take it ({type(error).__name__}: {error})") from None
 
 
 @cache
