@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from longctx.errors import ConfigError
 from longctx.strategy import strategy_for
 
 OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
+ANY_HOST_GIB = 1 << 20
 
 
 class Plan(NamedTuple):
@@ -51,6 +54,7 @@ class Plan(NamedTuple):
     is_auto: bool  # whether `auto` would take this strategy
     context: int
     kept: str  # what blocks keep and where, in words
+    host_gib: int  # that each machine must have for what is offloaded
     fits: bool  # on the GPUs, and in host memory, if that was said
 
 
@@ -186,13 +190,13 @@ def plans(config: Config, words: list[str], machines: Machines, rates: dict[str,
         longest = remedies.longest(changed, gpus, choose, usable)
         memory = plan.memory(changed, gpus, choice)
         auto = choose(replace(changed, parallel=replace(changed.parallel, strategy=Strategy.auto)))
-        of_host = sum(plan.host_memory(changed, gpus).values())
-        host_bytes = remedies.USABLE_OF_HOST * machines.host_bytes_of_a_rank
-        fits = memory.total <= usable and (not machines.host_gib or of_host <= host_bytes)
+        of_machine = sum(plan.host_memory(changed, gpus).values()) * machines.per_machine
+        host_gib = math.ceil(of_machine / remedies.USABLE_OF_HOST / plan.GIB)
+        fits = memory.total <= usable and (not machines.host_gib or host_gib <= machines.host_gib)
         found.append(
             Plan(
                 said, str(choice.strategy), memory, seconds, tokens / seconds, mfu, longest, choice == auto,
-                changed.parallel.context, kept_in_words(changed), fits,
+                changed.parallel.context, kept_in_words(changed), host_gib, fits,
             )
         )  # fmt: skip
     if not found:
@@ -207,6 +211,23 @@ def command_of(p: Plan, words: list[str], machines: Machines) -> str:
     added = [word for word in p.words if word.partition("=")[0] not in typed]
     launcher = [torchrun(), *meeting_of(count, "HOST"), "--nproc-per-node", str(machines.per_machine)]
     return shlex.join([*launcher, *script(), *config_folder(sys.argv), *words, *added])
+
+
+def what_would_fit(config: Config, words: list[str], machines: Machines, rates: dict[str, Any], usable: float) -> str:
+    """What to say where nothing fits: the least host memory of a machine with which something does, if any does."""
+
+    def fitting(host_gib: int) -> list[Plan]:
+        return [p for p in plans(config, words, machines._replace(host_gib=host_gib), rates, usable) if p.fits]
+
+    others = "more GPUs, a shorter sequence (see longest), or a smaller model"
+    with_any = fitting(ANY_HOST_GIB)
+    if not with_any:
+        return f"nothing fits: {others}"
+    most = min(p.host_gib for p in with_any)
+    least = 1 + bisect_left(range(1, most), True, key=lambda host_gib: bool(fitting(host_gib)))
+    return (
+        f"nothing fits: say host_gib={least} or more, if a machine has as much host memory, to offload; else {others}"
+    )
 
 
 def precision_and_kernels(config: Config) -> str:
@@ -268,7 +289,7 @@ def main() -> None:
     best = (fitting or sorted(found, key=lambda p: p.memory.total))[0]
     which = "first" if fitting else "smallest"
     print(f"\n{which}, GiB: {best.memory.in_words()}; most in the {best.memory.point}")
-    print(command or "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model")
+    print(command or what_would_fit(config, words, machines, rates, usable))
     assumed = ", ".join(f"{name} {rates[name]}" for name in rates["assumed"])
     print(f"rates: {rates['provenance']}{f'; assumed, not measured: {assumed}' if assumed else ''}")
 

@@ -20,7 +20,7 @@ from runs import ROOT, composed
 RECIPES = {
     "gpt_tiny": 2, "gpt_32k": 1, "gpt_128k": 8, "llama3_8b_128k": 8, "llama3_8b_1m": 8, "extend_qwen3_0_6b_128k": 1,
     "extend_llama3_8b_512k": 8, "finetune_qwen3_0_6b_32k": 1, "llama3_8b_256k_1gpu": 1, "llama3_8b_512k_2gpu": 2,
-    "llama3_8b_1m_2gpu": 2, "gpt_2k": 1, "extend_gpt_16k": 1,
+    "llama3_8b_1m_2gpu": 2, "gpt_2k": 1, "extend_gpt_16k": 1, "llama3_8b_512k_1gpu": 1, "extend_qwen3_0_6b_1m": 1,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -251,7 +252,8 @@ def test_a_plan_that_a_run_would_refuse_for_its_host_memory_does_not_fit():
     config, tool = composed(*words), load_tool("plan")
     needed = sum(plan.host_memory(config, 8).values()) * 8 / plan.GIB
     rates, fits = tool.step_time.rates("h200"), []
-    for host_gib in (needed / 0.91, needed / 0.95):
+    least = math.ceil(needed / 0.92)
+    for host_gib in (least, least - 1):
         found = tool.plans(config, words, tool.Machines(8, 8, "h200", host_gib), rates, 130 * plan.GIB)
         fits.append(any(one.fits for one in found if one.kept == "attention_saved, optimizer on host"))
     assert fits == [True, False]
@@ -263,6 +265,17 @@ def test_plan_of_what_cannot_fit():
     [row] = [line for line in result.stdout.splitlines() if "does not fit" in line]
     assert row.split()[:4] == ["1", "-", "full", "542.9"]
     assert "nothing fits: more GPUs, a shorter sequence (see longest), or a smaller model" in result.stdout
+
+
+def test_a_plan_says_how_much_host_memory_would_do():
+    """Offloading needs 118 GiB of it: with as much the plan has a command, with 1 less it says so."""
+    words = ["recipe=llama3_8b_256k_1gpu", "gpus=1", "data.sequence_length=524288"]
+    for said in ([], ["host_gib=117"]):
+        result = run_tool("plan", *words, *said)
+        assert "nothing fits: say host_gib=118 or more, if a machine has as much host memory" in result.stdout
+    facts = json.loads(run_tool("plan", *words, "host_gib=118", "--json").stdout)
+    assert "parallel.offload=12" in facts["command"]
+    assert facts["plans"][0]["host_gib"] == 118
 
 
 def test_the_command_of_a_plan():

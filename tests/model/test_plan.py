@@ -50,6 +50,8 @@ ON_TWO_FULL = [
 ]  # fmt: skip
 MEASURED = [  # on H200s: words, GPUs, GiB (docs/benchmarks.md)
     (["recipe=llama3_8b_256k_1gpu"], 1, 125.4),
+    (["recipe=llama3_8b_512k_1gpu"], 1, 128.5),
+    (["recipe=llama3_8b_512k_1gpu", "parallel.offload=12"], 1, 132.5),
     (["recipe=gpt_32k"], 1, 19.4),
     (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 49.4),
     (["recipe=gpt_128k", "parallel.context=2"], 2, 20.5),
@@ -72,6 +74,7 @@ BEFORE = {"attention_tflops": {"64": {"forward": 463, "backward": 490}, "128": {
 TIMED = [  # on H200s: words, GPUs, tokens/s a GPU, rates that were others then
     (["recipe=gpt_32k"], 1, 203e3, {}),
     (["recipe=gpt_128k", "parallel.context=2"], 2, 62.1e3, {}),
+    (["recipe=extend_qwen3_0_6b_1m"], 1, 1462, {}),
     (["recipe=llama3_8b_128k", "parallel.context=4"], 4, 3279, {}),
     (["recipe=gpt_32k"], 1, 190e3, BEFORE),
     ([*OLD_GPT_128K, "parallel.context=4"], 4, 48.5e3, BEFORE),

@@ -153,3 +153,39 @@ def test_host_tensors_have_their_size_and_are_zero():
         assert float(made.abs().sum()) == 0
         assert made.untyped_storage().nbytes() == max(1, made.numel() * 4)
         assert made.is_pinned() == (DEVICE == "cuda")
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.parametrize(
+    ("recompute", "tile", "layers", "head_groups"),
+    [(None, 0, 0, 1), (Recompute.attention_saved, 0, 1, 1), (Recompute.full, 16384, 2, 4)],
+)
+def test_more_than_a_million_tokens(recompute, tile, layers, head_groups):
+    """Hidden states of more than 2^31 elements: losses in four documents have the gradients of these alone.
+
+    They are the first, the last, and those before and after element 2^31 of a hidden state.
+    """
+    document, count, chosen = 4096, 269, [0, 255, 256, 268]
+    config = dataclasses.replace(
+        QWEN, layers=2, width=2048, heads=16, kv_heads=8, head_dim=128, mlp_width=2560, vocab_size=1024
+    )
+    tokens = torch.randint(1024, (count, document), generator=torch.Generator().manual_seed(3))
+
+    def of(documents: list[int]) -> Batch:
+        """One sequence of these documents, with losses in the chosen ones."""
+        shape = 1, len(documents) * document
+        places = torch.arange(document).expand(len(documents), -1)
+        starts = (torch.arange(len(documents)) * document).unsqueeze(1).expand(-1, document)
+        targets = tokens[documents].roll(-1, 1)
+        targets[:, -1] = -100
+        targets[[n not in chosen for n in documents]] = -100
+        return Batch(*(x.reshape(shape) for x in (tokens[documents], targets, places, starts)))
+
+    alone = step(made(config, torch.bfloat16), of(chosen))
+    model = (
+        tiled(config, tile, recompute, layers, torch.bfloat16, head_groups)
+        if recompute
+        else made(config, torch.bfloat16)
+    )
+    for index, (mine, true) in enumerate(zip(step(model, of(list(range(count)))), alone, strict=True)):
+        assert float((mine.float() - true.float()).norm() / true.float().norm()) <= 0.01, index
