@@ -194,6 +194,18 @@ def test_what_is_done_is_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.preparing"))
 
 
+def test_a_shard_that_was_cut_off_is_made_again(tmp_path):
+    """As by a machine that lost power after the record of its piece was written."""
+    good = [Documents([Document(f"{i}", [t], False)]) for i, t in enumerate(TEXTS[:6])]
+    with pytest.raises(DataError, match="a bad line"):
+        prepare([*good[:3], Failing(good[3]), *good[4:]], tmp_path / "out")
+    cut = next((tmp_path / "out.preparing").glob("train_00001*.tokens"))
+    cut.write_bytes(cut.read_bytes()[:-2])
+    prepare(good, tmp_path / "out")
+    prepare(good, tmp_path / "fresh")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "fresh")
+
+
 def test_other_options_begin_anew(tmp_path):
     good = [Documents([Document(f"{i}", [t], False)]) for i, t in enumerate(TEXTS[:3])]
     with pytest.raises(DataError, match="a bad line"):

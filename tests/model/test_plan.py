@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from longctx import plan, remedies, run_facts, step_time
-from longctx.config import ComputeDtype, Recompute, Strategy, ulysses_groups
+from longctx.config import ComputeDtype, Optimizer, Recompute, Strategy, ulysses_groups
 from longctx.config_checks import check
 from longctx.errors import UserError
 from longctx.model.transformer import attention_pairs
@@ -63,6 +63,20 @@ def test_measured_peaks(words, gpus, gib):
     config = composed(*words)
     found = plan.memory(config, gpus, strategy_for(gpus)(config))
     assert found.total / GIB == pytest.approx(gib, rel=0.01)
+
+
+def test_what_optimizers_keep():
+    """Two float32 moments a parameter with AdamW, one less of each matrix of the blocks with Muon, over all ranks."""
+    for words, ranks in ([], 1), (["parallel.tensor=2"], 2), (["parallel.shard=4"], 4):
+        config = composed("recipe=llama3_8b_128k", "parallel.context=1", "data.sequences_per_step=4", *words)
+        kept = {}
+        for optimizer in Optimizer:
+            config.optim.optimizer = optimizer
+            kept[optimizer] = plan.memory(config, ranks, strategy_for(ranks)(config)).terms["optimizer"]
+        blocks = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+        everything = blocks + 2 * 128256 * 4096 + 65 * 4096
+        assert kept[Optimizer.adamw] * ranks == pytest.approx(8 * everything, rel=1e-4)
+        assert kept[Optimizer.muon] * ranks == pytest.approx(8 * everything - 4 * blocks, rel=1e-4)
 
 
 OLD_GPT_128K = [

@@ -45,6 +45,10 @@ def test_samples_end_with_their_turn_and_with_the_models_positions(tmp_path, cor
         longest = asked[-1][1]
         told = f"(none: the longest prompt has {longest} tokens, and texts may have {longest // 2 * 2})"
         assert call(longest) == [told, told]
+        tokens.document_begin = [3, 4]  # as the documents of training, which the model has never seen without
+        call()
+        assert asked[-1][1] == longest + 2
+        tokens.document_begin = None
         tokens.chat_prompt = ["", ""]
         cut = call()
         assert all(
@@ -139,6 +143,18 @@ def test_recall_by_distance(tmp_path, corpus):
         found = recall(RecallsUpTo(200), probes, 3, trainer.mesh, torch.device("cpu"))
         assert found == {"recall/32": 1.0, "recall/64": 1.0, "recall/128": 1.0, "recall/256": 0.0, "recall/512": 0.0}
         assert recall(RecallsUpTo(200), probes, 0, trainer.mesh, torch.device("cpu")) == {}
+
+
+def test_samples_are_drawn_at_their_temperature(tmp_path, corpus):
+    """Logits 0.7 ln 3 apart, at a temperature of 0.7, are drawn 3 to 1."""
+
+    def two_ids(tokens, _positions, _mask):
+        return torch.tensor([0.7 * math.log(3), 0.0]).expand(*tokens.shape, 2)
+
+    with trainer_of(small_config(tmp_path, corpus)) as trainer:
+        words = generate(two_ids, [[1]] * 500, 8, trainer.mesh, torch.device("cpu"), vocab_size=2)
+    drawn = torch.tensor(words)[:, 1:]
+    assert float((drawn == 0).float().mean()) == pytest.approx(0.75, abs=0.02)  # three standard deviations
 
 
 def test_samples_stay_inside_the_tokenizer(tmp_path, corpus):
