@@ -20,7 +20,7 @@ def found(form: str, out: str) -> list[float]:
 
 def test_every_example_is_run_here():
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"kernels_alone.py", "transformers_attention.py", "ring_attention.py"}
+    assert names == {"kernels_alone.py", "transformers_attention.py", "ring_attention.py", "transformers_ring.py"}
 
 
 def test_kernels_alone():
@@ -38,9 +38,12 @@ def test_attention_of_transformers():
     assert gradients < 1e-4
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_ring_attention(ranks):
-    command = *TORCHRUN, "--nproc-per-node", str(ranks), "examples/ring_attention.py"
+@pytest.mark.parametrize(
+    ("example", "ranks"),
+    [("ring_attention", 2), pytest.param("ring_attention", 1, marks=pytest.mark.slow), ("transformers_ring", 2)],
+)
+def test_ring_attention(example, ranks):
+    command = *TORCHRUN, "--nproc-per-node", str(ranks), f"examples/{example}.py"
     form = rf"loss of {ranks} processes (\S+), of one (\S+); gradients differ by (\S+)"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
