@@ -1,4 +1,4 @@
-"""The folders, the two links, and who may import whom: design decisions that memory does not hold."""
+"""The folders, the links, and who may import whom: design decisions that memory does not hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCES = [
     p
     for folder in ("longctx", "kernels", "tools")
     for p in (ROOT / folder).rglob("*.py")
-    if (ROOT / "longctx" / "kernels") not in p.parents  # a link to kernels/
+    if not {ROOT / "longctx" / "kernels", ROOT / "longctx" / "tools"} & set(p.parents)  # links
 ]
 
 # layer (a folder or a file of longctx) -> the other layers that it may import
@@ -130,6 +130,7 @@ def test_tests_of_a_group_stay_on_one_worker(request):
 def test_links():
     assert (ROOT / "longctx" / "kernels").readlink() == Path("../kernels")
     assert (ROOT / "longctx" / "configs").readlink() == Path("../configs")
+    assert (ROOT / "longctx" / "tools").readlink() == Path("../tools")
     assert (ROOT / "configs" / "recipe").readlink() == Path("../recipes")
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -47,7 +48,7 @@ def test_what_it_holds_and_needs(wheel):
         f"longctx/{there}/{path.relative_to(ROOT / here).as_posix()}"
         for here, there, kind in (
             ("kernels", "kernels", "py"), ("kernels", "kernels", "json"), ("configs", "configs", "yaml"),
-            ("recipes", "configs/recipe", "yaml"),
+            ("recipes", "configs/recipe", "yaml"), ("tools", "tools", "py"),
         )
         for path in (ROOT / here).rglob(f"*.{kind}")
     }  # fmt: skip
@@ -76,6 +77,21 @@ def test_kernels_and_parallelism_need_little(installed, tmp_path):
     done = started(installed, tmp_path, sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["64.0", "24", str(installed / "longctx" / "ops.py"), "longctx.ops"]
+
+
+def test_tools_of_it(installed, tmp_path):
+    """Text is prepared, and a plan made of it whose command starts the installed trainer."""
+    (tmp_path / "a.txt").write_text("def f():\n    pass\n" * 20)
+    python = sys.executable, "-m"
+    prepared = started(installed, tmp_path, *python, "longctx.tools.prepare_data", "a.txt", "--output", "made")
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads((tmp_path / "made" / "manifest.json").read_text())["splits"]
+    planned = started(installed, tmp_path, *python, "longctx.tools.plan", "recipe=gpt_32k", "gpus=1")
+    assert planned.returncode == 0, planned.stderr
+    assert "torchrun --nproc-per-node 1 -m longctx.train recipe=gpt_32k" in planned.stdout
+    names = ", ".join(path.stem for path in (ROOT / "tools").glob("*.py"))
+    imported = started(installed, tmp_path, sys.executable, "-c", f"from longctx.tools import {names}")
+    assert imported.returncode == 0, imported.stderr
 
 
 def test_a_run_started_from_it(installed, tmp_path, corpus):

@@ -14,10 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import benchmarking
 import torch
 import torch.nn.functional as F
-from benchmarking import Row, UnservedError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,6 +25,8 @@ from longctx.kernels.attention.interface import attention
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
 from longctx.kernels.attention.tiles import MERGED_ROWS, merge_flags
+from longctx.tools import benchmarking
+from longctx.tools.benchmarking import Row, UnservedError
 
 
 @dataclass(frozen=True)

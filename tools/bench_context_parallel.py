@@ -25,11 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import benchmarking
 import torch
 import torch.distributed as dist
-from benchmarking import Row, UnservedError
-from context_parallel_peers import PEERS, peer
 from torch import Tensor
 
 from longctx.config import Config, ParallelConfig, Strategy
@@ -40,6 +37,9 @@ from longctx.parallel.context_parallel import ContextAttend, ContextParallel
 from longctx.parallel.load_balance import Split, SplitMask, balanced, imbalance, in_order, zigzag
 from longctx.parallel.mesh import make_mesh
 from longctx.strategy import choose_strategy
+from longctx.tools import benchmarking
+from longctx.tools.benchmarking import Row, UnservedError
+from longctx.tools.context_parallel_peers import PEERS, peer
 
 HEAD_DIM = 128
 GIB = 2.0**30

@@ -24,10 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import benchmarking
 import torch
 import torch.distributed as dist
-from plan import composed
 
 from longctx import plan, remedies, runtime, step_time
 from longctx.batch import Batch
@@ -44,6 +42,8 @@ from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
 from longctx.runtime import Runtime
 from longctx.strategy import strategy_for
+from longctx.tools import benchmarking
+from longctx.tools.plan import composed
 
 STEPS, TIMED = 5, 3
 OFFLOAD, ON_HOST = "parallel.offload={most}", "parallel.offload_optimizer=true"  # most: all layers but the last

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-import benchmarking
 import torch
 import torch.nn.functional as F
-from benchmarking import Row, UnservedError
 from torch import Tensor
 
 from longctx.kernels.compat.norms import dropout_add_layer_norm
@@ -31,6 +29,8 @@ from longctx.kernels.norm.rms_norm import add_rms_norm, rms_norm
 from longctx.kernels.rotary import apply_rotary_to_both
 from longctx.kernels.softmax import softmax
 from longctx.kernels.swiglu import swiglu
+from longctx.tools import benchmarking
+from longctx.tools.benchmarking import Row, UnservedError
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 

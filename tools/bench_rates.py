@@ -18,17 +18,15 @@ import json
 import sys
 from typing import Any, NamedTuple
 
-import bench_attention
-import bench_memory
-import benchmarking
 import torch
-from plan import composed
 
 from longctx import plan, runtime, step_time
 from longctx.config import Config
 from longctx.host_memory import HostCopies, host_tensor
 from longctx.runtime import Runtime
 from longctx.throughput import peak_tflops
+from longctx.tools import bench_attention, bench_memory, benchmarking
+from longctx.tools.plan import composed
 
 ATTENTION = {"64": "32k causal d64", "128": "32k causal d128", "256": "16k causal d256"}  # cases of bench_attention
 EAGER = ["optim=adamw", "parallel.compile=false"]

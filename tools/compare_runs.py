@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from longctx.metric_names import octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, page, smoothed, table

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 from unittest import mock
 
-import benchmarking
 import torch
 from torch import Tensor
 
 from longctx.kernels.attention import hopper_backward, hopper_forward, hopper_tiles
 from longctx.kernels.attention.key_intervals import KeyIntervals
 from longctx.kernels.attention.options import Options, Saved
+from longctx.tools import benchmarking
 
 SHAPES = {64: (32768, 32, 32), 128: (32768, 32, 8), 256: (16384, 16, 16)}  # tokens, query heads, key heads
 Tile = TypeVar("Tile", hopper_tiles.HopperForward, hopper_tiles.HopperBackward)

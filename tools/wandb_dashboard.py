@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 try:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
