@@ -185,8 +185,15 @@ class Saving:
         Returns whether there is one that was made by the layout of this run. Collective. Raises `UserError` if there is
         one that this run cannot go on from, or no room for what it will save.
         """
-        checkpoint, progress = self.run.config.checkpoint, self.progress
-        newest = self.checkpoints.newest()
+        found = self._to_go_on_from()
+        if found is None:
+            self._check_room()
+            return False
+        return self._restore(*found)
+
+    def _to_go_on_from(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to begin with, and its manifest; None: the run begins anew. As `resume`."""
+        checkpoint, newest = self.run.config.checkpoint, self.checkpoints.newest()
         if checkpoint.resume == "never" and newest:
             raise UserError(
                 f"{self.checkpoints.folder} has checkpoints and checkpoint.resume=never; give the run another name"
@@ -215,12 +222,11 @@ class Saving:
                 # `latest` of a run that goes on may lead elsewhere by the time that the tensors are read
                 path = Path(self.runtime.run_on_rank_0(lambda: str(Path(given).resolve())))
                 newest = path, self.checkpoints.verify(path)
-        if not newest:
-            self._check_room()
-            return False
-        is_own = not self.is_branching
-        path, manifest = newest
-        facts = manifest["facts"]
+        return newest
+
+    def _restore(self, path: Path, manifest: dict[str, Any]) -> bool:
+        """Goes on from a checkpoint. Returns and raises as `resume`."""
+        progress, is_own, facts = self.progress, not self.is_branching, manifest["facts"]
         if is_own:  # a branch that goes on without saying so stays one
             origin, back = self._beginnings(facts)
             self.origin, self.went_back_to = self.origin or origin, self.went_back_to or back
