@@ -333,13 +333,14 @@ class ParallelConfig:
     recompute_less_layers: int = knob(
         0,
         "so many layers, the last, recompute less: nothing with recompute=attention_saved, all but attention with "
-        "recompute=full; -1: as many as fit nine tenths of the memory",
+        "recompute=full; -1: as many as fit nine tenths of what a run may use of the memory",
         least=AS_FITS,
     )
     tile: int = knob(
         0,
         "norms, projections and MLP run over so many tokens of a micro-batch at a time, forward and backward, and "
-        "attention sees all: 16384 bounds what blocks hold and costs little; without torch.compile; 0: all at once",
+        "attention sees all: 16384 bounds what blocks hold and costs little; with recompute=attention_saved or full, "
+        "without torch.compile; 0: all at once",
         least=0,
     )
     head_groups: int = knob(

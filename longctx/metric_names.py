@@ -88,7 +88,7 @@ METRICS: dict[str, Metric] = {
     ),
     "time/validation_s": Metric("s", "of a validation", MAIN, "mean"),
     "time/predicted_s": Metric(
-        "s", "what longctx/plan.py expects of perf/step_s, with each sequence one document, on measured GPUs", MAIN
+        "s", "what longctx/step_time.py expects of perf/step_s, with each sequence one document, on measured GPUs", MAIN
     ),
     "time/left_s": Metric(
         "s", "until the last step, by the mean of this start without its first 3, validations and saves included", MAIN

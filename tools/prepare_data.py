@@ -45,7 +45,9 @@ def main() -> None:
         help="jinja template of conversations; default: the one beside the tokenizer (needs transformers)",
     )  # fmt: skip
     parser.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out, and count, what is not UTF-8, not JSON or damaged"
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out, and count, what is not UTF-8, not JSON, damaged, or would be refused",
     )
     arguments = parser.parse_args()
     if not 0 <= arguments.validation_fraction < 1:

@@ -1,6 +1,6 @@
 """Draws the pictures of the documentation: `python docs/figures/draw.py [FOLDER]`.
 
-Each comes from the code it explains or from `benchmarks.json`, whose figures are those of `docs/benchmarks.md`. The
+Each comes from the code it explains or from a JSON file beside it, whose figures are those of `docs/benchmarks.md`. The
 report's screenshot is a photograph of a real run and is not drawn here.
 """
 
