@@ -249,7 +249,7 @@ def largest_error(call: Call, case: Case, device: torch.device, dtype: torch.dty
     true_q, true_k, true_v = exact
     true_out = attention(true_q, true_k, true_v, case.mask(device), implementation="reference")[0]
     truth = true_out, *torch.autograd.grad(true_out, exact, dout.double())
-    return max(float((x.double() - t).norm() / t.norm()) for x, t in zip(results, truth, strict=True))
+    return max(float((x.detach().double() - t).norm() / t.norm()) for x, t in zip(results, truth, strict=True))
 
 
 def small(case: Case) -> Case:

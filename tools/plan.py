@@ -1,7 +1,8 @@
 """What fits on which GPUs: `python tools/plan.py recipe=llama3_8b_1m gpus=8 gpu=h200`.
 
-Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a file of longctx/rates), and `host_gib=N`
-(of each machine, for what may be offloaded; without it nothing is). Prints each layout that the run may have, the
+Words as of train.py, and `gpus=N`, `per_machine=N` (8 of them), `gpu=NAME` (a file of longctx/rates), `gpu_gib=N` (if a
+GPU has other memory than that one: 79 of an H100 of 80 GB), and `host_gib=N` (of each machine, for what may be
+offloaded; without it nothing is). Prints each layout that the run may have, the
 fastest that fits first, with the memory of a GPU, the seconds of a step and the longest sequence; the command that
 starts the first; and what does not fit. `--json` prints the same for programs. No GPU is needed: memory and seconds are
 those of longctx/plan.py and longctx/step_time.py, with each sequence one document, and communication hidden; of
@@ -35,7 +36,7 @@ from longctx.config_checks import check
 from longctx.errors import ConfigError
 from longctx.strategy import strategy_for
 
-OWN = ("gpus", "per_machine", "gpu", "host_gib")  # words that are not train.py's
+OWN = ("gpus", "per_machine", "gpu", "gpu_gib", "host_gib")  # words that are not train.py's
 ANY_HOST_GIB = 1 << 20
 
 
@@ -63,6 +64,7 @@ class Machines(NamedTuple):
     per_machine: int
     gpu: str
     host_gib: int
+    gpu_gib: int = 0  # of a GPU; 0: as of the one whose rates are taken
 
     @property
     def host_bytes_of_a_rank(self) -> float:
@@ -78,16 +80,16 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
         if len(own.get(key, [])) > 1:
             sys.exit(f"plan: {key}= is given {len(own[key])} times; give it once")
     numbers = {}
-    for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0")):
+    for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0"), ("gpu_gib", "0")):
         [value] = own.get(key, [default])
-        if not value.isdecimal() or (int(value) < 1 and key != "host_gib"):
+        if not value.isdecimal() or (int(value) < 1 and not key.endswith("_gib")):
             sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}=8")
         numbers[key] = int(value)
     gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])
     if gpus % per_machine:
         sys.exit(f"plan: gpus={gpus} are no whole machines of {per_machine}; give per_machine, or other gpus")
     rest = [word for word in words if word.partition("=")[0] not in OWN]
-    return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0], numbers["host_gib"])
+    return rest, Machines(gpus, per_machine, own.get("gpu", ["h200"])[0], numbers["host_gib"], numbers["gpu_gib"])
 
 
 def composed(words: list[str], gpus: int | None = None, folder: Path | None = None) -> Config:
@@ -262,7 +264,8 @@ def main() -> None:
                 "plan: memory and seconds are known of 16 bits (precision=bf16), head dims up to 256 and the fused "
                 f"kernels (model.attention=auto, model.fused_ops=auto); here {precision_and_kernels(config)}"
             )
-        usable = remedies.usable(rates["gib"] * plan.GIB)
+        gpu_gib = machines.gpu_gib or rates["gib"]
+        usable = remedies.usable(gpu_gib * plan.GIB)
         found = plans(config, words, machines, rates, usable)
     except KeyError as error:
         sys.exit(f"plan: {error.args[0]}")
@@ -280,7 +283,7 @@ def main() -> None:
     data, width = config.data, max(len(p.kept) for p in found)
     print(
         f"{data.sequences_per_step} sequences of {data.sequence_length:,} tokens a step on {machines.gpus} x "
-        f"{rates['gpu']}, {usable / plan.GIB:.1f} of {rates['gib']} GiB usable\n"
+        f"{rates['gpu']}, {usable / plan.GIB:.1f} of {gpu_gib} GiB usable\n"
         f"context  strategy     {'recompute':{width}}GiB a GPU  s/step  tokens/s/GPU   MFU    longest"
     )
     print("\n".join(row(p, usable, width) for p in found))

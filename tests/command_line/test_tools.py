@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from in_process import run_script
-from longctx import plan
+from longctx import plan, remedies
 from longctx.config_checks import check
 from longctx.data.tokens import TokenFolder
 from longctx.strategy import strategy_for
@@ -276,6 +276,20 @@ def test_a_plan_says_how_much_host_memory_would_do():
     facts = json.loads(run_tool("plan", *words, "host_gib=118", "--json").stdout)
     assert "parallel.offload=12" in facts["command"]
     assert facts["plans"][0]["host_gib"] == 118
+
+
+def test_a_plan_for_gpus_of_80_gb():
+    """As an H200 computes, and with less memory: what the run itself would refuse does not fit."""
+    facts = [
+        json.loads(run_tool("plan", "recipe=llama3_8b_128k", f"gpus={gpus}", "gpu_gib=79", "--json").stdout)
+        for gpus in (1, 8)
+    ]
+    assert [f["usable_gib"] for f in facts] == [pytest.approx(remedies.usable(79 * plan.GIB) / plan.GIB)] * 2
+    assert facts[0]["command"] is None
+    assert "gpu_gib" not in facts[1]["command"]
+    fitting = [p for p in facts[1]["plans"] if p["fits"]]
+    assert all(sum(p["memory"]["terms"].values()) <= facts[1]["usable_gib"] * plan.GIB for p in fitting)
+    assert fitting
 
 
 def test_the_command_of_a_plan():
