@@ -126,7 +126,7 @@ METRICS: dict[str, Metric] = {
         "share", "effective training time ratio: seconds of steps that counted over those since the first start", MAIN
     ),
     "run/device_s": Metric(
-        "s", "seconds of steps that counted, times ranks: GPU-seconds, without validations and saves", MAIN
+        "s", "seconds of steps, skipped ones too, times ranks: GPU-seconds, without validations and saves", MAIN
     ),
     "run/pflop": Metric("PFLOP", "of these steps, forward and backward, causal and within documents", ALL),
     "run/restarts": Metric("times", "that the run was started again", SAME, "max"),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -16,14 +17,17 @@ from tqdm import tqdm
 
 from longctx.console import say
 from longctx.files import replace_file
-from longctx.metrics_file import is_number, read_row
+from longctx.metrics_file import is_number, is_validated, read_row
 from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.run_record import RunRecord
+from longctx.summary import Mean
 from longctx.wandb_log import WandbThread, forget_run_id, wandb_mode
 
 SILENCE_S = 60  # inside a step, after which its progress is printed
 STEPS_OF_P95, STEPS_OF_MEDIAN = 100, 500
 SLOW_STEPS = 3  # in a row, of which an alert tells
+MEANS_OF_A_LINE = {"perf/tokens_per_s", "perf/mfu"}
+KEPT_S = 10  # after which the count of steps is written again
 
 
 class Metrics:
@@ -49,11 +53,11 @@ class Metrics:
         if is_another:  # of the same name
             _set_aside(run.folder / "history.json")
             last_step = None
-        self.history = History(run.folder / "history.json", last_step, start, has_steps)
-        self._forget_steps_after(start, is_anew)
+        self.history = History(run.folder / "history.json", last_step, start, has_steps, run.started_at)
+        self._forget_steps_after(start, is_anew, is_changed=self.record.is_changed())
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
-        self.since_line = (0.0, 0.0)  # tokens, and seconds of the steps that trained on them
+        self.since_line: dict[str, Mean] = {}  # over the steps since the last line of the console
         self.step_seconds: deque[float] = deque(maxlen=STEPS_OF_P95)
         self.speeds: deque[float] = deque(maxlen=STEPS_OF_MEDIAN)
         self.slow_steps = 0  # in a row
@@ -68,7 +72,8 @@ class Metrics:
         else:
             self.record.go_on()
         mode = wandb_mode(self.logging)
-        if mode != "disabled":
+        has_news = has_steps or (run.config.validation.sequences and not is_validated(self.path, steps))
+        if mode != "disabled" and has_news:  # a complete run that is started again has told all
             shown = self.record.record["configuration"] | {"run": facts}
             self.wandb = WandbThread(run, mode, shown, self.say)
 
@@ -84,15 +89,23 @@ class Metrics:
             say(f"{self.path}: {len(unread)} lines cannot be read; they are in {beside} now")
         return max((int(row["step"]) for _, row in rows if row is not None), default=None)
 
-    def _forget_steps_after(self, start: int, is_anew: bool) -> None:
-        """Drops lines of steps that a resumed run will take again; a file of a run that starts anew is kept aside."""
+    def _forget_steps_after(self, start: int, is_anew: bool, is_changed: bool) -> None:
+        """Drops lines and timelines of steps that a resumed run will take again.
+
+        Those of a run that starts anew, or trains otherwise from here on, are kept aside.
+        """
+        for trace in self.path.parent.glob("trace_step_*.json.gz"):
+            if is_anew or int(trace.name.removeprefix("trace_step_").partition(".")[0]) > start:
+                _set_aside(trace)
         if not self.path.exists():
             return
         if is_anew:
             _set_aside(self.path)
             return
-        lines = self.path.read_bytes().split(b"\n")
+        lines = [line for line in self.path.read_bytes().split(b"\n") if line]
         kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] <= start]
+        if is_changed and len(kept) < len(lines):
+            _beside(self.path).write_bytes(self.path.read_bytes())
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -114,24 +127,26 @@ class Metrics:
     def log_step(self, step: int, values: dict[str, float], is_due: bool) -> None:
         """The numbers of every step; those that are due are written, and shown as a line of the console.
 
-        The speed of a line is the mean since the line before.
+        Speed and MFU of a line of the console are the means since the line before.
         """
         if not self.is_main:
             return
-        self.history.taken = step
+        self.history.take(step)
         speed, seconds = values["perf/tokens_per_s"], values["perf/step_s"]
-        tokens_since, seconds_since = self.since_line
-        self.since_line = tokens_since + speed * seconds, seconds_since + seconds
+        for key in MEANS_OF_A_LINE & values.keys():
+            self.since_line.setdefault(key, Mean()).add(values[key], seconds)
         self.step_seconds.append(seconds)
         self._look_at_speed(step, speed, values.get("data/span"))
+        if self.bar:
+            self.bar.set_postfix_str("", refresh=False)
+            self.bar.update(step - self.bar.n)
         if not is_due:
             return
         self.log(step, values | {"perf/step_s_p95": percentile_95(self.step_seconds)})
-        tokens, seconds = self.since_line
-        self.since_line = 0.0, 0.0
-        self.say(console_line(step, self.steps, values, tokens / seconds / self.devices, self.unit))
-        if self.bar:
-            self.bar.update(step - self.bar.n)
+        means = {key: mean.value for key, mean in self.since_line.items()}
+        self.since_line = {}
+        speed = means["perf/tokens_per_s"] / self.devices
+        self.say(console_line(step, self.steps, values | means, speed, self.unit))
 
     def _look_at_speed(self, step: int, speed: float, span: float | None) -> None:
         """Alerts, once, of a run that has become slow: below a share of its own median several steps in a row.
@@ -206,18 +221,24 @@ class Metrics:
         if ending.exit_code == 1:
             self.alert("failed", ending.words)
         if self.wandb:
+            where = self.wandb.how_to_see_it()
             self.wandb.close(ending, seconds)
+            if self.wandb.how_to_see_it() != where:  # of a short run it was not there yet
+                self.record_end(ending)
 
 
 class History:
     """How often a run was started, and what that cost; kept in a file beside its metrics."""
 
-    def __init__(self, path: Path, last_step: int | None, start: int, has_steps: bool) -> None:
+    def __init__(
+        self, path: Path, last_step: int | None, start: int, has_steps: bool, started_at: float | None = None
+    ) -> None:
         """A start at step `start`, after one that had logged `last_step`; None: there was none, or it logged nothing.
 
         `has_steps`: there are some to take; a complete run that is started once more was not started again.
         """
-        self.path, self.started_at, self.restarts, self.lost_steps = path, time.time(), 0, 0
+        self.path, self.restarts, self.lost_steps = path, 0, 0
+        self.started_at = time.time() if started_at is None else started_at
         self.start = self.taken = start  # the last step taken, also where no line was logged of it
         self.logged = 0  # the last step that W&B has seen
         earlier = _read_history(path)
@@ -230,8 +251,16 @@ class History:
             self.logged = max(last_step, int(earlier.get("logged", 0)))
         self.write()
 
+    def take(self, step: int) -> None:
+        """Counts a step; a process that is killed loses the count of the last seconds alone."""
+        self.taken = step
+        if time.monotonic() - self.written_at > KEPT_S:
+            with suppress(OSError):  # said when the run ends
+                self.write()
+
     def write(self) -> None:
         """Keeps what the next start has to know."""
+        self.written_at = time.monotonic()
         names = "started_at", "restarts", "lost_steps", "logged", "taken"
         replace_file(self.path, json.dumps({name: getattr(self, name) for name in names}).encode() + b"\n")
 
@@ -273,7 +302,12 @@ def _read_history(path: Path) -> dict[str, float]:
 def _set_aside(path: Path) -> None:
     """Keeps a file of an earlier run of the same name under another one."""
     if path.exists():
-        path.rename(path.with_suffix(f".{time.time_ns()}{path.suffix}"))
+        path.rename(_beside(path))
+
+
+def _beside(path: Path) -> Path:
+    """A name for what a file of this name held before."""
+    return path.with_suffix(f".{time.time_ns()}{path.suffix}")
 
 
 def _aside(path: Path) -> Path:

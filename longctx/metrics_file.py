@@ -22,6 +22,8 @@ def read_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or not is_number(row.get("step")):
         return None
+    if not all(value is None or isinstance(value, int | float) for value in row.values()):
+        return None
     return {key: math.nan if value is None else value for key, value in row.items()}
 
 

@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 SIZE = 5.6, 3.1  # inches: on a phone as wide as its screen, so that the letters stay legible
 MARGINS = {"left": 0.13, "right": 0.98, "bottom": 0.15, "top": 0.97}  # of the picture
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 POINTS = 400  # of a curve, at most
+LONGEST_LEGEND = 100  # letters of all names together: longer ones stand below the picture
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -33,7 +37,7 @@ PAGE = """<!doctype html>
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1b1b;--faint:#6a6a6a;--line:#d8d8d8;--card:#f6f6f6}
 @media (prefers-color-scheme:dark){:root{--back:#16181c;--text:#e6e6e6;--faint:#9a9a9a;--line:#3a3d44;--card:#1f2228}
-figure svg{filter:invert(.92) hue-rotate(180deg)}}
+figure svg,.legend i{filter:invert(.92) hue-rotate(180deg)}}
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:1.5em auto;padding:0 1em;
 background:var(--back);color:var(--text)}
@@ -47,6 +51,8 @@ p{margin:.2em 0;overflow-wrap:anywhere} a{color:inherit}
 figure{margin:0;position:relative;min-width:0} figure svg{width:100%;height:auto;display:block}
 .value{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:4px;
 padding:.2em .5em;font-size:.8em;white-space:pre;display:none;z-index:1;font-variant-numeric:tabular-nums}
+.legend{font-size:.8em} .legend span{margin-right:1em} .legend i{display:inline-block;width:1.2em;height:.25em;
+margin-right:.4em;vertical-align:middle}
 .scroll{overflow-x:auto} table{border-collapse:collapse} td,th{padding:.15em .8em .15em 0;text-align:left;
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;vertical-align:top}
 pre{background:var(--card);padding:.8em;overflow:auto;border-radius:6px} summary{cursor:pointer;font-weight:600}
@@ -86,7 +92,7 @@ class Chart:
         """`x`, `y`: what the axes are; `is_log`: x in powers of two."""
         self.title, self.sentence, self.x, self.y, self.is_log = title, sentence, x, y, is_log
         self.series: list[dict[str, Any]] = []
-        self.drawings: list[Callable[[Axes], Any]] = []
+        self.drawings: list[Callable[[Axes], dict[str, Artist]]] = []  # which return what the legend has, by its names
 
     def line(self, label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         """A curve, thinned to what can be seen, if there is one; `style` as of matplotlib."""
@@ -95,26 +101,41 @@ class Chart:
             return
         x, y = thinned([a for a, _ in pairs], [b for _, b in pairs])
         self.series.append({"label": label, "x": x, "y": y})
-        self.drawings.append(lambda axes: axes.plot(x, y, **{"label": label, "linewidth": 1.4, **style}))
+        if len(x) == 1:  # a line of one point is none
+            style = {"marker": "o", "markersize": 3, **style}
+        self.drawings.append(lambda axes: {label: axes.plot(x, y, **{"linewidth": 1.4, **style})[0]})
 
     def faint(self, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         """A curve behind the others with all its peaks, which the pointer does not read."""
         x, y = with_peaks(x, y)
-        self.drawings.append(lambda axes: axes.plot(x, y, linewidth=0.7, alpha=0.35, **style))
+
+        def draw(axes: Axes) -> dict[str, Artist]:
+            axes.plot(x, y, linewidth=0.7, alpha=0.35, **style)
+            return {}
+
+        self.drawings.append(draw)
 
     def areas(self, labels: list[str], x: list[float], ys: list[list[float]]) -> None:
         """Shares over each other."""
         thin = [thinned(x, y) for y in ys]
         self.series += [{"label": label, "x": a, "y": b} for label, (a, b) in zip(labels, thin, strict=True)]
-        self.drawings.append(lambda axes: axes.stackplot(thin[0][0], [b for _, b in thin], labels=labels, alpha=0.85))
+        at, shares = thin[0][0], [b for _, b in thin]
+        if len(at) == 1:  # as wide as a step
+            at, shares = [at[0] - 0.5, at[0] + 0.5], [share * 2 for share in shares]
+        self.drawings.append(lambda axes: dict(zip(labels, axes.stackplot(at, shares, alpha=0.85), strict=True)))
 
     def level(self, label: str, y: float) -> None:
         """A line across at one height."""
-        self.drawings.append(lambda axes: axes.axhline(y, linestyle="--", linewidth=1, color="gray", label=label))
+        self.drawings.append(lambda axes: {label: axes.axhline(y, linestyle="--", linewidth=1, color="gray")})
 
     def limit(self, low: float, high: float) -> None:
         """What the upright axis shows."""
-        self.drawings.append(lambda axes: axes.set_ylim(low, high))
+
+        def draw(axes: Axes) -> dict[str, Artist]:
+            axes.set_ylim(low, high)
+            return {}
+
+        self.drawings.append(draw)
 
     def html(self) -> str:
         """The figure, its sentence, and its values for the script; nothing if there is nothing to draw."""
@@ -126,8 +147,9 @@ class Chart:
             figure.patch.set_alpha(0)
             axes = figure.subplots()
             axes.patch.set_alpha(0)
+            legend: dict[str, Artist] = {}
             for draw in self.drawings:
-                draw(axes)
+                legend |= draw(axes)
             if self.is_log:
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _place: in_powers_of_two(value))
@@ -136,8 +158,12 @@ class Chart:
                 axis.set_major_formatter(lambda value, _place: short(value))
             axes.set_xlabel(self.x)
             axes.set_ylabel(self.y)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8, framealpha=0.4)
+            is_inside = sum(map(len, legend)) <= LONGEST_LEGEND
+            if legend and is_inside:
+                names = axes.legend(list(legend.values()), [""] * len(legend), fontsize=8, framealpha=0.4).get_texts()
+                for text, name in zip(names, legend, strict=True):  # as it is: `_` hides nothing, `$` begins no formula
+                    text.set_text(name)
+                    text.set_parse_math(False)
             image = io.StringIO()
             figure.savefig(image, format="svg", metadata={"Date": None})
         svg = image.getvalue()
@@ -146,9 +172,10 @@ class Chart:
             "x": self.x, "log": self.is_log, "limits": list(axes.get_xlim()), "box": [area.x0, area.x1],
             "series": self.series,
         }  # fmt: skip
-        data = json.dumps(values, allow_nan=False).replace("</", "<\\/")
+        data = json.dumps(values, allow_nan=False).replace("<", "\\u003c")
         return (
             f'<figure><h2>{html.escape(self.title)}</h2>{svg[svg.index("<svg") :]}<div class="value"></div>'
+            f"{'' if is_inside else legend_below(legend)}"
             f'<figcaption>{html.escape(self.sentence)}</figcaption><script type="application/json">{data}</script>'
             "</figure>"
         )
@@ -157,7 +184,14 @@ class Chart:
 def short(value: float) -> str:
     """A number of a tick in few characters: 0.002, 1500, 20k, 1.5M."""
     size, name = next(((size, name) for size, name in UNITS if abs(value) >= 10 * size), (1.0, ""))
-    return f"{value / size:.4g}{name}"
+    return f"{value / size:.6g}{name}"
+
+
+def legend_below(legend: dict[str, Artist]) -> str:
+    """Names of lines with their colours, below a picture that they would cover."""
+    marks = {name: to_hex(line.get_color()) for name, line in legend.items() if isinstance(line, Line2D)}
+    names = (f'<span><i style="background:{mark}"></i>{html.escape(name)}</span>' for name, mark in marks.items())
+    return f'<p class="legend">{" ".join(names)}</p>'
 
 
 def in_powers_of_two(value: float) -> str:

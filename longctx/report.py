@@ -136,7 +136,7 @@ def _charts(rows: Rows, record: dict[str, Any]) -> list[Chart]:
         _where_a_step_goes(rows),
         _over_steps(
             rows, "Throughput", unit, [("speed", f"perf/{speed}")],
-            "Faint: each step; strong: the mean of the last steps.",
+            "Faint: each line that was logged; strong: the mean of the last ones.",
         ),
         _over_steps(
             rows, "Model FLOPs utilisation", "share of the peak", mfu,
@@ -152,7 +152,7 @@ def _charts(rows: Rows, record: dict[str, Any]) -> list[Chart]:
 
 
 def _loss(rows: Rows) -> Chart:
-    sentence = "Over tokens read. Faint: each step; strong: the mean of the last steps."
+    sentence = "Over tokens read. Faint: each line that was logged; strong: the mean of the last ones."
     chart = Chart("Loss", sentence, "tokens", "nats a token")
     tokens, loss = series(rows, "data/tokens", "loss/train")
     chart.faint(tokens, loss, color="C0")
@@ -175,7 +175,7 @@ def quality_of(rows: Rows) -> tuple[str, str]:
 
 def _quality_for_cost(rows: Rows, cost: str, key: str) -> Chart:
     quality, unit = quality_of(rows)
-    chart = Chart(f"Quality for {cost}", "Of each validation; steps that counted, without validations.", cost, unit)
+    chart = Chart(f"Quality for {cost}", "Of each validation; steps alone, without validations and saves.", cost, unit)
     chart.line("validation", *series(rows, key, quality), color="C1", marker="o", markersize=3)
     return chart
 
@@ -239,7 +239,19 @@ def _last_values(rows: Rows) -> str:
     for row in rows:
         last |= row
     lines = []
-    for key, value in sorted(last.items()):
+    for key, value in sorted(last.items(), key=lambda item: _by_number(item[0])):
         known = metric_of(key)
-        lines.append([key, f"{value:,.6g}", known.unit if known else "", known.meaning if known else ""])
+        lines.append([key, _in_full(value), known.unit if known else "", known.meaning if known else ""])
     return table(lines, ["name", "value", "unit", "meaning"])
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """So that `loss/pos/128` comes after `loss/pos/16`."""
+    group, _, last = name.rpartition("/")
+    return (group, int(last)) if last.isdecimal() else (name, 0)
+
+
+def _in_full(value: float) -> str:
+    if not math.isfinite(value):
+        return NOT_FINITE
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"

@@ -8,6 +8,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,9 @@ def train(run: RunInfo) -> Outcome:
                     stop.wait_for_the_end()
                 trainer.failure = error
                 if runtime.is_main:
-                    write_report(trainer, [])
+                    report = write_report(trainer, [])
+                    with suppress(Exception):  # the error that ended the run is the one to be seen
+                        trainer.metrics.attach(trainer.step, report, [])
                 raise
             finally:
                 trainer.close()
@@ -97,6 +100,8 @@ def forget_earlier_runs(device: torch.device) -> None:
     """Of this process: compiled versions of blocks, which count against a limit, and peaks of memory."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    with suppress(OSError):  # what getrusage says, where the system can
+        Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.reset_accumulated_memory_stats(device)
@@ -128,7 +133,7 @@ def introduce(trainer: Trainer) -> None:
     config, data, runtime, facts = trainer.config, trainer.config.data, trainer.runtime, trainer.facts
     axes = " x ".join(f"{axis} {facts['layout'][axis]}" for axis in AXES)
     context = f"context: {trainer.context_parallel}\n" if trainer.mesh.size("context") > 1 else ""
-    runtime.say(
+    trainer.metrics.say(
         f"longctx run {config.name}: {facts['parameters'] / 1e6:.1f}M parameters, {runtime.world_size} x "
         f"{runtime.device_name}, {axes}\n"
         f"data: {facts['data']}; {data.sequences_per_step} sequences of {data.sequence_length} tokens a step, "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ class RunInfo:
     config: Config
     config_yaml: str  # as composed, interpolations unresolved
     overrides: list[str]  # of the command line
+    started_at: float = field(default_factory=time.time)  # seconds since 1970
 
     @property
     def folder(self) -> Path:

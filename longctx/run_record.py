@@ -65,7 +65,7 @@ class RunRecord:
     def __init__(self, run: RunInfo, facts: dict[str, Any]) -> None:
         self.path = run.folder / FILE
         self.record = {
-            "name": run.config.name, "started_at": time.time(), "ended": "not yet",
+            "name": run.config.name, "started_at": run.started_at, "ended": "not yet",
             "configuration": shown_configuration(run), "facts": facts,
         }  # fmt: skip
         self.run, self.has_begun, self.has_steps = run, False, True

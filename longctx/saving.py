@@ -40,14 +40,15 @@ class Progress:
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_row: int = 0
     trained_s: float = 0.0  # in steps that counted, over all starts of the run
-    device_s: float = 0.0  # the same times the ranks of each start
+    device_s: float = 0.0  # in all steps, skipped ones too, times the ranks of each start
     pflop: float = 0.0  # of these steps
     validated: tuple[int, float] | None = None  # step, and loss there in nats a token
 
     def add_costs(self, values: dict[str, float], ranks: int) -> None:
         """Counts a step by its metrics."""
         seconds = values["perf/step_s"]
-        self.trained_s += seconds
+        if not self.skipped_in_row:
+            self.trained_s += seconds
         self.device_s += seconds * ranks
         self.pflop += values["perf/tflops_per_gpu"] * seconds * ranks / 1000
 

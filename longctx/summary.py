@@ -42,12 +42,14 @@ class Figures:
 
     def add(self, row: dict[str, float]) -> None:
         """A line of a step or of a validation."""
-        is_validation = "loss/val" in row
+        is_validation, is_step = "loss/val" in row, "loss/train" in row
         row = {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
         if is_validation:
             self._add_validation(row)
         if "perf/step_s" in row:
             self._add_step(row)
+        if is_step:
+            self.found["last/loss_train"] = row.get("loss/train", math.nan)  # a skipped step's was not finite
 
     def values(self) -> dict[str, float]:
         """The figures by name, see docs/metrics.md."""
@@ -92,8 +94,6 @@ class Figures:
         for key in LAST:
             if key in row:
                 self.found[f"last/{key.rpartition('/')[2]}"] = row[key]
-        if "loss/train" in row:
-            self.found["last/loss_train"] = row["loss/train"]
 
 
 def summary(rows: Iterable[dict[str, float]]) -> dict[str, float]:

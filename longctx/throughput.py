@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -68,14 +69,14 @@ class Throughput:
         self.power = PowerMeter(runtime.device)
         self.peak_tflops = peak_tflops(runtime.device_name, config.logging.peak_tflops)
 
-    def expected_s(self, tflops: float, say_so: bool) -> float:
-        """Seconds a step of so many TFLOP may take, by a short measurement; says so if they are many and `say_so`."""
+    def expected_s(self, tflops: float, say: Callable[[str], None]) -> float:
+        """Seconds a step of so many TFLOP may take, by a short measurement; says so if they are many."""
         device = self.runtime.device
         rate = product_tflops(device, getattr(torch, self.config.precision.compute))
         seconds = tflops / self.runtime.world_size / rate
-        if seconds > LONG_STEP_S and say_so:
+        if seconds > LONG_STEP_S:
             hint = "" if device.type == "cuda" else "; try recipe=gpt_tiny or data.sequence_length=2048"
-            self.runtime.say(
+            say(
                 f"about {in_words(seconds)} a step on this {self.runtime.device_name} "
                 f"({tflops:.3g} TFLOP, by its products){hint}"
             )

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_facts": {"config", "data", "machine", "model", "parallel", "plan", "runtime", "step_time"},
     "run_record": {"files", "resume", "run_info"},
     "wandb_log": {"config", "errors", "files", "metric_names", "metrics_file", "run_info", "summary"},
-    "metrics": {"console", "files", "metrics_file", "run_info", "run_record", "wandb_log"},
+    "metrics": {"console", "files", "metrics_file", "run_info", "run_record", "summary", "wandb_log"},
     "report": {"metric_names", "metrics_file", "page", "run_record", "step_time", "summary"},
     # the run
     "evaluate": {"config", "data", "errors", "metric_names", "parallel", "runtime"},

@@ -31,6 +31,7 @@ RESULTS = {  # by their name in `summary`: what they are called, how they are wr
     "last/ettr": ("ETTR", "{:.1%}"), "last/skipped_steps": ("skipped steps", "{:.0f}"),
 }  # fmt: skip
 RELATIVE = ("mean/tokens_per_s", "mean/tokens_per_s_per_gpu", "last/loss_val")  # also told as a ratio to the first run
+WIDEST = 60  # letters of a cell that is printed
 NO_DIFFERENCE = ("name", "folder")  # of a configuration: which run it is
 
 
@@ -51,7 +52,8 @@ def open_runs(patterns: list[str]) -> list[Run]:
         found = [Path(path) for path in matches if (Path(path) / "metrics.jsonl").is_file()]
         if not found:
             sys.exit(f"{pattern}: no folder of a run (with a metrics.jsonl); give runs/NAME, or a pattern in quotes")
-        folders += [folder for folder in found if folder not in folders]
+        known = {folder.resolve() for folder in folders}
+        folders += [folder for folder in found if folder.resolve() not in known]
     if len(folders) < 2:
         sys.exit(f"{folders[0]}: is one run; give another to compare it with")
     runs = []
@@ -125,21 +127,29 @@ def curves(runs: list[Run]) -> list[Chart]:
         ("Gradient norm", "step", "before clipping", "optim/grad_norm", True),
     ):
         chart = Chart(title, "The mean of the last steps." if is_smoothed else "", x, y)
-        for run in runs:
+        for number, run in enumerate(runs):
             places, values = series(run.rows, places_of[x], key)
             marks = {} if is_smoothed or key.startswith("mem/") else {"marker": "o", "markersize": 3}
-            chart.line(run.name, places, smoothed(values) if is_smoothed else values, **marks)
+            chart.line(run.name, places, smoothed(values) if is_smoothed else values, **looks(number), **marks)
         made.append(chart)
     for title, x, y, prefix in (
         ("Validation loss by position", "tokens of the document before it", "nats a token", "loss/pos/"),
         ("Recall by distance", "tokens back", "share recalled", "recall/"),
     ):
         chart = Chart(title, "Of each run's last validation.", x, y, is_log=True)
-        for run in runs:
+        if prefix == "recall/":
+            chart.limit(-0.02, 1.02)
+        for number, run in enumerate(runs):
             last = next((octaves(row, prefix) for row in reversed(run.rows) if octaves(row, prefix)), {})
-            chart.line(run.name, sorted(last), [last[at] for at in sorted(last)], marker="o", markersize=3)
+            values = [last[at] for at in sorted(last)]
+            chart.line(run.name, sorted(last), values, marker="o", markersize=3, **looks(number))
         made.append(chart)
     return made
+
+
+def looks(number: int) -> dict[str, str]:
+    """Of a run's lines in all pictures: ten colours, then the same ones dashed."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
 
 
 def unequal(runs: list[Run], tolerance: float) -> str | None:
@@ -164,9 +174,10 @@ def unequal(runs: list[Run], tolerance: float) -> str | None:
 
 
 def printed(rows: list[list[str]], head: list[str]) -> str:
-    """A table for the console."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows])
+    """A table for the console; what is long is cut."""
+    lines = [[cell if len(cell) <= WIDEST else f"{cell[: WIDEST - 3]}..." for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
 
 
 def main() -> None:
@@ -186,6 +197,7 @@ def main() -> None:
     body = [
         table(rows, head), charts(curves(runs)), f"<h2>{html.escape('What differs')}</h2>", table(changed, head),
     ]  # fmt: skip
+    given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(page(title, "\n".join(body)), encoding="utf-8")
     print(f"\npage: {given.output}")
     if given.assert_equal and (problem := unequal(runs, given.tolerance)):

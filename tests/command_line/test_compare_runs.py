@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
 from in_process import run_script
+from longctx.tools import compare_runs as tool
 from runs import ROOT
 
 
@@ -65,6 +69,24 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert ["last validation loss", "3.0000", "not finite"] in rows
     marks = re.findall(r'<g clip-path="[^"]*">\s*<use', (tmp_path / "page.html").read_text())
     assert len(marks) == 4  # of a lone validation, by tokens and by position, for each run
+
+
+def test_a_run_has_one_colour_on_a_page(tmp_path):
+    """In pictures that lack the runs before it too; and it is compared with others alone, into a folder of its own."""
+    for name, losses in (("a", []), ("b", [4.0, 3.0]), ("c", [4.0, 2.0])):
+        made_run(tmp_path / name, 1e-3, 1000, losses or [math.nan])
+    runs = tool.open_runs([str(tmp_path / "a"), os.path.relpath(tmp_path / "a"), f"{tmp_path}/[bc]"])
+    assert [run.name for run in runs] == ["a", "b", "c"]
+    assert [tool.looks(n)["color"] for n in (0, 1, 11)] == ["C0", "C1", "C1"]
+    assert tool.looks(1) != tool.looks(11)
+    styles = []
+    with mock.patch.object(tool.Chart, "line", lambda _chart, name, _x, y, **style: styles.append((name, y, style))):
+        tool.curves(runs)
+    assert {(name, style["color"]) for name, _, style in styles} == {("a", "C0"), ("b", "C1"), ("c", "C2")}
+    where = tmp_path / "new" / "page.html"
+    result = run_script(ROOT / "tools" / "compare_runs.py", f"{tmp_path}/[abc]", "--output", str(where))
+    assert result.returncode == 0, result.stderr
+    assert where.exists()
 
 
 def test_equal_losses_are_asserted(tmp_path):

@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from matplotlib.axes import Axes
 
-from longctx.page import POINTS, Chart, page, smoothed, thinned, with_peaks
+from longctx.page import POINTS, Chart, page, short, smoothed, thinned, with_peaks
 from longctx.report import figures_that_count, write_report
 from longctx.summary import summary
 
@@ -152,6 +154,57 @@ def test_a_last_validation_that_is_not_finite_is_the_last():
     shown = dict(figures_that_count(rows, {}))
     assert shown["best validation loss"] == "4.9000 (step 6)"
     assert (shown["last validation loss"], shown["bits a byte"]) == ("not finite", "not finite")
+
+
+def test_a_last_loss_that_is_not_finite_is_the_last():
+    rows = [
+        {"step": 1.0, "loss/train": 4.9, "perf/step_s": 1.0},
+        {"step": 2.0, "loss/train": math.nan, "perf/step_s": 1.0},
+    ]
+    assert math.isnan(summary(rows)["last/loss_train"])
+
+
+def test_one_point_is_seen():
+    """A line gets a mark, shares the width of a step."""
+    line, areas = (Chart("a", "", "step", "b") for _ in range(2))
+    line.line("a", [3.0], [1.0])
+    areas.areas(["a", "b"], [3.0], [[0.25], [0.75]])
+    with mock.patch("matplotlib.axes.Axes.plot", autospec=True, side_effect=Axes.plot) as plot:
+        line.html()
+    assert plot.call_args.kwargs["marker"] == "o"
+    with mock.patch("matplotlib.axes.Axes.stackplot", autospec=True, side_effect=Axes.stackplot) as stackplot:
+        areas.html()
+    assert stackplot.call_args.args[1:] == ([2.5, 3.5], [[0.25, 0.25], [0.75, 0.75]])
+
+
+def test_names_of_curves_are_shown_as_they_are():
+    """None is hidden for a `_`, read as a formula between two `$`, or ends the page's script."""
+    names = ["_a", "cost$a_{$", "<!--<script>"]
+    chart = Chart("a", "", "step", "b")
+    for name in names:
+        chart.line(name, [1.0, 2.0], [1.0, 2.0])
+    made = chart.html()
+    assert [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", made)][-3:] == names
+    data = re.search(r'<script type="application/json">(.*?)</script>', made)
+    assert data is not None
+    assert "<" not in data.group(1)
+    assert [series["label"] for series in json.loads(data.group(1))["series"]] == names
+
+
+def test_a_legend_that_would_cover_the_picture_is_below_it():
+    chart = Chart("a", "", "step", "b")
+    for number in range(3):
+        chart.line(f"{number} {'long ' * 8}<run>", [1.0, 2.0], [1.0, 2.0], color=f"C{number}")
+    made = chart.html()
+    assert len(re.findall(r'<i style="background:#\w{6}"></i>\d long [^<]*&lt;run&gt;</span>', made)) == 3
+    assert "long" not in made[: made.index("</svg>")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(20005, "20.005k"), (20978600000, "20.9786G"), (0.1 + 0.2, "0.3"), (1500, "1500"), (0, "0")]
+)
+def test_ticks_that_differ_are_told_apart(value, text):
+    assert short(value) == text
 
 
 # in a browser --------------------------------------------------------------------------------------------------------

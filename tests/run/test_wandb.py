@@ -18,7 +18,7 @@ from longctx.config import Config, LoggingConfig, WandbMode
 from longctx.errors import UserError
 from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
-from longctx.run_record import shown_configuration
+from longctx.run_record import read_record, shown_configuration
 from longctx.wandb_log import has_wandb_key, wandb_mode
 from runs import ROOT, run_info, small_config, train
 from wandb_records import axes, configuration, exit_code, history, is_preempted, records, summary_values
@@ -74,6 +74,15 @@ def test_an_offline_run_has_configuration_axes_and_summaries(tmp_path, corpus, m
     assert "report.path" in logged[-1] or "report.path" in logged[-2]
     assert exit_code(found) == 0
     assert not is_preempted(found)
+    assert read_record(config.run_folder)["wandb"].startswith("offline; to send it: ")
+
+
+def test_a_complete_run_that_is_started_again_has_no_second_file(tmp_path, corpus):
+    """Of two with one id the server keeps the steps of the last, which would have no report."""
+    config = offline(tmp_path, corpus, optim__steps=2)
+    for _ in range(2):
+        train(config)
+    assert len(list((config.run_folder / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
@@ -155,6 +164,7 @@ def test_a_run_that_fails_has_failed_and_alerts(tmp_path, corpus, monkeypatch):
     assert [alert.title for alert in alerts] == ["not finite", "failed"]
     assert alerts[0].text.startswith("step 1 skipped on all ranks: loss nan")
     assert (config.run_folder / "report.html").exists()
+    assert any("report.path" in row for row in history(found))
     [line] = read_metrics(config.run_folder / "metrics.jsonl")
     assert line["loss/train"] != line["loss/train"]  # NaN
     assert line["optim/skipped_steps"] == 1
