@@ -29,4 +29,4 @@ def schedule(step: int, optim: OptimConfig) -> float:
 
 def decay_start(optim: OptimConfig) -> int:
     """The step from which on wsd lets the rate fall, after the warm-up."""
-    return max(warmup_steps(optim), optim.steps - max(1, round(optim.decay_fraction * optim.steps)))
+    return max(warmup_steps(optim), optim.steps - round(optim.decay_fraction * optim.steps))

@@ -50,7 +50,8 @@ class Validation:
             results |= recall(self.model, self.probes, self.config.validation.recall_sequences, *where, must_stop)
         except StoppedError:
             return None
-        self.seconds = time.perf_counter() - began
+        finally:
+            self.seconds = time.perf_counter() - began
         return results
 
     def costs(self) -> dict[str, float]:

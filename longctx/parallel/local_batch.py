@@ -24,7 +24,7 @@ class LocalBatch(NamedTuple):
     @staticmethod
     def of(batch: Batch, split: Split, mesh: Mesh, device: torch.device) -> LocalBatch:
         """The slice of this rank of the context axis; of a split over one rank every rank has the whole batch."""
-        rank = mesh.rank("context") if split.size > 1 else 0
+        rank = mesh.rank("context")
         tokens, positions, targets = (
             to_device(split.shard(x, rank), device) for x in (batch.tokens, batch.positions, batch.targets)
         )

@@ -6,6 +6,7 @@ Their gradients in all layouts are in test_layouts.py.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -189,3 +190,40 @@ def test_more_than_a_million_tokens(recompute, tile, layers, head_groups):
     )
     for index, (mine, true) in enumerate(zip(step(model, of(list(range(count)))), alone, strict=True)):
         assert float((mine.float() - true.float()).norm() / true.float().norm()) <= 0.01, index
+
+
+def test_a_backward_pass_after_a_whole_later_step_is_refused_too():
+    """Of one layer, which each forward pass writes anew."""
+    model = tiled(FOUR, 64, Recompute.full, 1)
+    inputs = Batch(*(x.to(DEVICE) for x in make_inputs(DOCUMENTS)))
+    mask = KeyIntervals.documents(inputs.document_start)
+    first, second = (model(inputs.tokens, inputs.positions, mask, inputs.targets).sum() for _ in range(2))
+    second.backward()
+    assert not offload_of(model).kept
+    with pytest.raises(RuntimeError, match="layer 0: what it keeps was written over by a later forward pass"):
+        first.backward()
+
+
+def test_copies_are_waited_for_and_begun_a_layer_ahead():
+    """In the order that a GPU needs: on a CPU copies are there at once, whatever is waited for."""
+    done, offload = [], ActivationOffload(2, torch.device("cpu"))
+
+    def copy(way):
+        def begin(source, target, after=None):
+            target.copy_(source)
+            event = f"{way} {int(source[0])}"
+            done.append(event if after is None else f"{event} after {after}")
+            return event
+
+        return begin
+
+    def wait(event):
+        done.append(f"wait {event}")
+
+    offload.copies = SimpleNamespace(to_host=copy("down"), to_device=copy("up"), wait=wait)
+    kept = [offload.put(layer, [torch.full((3,), float(layer))]) for layer in (0, 1)]
+    offload.settle()
+    assert done == ["down 0", "wait down 0", "down 1", "wait down 1"]
+    done.clear()
+    offload.get(kept[1])
+    assert done == ["up 1 after down 1", "wait up 1", "up 0 after down 0"]

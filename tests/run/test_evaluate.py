@@ -13,7 +13,8 @@ from longctx import evaluate
 from longctx.config import DataConfig, ParallelConfig, ValidationConfig
 from longctx.data.loader import Copies
 from longctx.data.packing import IGNORE_INDEX, Sequence
-from longctx.evaluate import generate, recall
+from longctx.evaluate import StoppedError, generate, recall
+from longctx.parallel.mesh import make_mesh
 from ranks import run_on_ranks
 from runs import small_config, trainer_of
 
@@ -163,3 +164,48 @@ def test_samples_stay_inside_the_tokenizer(tmp_path, corpus):
     assert words[0][:2] == [1, 2]
     assert len(words[0]) == 22
     assert max(words[0]) < 50
+
+
+CPU = torch.device("cpu")
+
+
+class Squares:
+    """Sequences whose tokens are the square of their number."""
+
+    def sequence(self, number):
+        tokens, zeros = np.full(64, number**2), np.zeros(64, np.int64)
+        return Sequence(tokens, tokens, np.arange(64), zeros)
+
+
+class LossIsToken(torch.nn.Module):
+    def forward(self, tokens, *_others):
+        return tokens.double()
+
+
+def of_two_readers(rank):
+    """The loss of 3 sequences, and what happens where rank 1 alone is asked to stop."""
+    mesh = make_mesh(ParallelConfig(), 2, "cpu")
+    call = LossIsToken(), Squares(), 3, mesh, CPU, None
+    with pytest.raises(StoppedError):
+        evaluate.validate(*call, must_stop=lambda: rank == 1)
+    return evaluate.validate(*call)["loss/val"]
+
+
+def test_each_sequence_is_validated_once_by_two_readers():
+    assert run_on_ranks(2, of_two_readers) == [pytest.approx(5 / 3)] * 2
+
+
+def counts(_rank):
+    def next_id(tokens, _positions, _mask):
+        return 100.0 * torch.nn.functional.one_hot(tokens + 1, 32).float()
+
+    return generate(next_id, [[3, 4], [9]], 5, make_mesh(ParallelConfig(), 1, "cpu"), CPU, 32)
+
+
+def test_a_sample_goes_on_from_its_last_token():
+    assert run_on_ranks(1, counts) == [[[3, 4, 5, 6, 7, 8, 9], [9, 10, 11, 12, 13, 14]]]
+
+
+def test_an_answer_has_the_token_that_ends_it():
+    assert evaluate._until([5, 7, 2, 8], [3, 2]) == [5, 7, 2]
+    assert evaluate._until([5, 7], [3, 2]) == [5, 7]

@@ -15,7 +15,7 @@ from longctx.local_part import local_of
 from longctx.optim import Optimizers, global_norm
 from longctx.parallel.mesh import make_mesh
 from longctx.parallel.parallelize import parallelize
-from longctx.schedule import schedule
+from longctx.schedule import decay_start, schedule
 from ranks import run_on_ranks
 from runs import TINY
 
@@ -32,6 +32,16 @@ def test_schedules():
     to_zero = replace(wsd, warmup_steps=30, decay_fraction=1.0)  # falls from where the warm-up has ended
     assert [schedule(s, to_zero) for s in (29, 30, 65, 100)] == pytest.approx([1, 1, 0.5, 0])
     assert schedule(9, OptimConfig(steps=10, warmup_steps=10, schedule=Schedule.wsd)) == 1
+
+
+def test_from_which_step_on_the_rate_falls():
+    """A share of the steps, rounded, after the warm-up; of no step at a share of 0."""
+    for share, start in ((0.29, 71), (0.0, 100), (1.0, 10)):  # 0.29 * 100 < 29
+        optim = OptimConfig(steps=100, warmup_steps=10, decay_fraction=share, schedule=Schedule.wsd)
+        assert decay_start(optim) == start
+        rates = [schedule(step, optim) for step in range(100)]
+        assert all(rate == 1 for rate in rates[10 : start + 1])
+        assert all(rate < 1 for rate in rates[start + 1 :])
 
 
 def take_steps(_rank: int, parallel: ParallelConfig, optimizer: Optimizer):
