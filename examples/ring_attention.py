@@ -1,7 +1,7 @@
 """Ring attention around a model of one's own: `torchrun --nproc-per-node 2 examples/ring_attention.py`.
 
-Two processes share each sequence; the loss and all gradients are those of one process that holds it whole. Runs on CPUs
-and on GPUs, and needs `pip install .` and no more.
+Two processes (or 4, 8, ...) share each sequence; the loss and all gradients are those of one process that holds it
+whole. Runs on CPUs and on GPUs, and needs `pip install .` and no more.
 """
 
 import os

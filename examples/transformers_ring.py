@@ -1,8 +1,8 @@
 """Ring attention in a model of transformers: `torchrun --nproc-per-node 2 examples/transformers_ring.py`.
 
-Two processes share each sequence, and no logits are held: the loss takes hidden states and the matrix of the head. Loss
-and all gradients are those of transformers' own attention and loss in one process. Runs on CPUs and on GPUs, and needs
-`pip install . transformers`.
+Two processes (or 4, 8, ...) share each sequence, and no logits are held: the loss takes hidden states and the matrix of
+the head. Loss and all gradients are those of transformers' own attention and loss in one process. Runs on CPUs and on
+GPUs, and needs `pip install . transformers`.
 """
 
 import os

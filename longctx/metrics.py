@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from longctx.console import say
 from longctx.files import replace_file
-from longctx.metrics_file import is_number, is_validated, read_row
+from longctx.metrics_file import is_number, read_row
 from longctx.run_info import COMPLETE, Ending, RunInfo
 from longctx.run_record import RunRecord
 from longctx.summary import Mean
@@ -48,8 +49,9 @@ class Metrics:
         self.path = run.metrics_file
         has_steps = start < run.config.optim.steps
         self.record = RunRecord(run, facts)
+        was_complete = self.record.was_complete()
         is_anew = start == 0 or (is_branching and not self.record.is_same_branch())
-        last_step, is_another = self._last_step(), is_anew and (self.record.was_complete() or self.record.is_changed())
+        last_step, is_another = self._last_step(), is_anew and (was_complete or self.record.is_changed())
         if is_another:  # of the same name
             _set_aside(run.folder / "history.json")
             last_step = None
@@ -57,6 +59,7 @@ class Metrics:
         self._forget_steps_after(start, is_anew, is_changed=self.record.is_changed())
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
+        self.unwritten: tuple[int, dict[str, float]] | None = None  # the last step, if it was not due
         self.since_line: dict[str, Mean] = {}  # over the steps since the last line of the console
         self.step_seconds: deque[float] = deque(maxlen=STEPS_OF_P95)
         self.speeds: deque[float] = deque(maxlen=STEPS_OF_MEDIAN)
@@ -72,8 +75,7 @@ class Metrics:
         else:
             self.record.go_on()
         mode = wandb_mode(self.logging)
-        has_news = has_steps or (run.config.validation.sequences and not is_validated(self.path, steps))
-        if mode != "disabled" and has_news:  # a complete run that is started again has told all
+        if mode != "disabled" and (has_steps or not was_complete):  # one that is started again has told all
             shown = self.record.record["configuration"] | {"run": facts}
             self.wandb = WandbThread(run, mode, shown, self.say)
 
@@ -90,12 +92,13 @@ class Metrics:
         return max((int(row["step"]) for _, row in rows if row is not None), default=None)
 
     def _forget_steps_after(self, start: int, is_anew: bool, is_changed: bool) -> None:
-        """Drops lines and timelines of steps that a resumed run will take again.
+        """Drops lines of steps that a resumed run will take again.
 
-        Those of a run that starts anew, or trains otherwise from here on, are kept aside.
+        Those of a run that starts anew, or trains otherwise from here on, are kept aside, and so are its timelines.
         """
-        for trace in self.path.parent.glob("trace_step_*.json.gz"):
-            if is_anew or int(trace.name.removeprefix("trace_step_").partition(".")[0]) > start:
+        for trace in self.path.parent.glob("trace_step_*"):
+            step = re.fullmatch(r"trace_step_(\d+)\.(json\.gz|txt)", trace.name)
+            if step and (is_anew or (is_changed and int(step[1]) > start)):
                 _set_aside(trace)
         if not self.path.exists():
             return
@@ -140,13 +143,21 @@ class Metrics:
         if self.bar:
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update(step - self.bar.n)
+        values = values | {"perf/step_s_p95": percentile_95(self.step_seconds)}
+        self.unwritten = None if is_due else (step, values)
         if not is_due:
             return
-        self.log(step, values | {"perf/step_s_p95": percentile_95(self.step_seconds)})
+        self.log(step, values)
         means = {key: mean.value for key, mean in self.since_line.items()}
         self.since_line = {}
         speed = means["perf/tokens_per_s"] / self.devices
         self.say(console_line(step, self.steps, values | means, speed, self.unit))
+
+    def log_last_step(self) -> None:
+        """Writes the numbers of the last step, where the run ends between lines. On rank 0."""
+        if self.unwritten:
+            self.log(*self.unwritten)
+            self.unwritten = None
 
     def _look_at_speed(self, step: int, speed: float, span: float | None) -> None:
         """Alerts, once, of a run that has become slow: below a share of its own median several steps in a row.
@@ -209,6 +220,7 @@ class Metrics:
             return
         if self.bar:
             self.bar.close()
+        self.log_last_step()
         try:
             self.file.close()
         except OSError as error:  # what could not be written before
@@ -230,15 +242,12 @@ class Metrics:
 class History:
     """How often a run was started, and what that cost; kept in a file beside its metrics."""
 
-    def __init__(
-        self, path: Path, last_step: int | None, start: int, has_steps: bool, started_at: float | None = None
-    ) -> None:
+    def __init__(self, path: Path, last_step: int | None, start: int, has_steps: bool, started_at: float) -> None:
         """A start at step `start`, after one that had logged `last_step`; None: there was none, or it logged nothing.
 
         `has_steps`: there are some to take; a complete run that is started once more was not started again.
         """
-        self.path, self.restarts, self.lost_steps = path, 0, 0
-        self.started_at = time.time() if started_at is None else started_at
+        self.path, self.started_at, self.restarts, self.lost_steps = path, started_at, 0, 0
         self.start = self.taken = start  # the last step taken, also where no line was logged of it
         self.logged = 0  # the last step that W&B has seen
         earlier = _read_history(path)

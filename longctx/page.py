@@ -24,7 +24,8 @@ SIZE = 5.6, 3.1  # inches: on a phone as wide as its screen, so that the letters
 MARGINS = {"left": 0.13, "right": 0.98, "bottom": 0.15, "top": 0.97}  # of the picture
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 POINTS = 400  # of a curve, at most
-LONGEST_LEGEND = 100  # letters of all names together: longer ones stand below the picture
+LONGEST_LEGEND, MOST_NAMES = 100, 6  # letters of all names together: longer ones and more stand below the picture
+CSS = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}  # linestyles
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -51,7 +52,7 @@ p{margin:.2em 0;overflow-wrap:anywhere} a{color:inherit}
 figure{margin:0;position:relative;min-width:0} figure svg{width:100%;height:auto;display:block}
 .value{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:4px;
 padding:.2em .5em;font-size:.8em;white-space:pre;display:none;z-index:1;font-variant-numeric:tabular-nums}
-.legend{font-size:.8em} .legend span{margin-right:1em} .legend i{display:inline-block;width:1.2em;height:.25em;
+.legend{font-size:.8em} .legend span{margin-right:1em} .legend i{display:inline-block;width:1.8em;
 margin-right:.4em;vertical-align:middle}
 .scroll{overflow-x:auto} table{border-collapse:collapse} td,th{padding:.15em .8em .15em 0;text-align:left;
 border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;vertical-align:top}
@@ -158,7 +159,7 @@ class Chart:
                 axis.set_major_formatter(lambda value, _place: short(value))
             axes.set_xlabel(self.x)
             axes.set_ylabel(self.y)
-            is_inside = sum(map(len, legend)) <= LONGEST_LEGEND
+            is_inside = sum(map(len, legend)) <= LONGEST_LEGEND and len(legend) <= MOST_NAMES
             if legend and is_inside:
                 names = axes.legend(list(legend.values()), [""] * len(legend), fontsize=8, framealpha=0.4).get_texts()
                 for text, name in zip(names, legend, strict=True):  # as it is: `_` hides nothing, `$` begins no formula
@@ -188,9 +189,13 @@ def short(value: float) -> str:
 
 
 def legend_below(legend: dict[str, Artist]) -> str:
-    """Names of lines with their colours, below a picture that they would cover."""
-    marks = {name: to_hex(line.get_color()) for name, line in legend.items() if isinstance(line, Line2D)}
-    names = (f'<span><i style="background:{mark}"></i>{html.escape(name)}</span>' for name, mark in marks.items())
+    """Names of lines with their colours and dashes, below a picture that they would cover."""
+    lines = {name: line for name, line in legend.items() if isinstance(line, Line2D)}
+    marks = (f"{CSS[str(line.get_linestyle())]} {to_hex(line.get_color())}" for line in lines.values())
+    names = (
+        f'<span><i style="border-top:3px {mark}"></i>{html.escape(name)}</span>'
+        for name, mark in zip(lines, marks, strict=True)
+    )
     return f'<p class="legend">{" ".join(names)}</p>'
 
 

@@ -40,6 +40,8 @@ from longctx.strategy import Choice, strategy_for
 from longctx.trainer import Trainer
 from longctx.watchdog import Watchdog
 
+PEAKS_OF_MEMORY = Path("/proc/self/clear_refs")  # of Linux: 5 forgets this process's
+
 
 class Outcome(NamedTuple):
     """How a run ended."""
@@ -101,7 +103,7 @@ def forget_earlier_runs(device: torch.device) -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     with suppress(OSError):  # what getrusage says, where the system can
-        Path("/proc/self/clear_refs").write_text("5")
+        PEAKS_OF_MEMORY.write_text("5")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.reset_accumulated_memory_stats(device)
@@ -281,6 +283,7 @@ def write_report(trainer: Trainer, samples: list[str]) -> Path | None:
 
     run, say = trainer.run_info, trainer.metrics.say
     try:
+        trainer.metrics.log_last_step()
         trainer.metrics.record_end(trainer.ending())
         page = report.write_report(run.folder, samples)
         say(f"report: {page}")

@@ -132,7 +132,7 @@ class Trainer:
                 values, asked = self.train_step()
             progress.add_costs(values, self.runtime.world_size)
             left_s = (config.optim.steps - self.step) * pace.of_steps()
-            self._log(values | progress.costs() | {"time/left_s": left_s}, is_last=bool(asked.stop_signal))
+            self._log(values | progress.costs() | {"time/left_s": left_s})
             self._refuse_to_go_on_skipping()
             if asked.stop_signal:
                 self.stopped_by = int(asked.stop_signal)
@@ -172,9 +172,8 @@ class Trainer:
         """Whether something that is done every so many steps, 0: never, is to be done before the next one."""
         return bool(every) and self.step % every == 0 and self.step < self.config.optim.steps
 
-    def _log(self, values: dict[str, float], is_last: bool) -> None:
-        """`is_last`: the run is stopped after this step."""
-        every, is_last = self.config.logging.every_steps, is_last or self.step == self.config.optim.steps
+    def _log(self, values: dict[str, float]) -> None:
+        every, is_last = self.config.logging.every_steps, self.step == self.config.optim.steps
         if self.runtime.is_main:
             values = values | self.metrics.history.values(self.progress.trained_s)
         is_due = is_last or self._must_end() or self.step % every == 0

@@ -51,9 +51,13 @@ def pytest_collection_modifyitems(config, items):
         elif "machine_code" in item.path.parts or item.path.name == "test_package.py":  # compiled, or built, once
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
-    def gpus_needed(item) -> int:
+    def lacks_gpus(item) -> bool:
         marker = item.get_closest_marker("gpu")
-        return 0 if marker is None else marker.args[0]
+        if marker is None:
+            return False
+        least = marker.kwargs.get("gib", 0) * 2**30
+        sizes = [torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())]
+        return sum(size >= least for size in sizes) < marker.args[0]
 
     def is_elsewhere(item) -> bool:
         return item.get_closest_marker("interpreter") is not None and torch.cuda.is_available()
@@ -62,10 +66,6 @@ def pytest_collection_modifyitems(config, items):
         is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
         return item.get_closest_marker("hopper") is not None and not is_hopper
 
-    left_out = [
-        item
-        for item in items
-        if gpus_needed(item) > torch.cuda.device_count() or is_elsewhere(item) or lacks_hopper(item)
-    ]
+    left_out = [item for item in items if lacks_gpus(item) or is_elsewhere(item) or lacks_hopper(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

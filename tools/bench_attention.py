@@ -10,9 +10,14 @@ backward. Peers: torch's SDPA on cuDNN and FlashAttention-2, FlexAttention, Flas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F

@@ -25,6 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -14,6 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from longctx.checkpoint import BEST_BY, MANIFEST, CheckpointError, list_checkpoints, read_manifest, verify_files
 from longctx.errors import UserError
 

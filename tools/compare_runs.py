@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from longctx.metric_names import octaves
 from longctx.metrics_file import read_metrics
 from longctx.page import Chart, charts, page, smoothed, table
@@ -155,15 +158,17 @@ def looks(number: int) -> dict[str, str]:
 def unequal(runs: list[Run], tolerance: float) -> str | None:
     """The first step whose training loss is not that of the first run, up to a relative `tolerance`; None: all are.
 
-    Runs of which no loss is known are not equal.
+    Of the steps that both have logged: one that was stopped has logged its last one too. Runs that end elsewhere are
+    not equal, nor are those of which no loss is known.
     """
     first, *others = ({row["step"]: row["loss/train"] for row in run.rows if "loss/train" in row} for run in runs)
     for run, other in zip(runs[1:], others, strict=True):
-        if first.keys() != other.keys():
-            return f"{runs[0].name} has {len(first)} steps, {run.name} {len(other)}; they must be the same ones"
+        ends = [max(losses, default=0) for losses in (first, other)]
+        if ends[0] != ends[1]:
+            return f"{runs[0].name} ends at step {ends[0]:.0f}, {run.name} at step {ends[1]:.0f}; both must end alike"
         if not any(map(math.isfinite, first.values())):
             return f"{runs[0].name} and {run.name}: no step has a training loss that is finite, so none was compared"
-        for step, loss in first.items():
+        for step, loss in ((step, loss) for step, loss in first.items() if step in other):
             are_unknown = math.isnan(loss) and math.isnan(other[step])  # steps that were skipped
             if not math.isclose(loss, other[step], rel_tol=tolerance) and not are_unknown:
                 return (
@@ -174,8 +179,11 @@ def unequal(runs: list[Run], tolerance: float) -> str | None:
 
 
 def printed(rows: list[list[str]], head: list[str]) -> str:
-    """A table for the console; what is long is cut."""
-    lines = [[cell if len(cell) <= WIDEST else f"{cell[: WIDEST - 3]}..." for cell in row] for row in [head, *rows]]
+    """A table for the console; what is long is cut in its middle: names of a sweep differ at their ends."""
+    half = (WIDEST - 3) // 2
+    lines = [
+        [cell if len(cell) <= WIDEST else f"{cell[:half]}...{cell[-half:]}" for cell in row] for row in [head, *rows]
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
 

@@ -17,6 +17,9 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -38,6 +41,7 @@ from longctx.strategy import strategy_for
 
 OWN = ("gpus", "per_machine", "gpu", "gpu_gib", "host_gib")  # words that are not train.py's
 ANY_HOST_GIB = 1 << 20
+EXAMPLES = {"gpu_gib": 79, "host_gib": 1024}
 
 
 class Plan(NamedTuple):
@@ -82,8 +86,8 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
     numbers = {}
     for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0"), ("gpu_gib", "0")):
         [value] = own.get(key, [default])
-        if not value.isdecimal() or (int(value) < 1 and not key.endswith("_gib")):
-            sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}=8")
+        if not value.isdecimal() or (int(value) < 1 and not (key.endswith("_gib") and key not in own)):
+            sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}={EXAMPLES.get(key, 8)}")
         numbers[key] = int(value)
     gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])
     if gpus % per_machine:
@@ -223,11 +227,12 @@ def what_would_fit(config: Config, words: list[str], machines: Machines, rates: 
     with_any = fitting(ANY_HOST_GIB)
     if not with_any:
         return f"nothing fits: {others}"
+    without_copies = replace(config, checkpoint=replace(config.checkpoint, asynchronous=False))
+    if config.checkpoint.asynchronous and any(p.fits for p in plans(without_copies, words, machines, rates, usable)):
+        return "nothing fits: say checkpoint.asynchronous=false, for there is no room for its copies in host memory"
     most = min(p.host_gib for p in with_any)
     least = 1 + bisect_left(range(1, most), True, key=lambda host_gib: bool(fitting(host_gib)))
-    return (
-        f"nothing fits: say host_gib={least} or more, if a machine has as much host memory, to offload; else {others}"
-    )
+    return f"nothing fits: say host_gib={least} or more, if a machine has as much host memory; else {others}"
 
 
 def precision_and_kernels(config: Config) -> str:

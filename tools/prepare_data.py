@@ -17,6 +17,9 @@ import os
 import sys
 from pathlib import Path
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from longctx.data.lengths import draw_lengths, length_table
 from longctx.data.prepare import BUILTIN_TOKENIZER, prepare, preparing
 from longctx.data.text import FilePiece, Input, cut_files, files_by_kind, find_files

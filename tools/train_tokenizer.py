@@ -6,7 +6,11 @@ usage: python tools/train_tokenizer.py [--vocab-size 8192] [--output longctx/dat
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

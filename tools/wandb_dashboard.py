@@ -18,6 +18,9 @@ try:
 except ImportError:
     sys.exit("wandb-workspaces is not installed: pip install '.[wandb]' in a checkout of longctx")
 
+if not __package__:  # started as a file: with the longctx that is beside it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from longctx.wandb_log import CURVES, has_wandb_key
 
 TOKENS, STEP, TIME = "data/tokens", "step", "_runtime"

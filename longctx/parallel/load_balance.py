@@ -101,8 +101,14 @@ def zigzag(length: int, size: int) -> Split:
     if size == 1:
         return Split(torch.arange(length, device="cpu"), 1)
     if length % (2 * size):
-        raise ValueError(f"a sequence of {length} tokens is no multiple of 2 * {size} chunks")
+        raise ValueError(
+            f"a sequence of {length} tokens is no multiple of 2 * {size} chunks; {_padding(length, 2 * size)}"
+        )
     return _of_owners(tuple(min(chunk, 2 * size - 1 - chunk) for chunk in range(2 * size)), length, size)
+
+
+def _padding(length: int, parts: int) -> str:
+    return f"pad it to {-(-length // parts) * parts}, with a document of its own whose targets are ignored"
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +116,7 @@ def zigzag(length: int, size: int) -> Split:
 def in_order(length: int, size: int) -> Split:
     """One run of tokens a rank, as few pieces as can be: where ranks trade heads, all have the same work anyway."""
     if length % size:
-        raise ValueError(f"a sequence of {length} tokens is no multiple of {size} ranks")
+        raise ValueError(f"a sequence of {length} tokens is no multiple of {size} ranks; {_padding(length, size)}")
     return Split(torch.arange(length, device="cpu"), size)
 
 

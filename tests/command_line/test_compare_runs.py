@@ -108,6 +108,23 @@ def test_equal_losses_are_asserted(tmp_path):
     result = compare(tmp_path, str(tmp_path / "g"), str(tmp_path / "h"), "--assert-equal")
     assert "g and h: no step has a training loss that is finite, so none was compared" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "d"), "--assert-equal")
-    assert "not equal: a has 2 steps, d 1; they must be the same ones" in result.stderr
+    assert "not equal: a ends at step 2, d at step 1; both must end alike" in result.stderr
     result = compare(tmp_path, str(tmp_path / "a"), str(tmp_path / "nothing"))
     assert f"{tmp_path}/nothing: no folder of a run" in result.stderr
+
+
+def test_steps_that_one_of_two_has_logged_are_not_compared(tmp_path):
+    """As the last one of a run that was stopped and went on."""
+    for name, losses in (("a", [4.0, 3.0, 2.0]), ("b", [4.0, 3.5, 2.0])):
+        made_run(tmp_path / name, 1e-3, 1000, losses)
+    assert compare(tmp_path, f"{tmp_path}/[ab]", "--assert-equal").returncode == 1
+    path = tmp_path / "b" / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 2' not in line))
+    assert compare(tmp_path, f"{tmp_path}/[ab]", "--assert-equal").returncode == 0
+
+
+def test_names_that_differ_at_their_ends_are_told_apart_when_printed():
+    names = [f"gpt_tiny-{'a-long-sweep-' * 5}lr_{n}" for n in (1, 2)]
+    head, row = (line.split() for line in tool.printed([["x", "1", "2"]], ["", *names]).splitlines())
+    assert [(name[-4:], len(name)) for name in head] == [("lr_1", 59), ("lr_2", 59)]
+    assert row == ["x", "1", "2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -37,6 +38,23 @@ def load_tool(name: str) -> ModuleType:
     with mock.patch.object(sys, "path", [str(ROOT / "tools"), *sys.path]):
         spec.loader.exec_module(module)
     return module
+
+
+def test_a_tool_belongs_to_the_checkout_that_it_is_in(tmp_path):
+    """Not to the one that is installed: figures of two checkouts are compared."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "longctx").mkdir()
+    (tmp_path / "longctx" / "__init__.py").write_text("import sys\nsys.exit('the other checkout')\n")
+    sources = {path: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    programs = [path for path, text in sources.items() if "__main__" in text and "from longctx" in text]
+    assert len(programs) == 15
+    for path in programs:  # without the packages of others, which take seconds
+        lines = sources[path].split("\n")
+        kept = [line for line in lines if not re.match(r"(from|import) (torch|hydra|omegaconf|tokenizers)", line)]
+        (tmp_path / "tools" / path.name).write_text("\n".join(kept))
+        command = [sys.executable, tmp_path / "tools" / path.name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.stderr == "the other checkout\n", path
 
 
 def test_prepare_data(tmp_path):
@@ -273,6 +291,8 @@ def test_a_plan_says_how_much_host_memory_would_do():
     for said in ([], ["host_gib=117"]):
         result = run_tool("plan", *words, *said)
         assert "nothing fits: say host_gib=118 or more, if a machine has as much host memory" in result.stdout
+    result = run_tool("plan", "recipe=llama3_8b_128k", "gpus=8", "host_gib=90")
+    assert "nothing fits: say checkpoint.asynchronous=false, for there is no room for its copies" in result.stdout
     facts = json.loads(run_tool("plan", *words, "host_gib=118", "--json").stdout)
     assert "parallel.offload=12" in facts["command"]
     assert facts["plans"][0]["host_gib"] == 118

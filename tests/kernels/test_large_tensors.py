@@ -22,7 +22,7 @@ from longctx.kernels.softmax import softmax
 from longctx.kernels.swiglu import swiglu
 from precision import DEVICE
 
-pytestmark = pytest.mark.gpu(1)
+pytestmark = pytest.mark.gpu(1, gib=75)
 DOCUMENT = 4096
 TOKENS = 269 * DOCUMENT  # of 2048 elements: 2^31 is passed by 5 %
 

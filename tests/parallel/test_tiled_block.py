@@ -156,7 +156,7 @@ def test_host_tensors_have_their_size_and_are_zero():
         assert made.is_pinned() == (DEVICE == "cuda")
 
 
-@pytest.mark.gpu(1)
+@pytest.mark.gpu(1, gib=130)
 @pytest.mark.parametrize(
     ("recompute", "tile", "layers", "head_groups"),
     [(None, 0, 0, 1), (Recompute.attention_saved, 0, 1, 1), (Recompute.full, 16384, 2, 4)],

@@ -196,8 +196,14 @@ def test_a_legend_that_would_cover_the_picture_is_below_it():
     for number in range(3):
         chart.line(f"{number} {'long ' * 8}<run>", [1.0, 2.0], [1.0, 2.0], color=f"C{number}")
     made = chart.html()
-    assert len(re.findall(r'<i style="background:#\w{6}"></i>\d long [^<]*&lt;run&gt;</span>', made)) == 3
+    assert len(re.findall(r'<i style="border-top:3px solid #\w{6}"></i>\d long [^<]*&lt;run&gt;</span>', made)) == 3
     assert "long" not in made[: made.index("</svg>")]
+    many = Chart("a", "", "step", "b")
+    for number in range(11):
+        many.line(f"s{number}", [1.0, 2.0], [1.0, 2.0], color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+    marks = dict(re.findall(r'border-top:3px (\w+ #\w{6})"></i>(s\d+)</span>', many.html()))
+    assert len(marks) == 11
+    assert marks["dashed #1f77b4"] == "s10"
 
 
 @pytest.mark.parametrize(

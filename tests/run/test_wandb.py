@@ -77,12 +77,19 @@ def test_an_offline_run_has_configuration_axes_and_summaries(tmp_path, corpus, m
     assert read_record(config.run_folder)["wandb"].startswith("offline; to send it: ")
 
 
-def test_a_complete_run_that_is_started_again_has_no_second_file(tmp_path, corpus):
-    """Of two with one id the server keeps the steps of the last, which would have no report."""
-    config = offline(tmp_path, corpus, optim__steps=2)
-    for _ in range(2):
-        train(config)
-    assert len(list((config.run_folder / "wandb").glob("offline-run-*"))) == 1
+@pytest.mark.parametrize(
+    ("changes", "ended", "files"), [({}, "", 1), ({"validation__sequences": 0}, "", 1), ({}, "failed: X", 2)]
+)
+def test_a_complete_run_that_is_started_again_has_no_second_file(tmp_path, corpus, changes, ended, files):
+    """Of two with one id the server keeps the steps of the last, which would have no report. One that failed after its
+    last step is told again."""
+    config = offline(tmp_path, corpus, optim__steps=2, **changes)
+    train(config)
+    if ended:
+        record = config.run_folder / "run.json"
+        record.write_text(record.read_text().replace('"complete"', f'"{ended}"'))
+    train(config)
+    assert len(list((config.run_folder / "wandb").glob("offline-run-*"))) == files
 
 
 def test_a_run_that_a_signal_stops_is_preempted(tmp_path, corpus, monkeypatch):
