@@ -49,17 +49,17 @@ class Metrics:
         self.path = run.metrics_file
         has_steps = start < run.config.optim.steps
         self.record = RunRecord(run, facts)
-        was_complete = self.record.was_complete()
+        was_complete, is_changed = self.record.was_complete(), self.record.is_changed()
         is_anew = start == 0 or (is_branching and not self.record.is_same_branch())
-        last_step, is_another = self._last_step(), is_anew and (was_complete or self.record.is_changed())
+        last_step, is_another = self._last_step(), is_anew and (was_complete or is_changed)
         if is_another:  # of the same name
             _set_aside(run.folder / "history.json")
             last_step = None
         self.history = History(run.folder / "history.json", last_step, start, has_steps, run.started_at)
-        self._forget_steps_after(start, is_anew, is_changed=self.record.is_changed())
+        self._forget_steps_after(start, is_anew, is_changed)
         self.file = self.path.open("a")
         self.shown_at = time.monotonic()
-        self.unwritten: tuple[int, dict[str, float]] | None = None  # the last step, if it was not due
+        self.unwritten: tuple[int, dict[str, float]] | None = None  # the last step
         self.since_line: dict[str, Mean] = {}  # over the steps since the last line of the console
         self.step_seconds: deque[float] = deque(maxlen=STEPS_OF_P95)
         self.speeds: deque[float] = deque(maxlen=STEPS_OF_MEDIAN)
@@ -67,7 +67,7 @@ class Metrics:
         self.span: float | None = None  # of attention, by the curriculum
         is_seen = sys.stderr is not None and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start, unit="step", leave=False) if is_seen else None
-        if is_another or (is_branching and is_anew) or (self.history.logged > start and self.record.is_changed()):
+        if is_another or (is_branching and is_anew) or (self.history.logged > start and is_changed):
             forget_run_id(run.folder)  # else W&B would show the steps to come as they were before
             self.history.forget_steps_after(start)
         if start < steps:
@@ -105,10 +105,11 @@ class Metrics:
         if is_anew:
             _set_aside(self.path)
             return
-        lines = [line for line in self.path.read_bytes().split(b"\n") if line]
+        content = self.path.read_bytes()
+        lines = [line for line in content.split(b"\n") if line]
         kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] <= start]
         if is_changed and len(kept) < len(lines):
-            _beside(self.path).write_bytes(self.path.read_bytes())
+            _beside(self.path).write_bytes(content)
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -143,20 +144,20 @@ class Metrics:
         if self.bar:
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update(step - self.bar.n)
-        values = values | {"perf/step_s_p95": percentile_95(self.step_seconds)}
-        self.unwritten = None if is_due else (step, values)
+        self.unwritten = step, values
         if not is_due:
             return
-        self.log(step, values)
+        self.log_last_step()
         means = {key: mean.value for key, mean in self.since_line.items()}
         self.since_line = {}
         speed = means["perf/tokens_per_s"] / self.devices
         self.say(console_line(step, self.steps, values | means, speed, self.unit))
 
     def log_last_step(self) -> None:
-        """Writes the numbers of the last step, where the run ends between lines. On rank 0."""
+        """Writes the numbers of the last step, unless they are written: it is due, or the run ends. On rank 0."""
         if self.unwritten:
-            self.log(*self.unwritten)
+            step, values = self.unwritten
+            self.log(step, values | {"perf/step_s_p95": percentile_95(self.step_seconds)})
             self.unwritten = None
 
     def _look_at_speed(self, step: int, speed: float, span: float | None) -> None:

@@ -93,7 +93,9 @@ class Chart:
         """`x`, `y`: what the axes are; `is_log`: x in powers of two."""
         self.title, self.sentence, self.x, self.y, self.is_log = title, sentence, x, y, is_log
         self.series: list[dict[str, Any]] = []
-        self.drawings: list[Callable[[Axes], dict[str, Artist]]] = []  # which return what the legend has, by its names
+        self.drawings: list[
+            tuple[list[str], Callable[[Axes], Any]]
+        ] = []  # names of the legend, of the artists returned
 
     def line(self, label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         """A curve, thinned to what can be seen, if there is one; `style` as of matplotlib."""
@@ -104,17 +106,12 @@ class Chart:
         self.series.append({"label": label, "x": x, "y": y})
         if len(x) == 1:  # a line of one point is none
             style = {"marker": "o", "markersize": 3, **style}
-        self.drawings.append(lambda axes: {label: axes.plot(x, y, **{"linewidth": 1.4, **style})[0]})
+        self.drawings.append(([label], lambda axes: axes.plot(x, y, **{"linewidth": 1.4, **style})))
 
     def faint(self, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
         """A curve behind the others with all its peaks, which the pointer does not read."""
         x, y = with_peaks(x, y)
-
-        def draw(axes: Axes) -> dict[str, Artist]:
-            axes.plot(x, y, linewidth=0.7, alpha=0.35, **style)
-            return {}
-
-        self.drawings.append(draw)
+        self.drawings.append(([], lambda axes: axes.plot(x, y, linewidth=0.7, alpha=0.35, **style)))
 
     def areas(self, labels: list[str], x: list[float], ys: list[list[float]]) -> None:
         """Shares over each other."""
@@ -123,20 +120,15 @@ class Chart:
         at, shares = thin[0][0], [b for _, b in thin]
         if len(at) == 1:  # as wide as a step
             at, shares = [at[0] - 0.5, at[0] + 0.5], [share * 2 for share in shares]
-        self.drawings.append(lambda axes: dict(zip(labels, axes.stackplot(at, shares, alpha=0.85), strict=True)))
+        self.drawings.append((labels, lambda axes: axes.stackplot(at, shares, alpha=0.85)))
 
     def level(self, label: str, y: float) -> None:
         """A line across at one height."""
-        self.drawings.append(lambda axes: {label: axes.axhline(y, linestyle="--", linewidth=1, color="gray")})
+        self.drawings.append(([label], lambda axes: [axes.axhline(y, linestyle="--", linewidth=1, color="gray")]))
 
     def limit(self, low: float, high: float) -> None:
         """What the upright axis shows."""
-
-        def draw(axes: Axes) -> dict[str, Artist]:
-            axes.set_ylim(low, high)
-            return {}
-
-        self.drawings.append(draw)
+        self.drawings.append(([], lambda axes: axes.set_ylim(low, high)))
 
     def html(self) -> str:
         """The figure, its sentence, and its values for the script; nothing if there is nothing to draw."""
@@ -149,8 +141,8 @@ class Chart:
             axes = figure.subplots()
             axes.patch.set_alpha(0)
             legend: dict[str, Artist] = {}
-            for draw in self.drawings:
-                legend |= draw(axes)
+            for names, draw in self.drawings:
+                legend |= zip(names, draw(axes), strict=False)
             if self.is_log:
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(lambda value, _place: in_powers_of_two(value))
@@ -161,8 +153,8 @@ class Chart:
             axes.set_ylabel(self.y)
             is_inside = sum(map(len, legend)) <= LONGEST_LEGEND and len(legend) <= MOST_NAMES
             if legend and is_inside:
-                names = axes.legend(list(legend.values()), [""] * len(legend), fontsize=8, framealpha=0.4).get_texts()
-                for text, name in zip(names, legend, strict=True):  # as it is: `_` hides nothing, `$` begins no formula
+                texts = axes.legend(list(legend.values()), [""] * len(legend), fontsize=8, framealpha=0.4).get_texts()
+                for text, name in zip(texts, legend, strict=True):  # as it is: `_` hides nothing, `$` begins no formula
                     text.set_text(name)
                     text.set_parse_math(False)
             image = io.StringIO()
@@ -190,11 +182,11 @@ def short(value: float) -> str:
 
 def legend_below(legend: dict[str, Artist]) -> str:
     """Names of lines with their colours and dashes, below a picture that they would cover."""
-    lines = {name: line for name, line in legend.items() if isinstance(line, Line2D)}
-    marks = (f"{CSS[str(line.get_linestyle())]} {to_hex(line.get_color())}" for line in lines.values())
     names = (
-        f'<span><i style="border-top:3px {mark}"></i>{html.escape(name)}</span>'
-        for name, mark in zip(lines, marks, strict=True)
+        f'<span><i style="border-top:3px {CSS[str(line.get_linestyle())]} {to_hex(line.get_color())}"></i>'
+        f"{html.escape(name)}</span>"
+        for name, line in legend.items()
+        if isinstance(line, Line2D)
     )
     return f'<p class="legend">{" ".join(names)}</p>'
 

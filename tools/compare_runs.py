@@ -168,7 +168,8 @@ def unequal(runs: list[Run], tolerance: float) -> str | None:
             return f"{runs[0].name} ends at step {ends[0]:.0f}, {run.name} at step {ends[1]:.0f}; both must end alike"
         if not any(map(math.isfinite, first.values())):
             return f"{runs[0].name} and {run.name}: no step has a training loss that is finite, so none was compared"
-        for step, loss in ((step, loss) for step, loss in first.items() if step in other):
+        for step in sorted(first.keys() & other.keys()):
+            loss = first[step]
             are_unknown = math.isnan(loss) and math.isnan(other[step])  # steps that were skipped
             if not math.isclose(loss, other[step], rel_tol=tolerance) and not are_unknown:
                 return (

@@ -86,7 +86,7 @@ def parsed(words: list[str]) -> tuple[list[str], Machines]:
     numbers = {}
     for key, default in (("gpus", ""), ("per_machine", "8"), ("host_gib", "0"), ("gpu_gib", "0")):
         [value] = own.get(key, [default])
-        if not value.isdecimal() or (int(value) < 1 and not (key.endswith("_gib") and key not in own)):
+        if not value.isdecimal() or (int(value) < 1 and key in own):
             sys.exit(f"plan: {key}={value}: give a whole number from 1 on, such as {key}={EXAMPLES.get(key, 8)}")
         numbers[key] = int(value)
     gpus, per_machine = numbers["gpus"], min(numbers["per_machine"], numbers["gpus"])

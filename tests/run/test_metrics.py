@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longctx import metrics, run
-from longctx.metrics import History
+from longctx.metrics import History, Metrics
 from longctx.metrics_file import read_metrics
 from longctx.saving import Progress
 from longctx.trainer import Trainer
@@ -29,6 +29,46 @@ def test_a_line_has_the_mean_speed_and_mfu_since_the_line_before(tmp_path, corpu
             trainer.metrics.log_step(step, values, is_due=step == 4)
     line = capsys.readouterr().out.splitlines()[-1]
     assert "160 tokens/s  MFU 16.0 %" in line
+
+
+def test_a_start_that_logged_nothing_was_a_start(tmp_path):
+    first = History(tmp_path / "history.json", None, 0, True, 0.0)
+    again = History(tmp_path / "history.json", None, 4, True, 0.0)
+    assert (first.restarts, again.restarts, again.lost_steps) == (0, 1, 0)
+    assert again.started_at == first.started_at
+
+
+def test_a_run_that_begins_anew_under_an_old_name_has_a_clock_of_its_own(tmp_path, corpus):
+    """As runs without checkpoints do, for measurements; one that ended in between is the same, started again."""
+    config = small_config(tmp_path, corpus, optim__steps=2, checkpoint__at_end=False)
+    path = config.run_folder / "history.json"
+    assert train(config).is_complete
+    first = json.loads(path.read_bytes())
+    for lr in (3e-3, 1e-3):
+        config.optim.lr = lr
+        assert train(config).is_complete
+        found = json.loads(path.read_bytes())
+        assert (found["restarts"], found["lost_steps"]) == (0, 0)
+        assert found["started_at"] > first["started_at"]
+    assert len(list(config.run_folder.glob("history.*.json"))) == 2
+    (config.run_folder / "run.json").write_text('{"ended": "stopped by SIGTERM"}')
+    assert train(config).is_complete
+    found = json.loads(path.read_bytes())
+    assert (found["restarts"], found["lost_steps"]) == (1, 2)
+
+
+def test_steps_that_no_line_was_logged_of_are_lost_too(tmp_path, corpus, monkeypatch):
+    config = small_config(tmp_path, corpus, optim__steps=6, logging__every_steps=10, checkpoint__every_steps=2)
+    with monkeypatch.context() as patch:
+        step = Trainer.train_step
+        patch.setattr(Trainer, "train_step", lambda self: step(self) if self.step < 3 else 1 / 0)
+        patch.setattr(Metrics, "log_last_step", lambda _self: None)  # as of a process that was killed
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert train(config).is_complete
+    last = [row for row in read_metrics(config.run_folder / "metrics.jsonl") if "loss/train" in row][-1]
+    assert (last["run/lost_steps"], last["run/start_step"]) == (1, 2)
+    assert json.loads((config.run_folder / "history.json").read_bytes())["logged"] == 0  # of these W&B has seen none
 
 
 def test_steps_of_a_process_that_was_killed_are_counted_as_lost(tmp_path, monkeypatch):

@@ -32,6 +32,17 @@ def test_a_warm_up_comes_again_up_to_its_last_step(tmp_path, step, is_said):
     assert ("in its warm-up of 5 steps again" in said) == is_said
 
 
+@pytest.mark.parametrize(("saved_steps", "step", "is_said"), [(100, 3, False), (100, 5, True), (2000, 4, False)])
+def test_a_warm_up_is_said_to_come_again_only_where_one_was_over(tmp_path, corpus, saved_steps, step, is_said):
+    before = small_config(tmp_path, corpus, optim__steps=saved_steps, optim__warmup_steps=None)
+    now = small_config(tmp_path, corpus, optim__steps=1000, optim__warmup_steps=None, optim__lr=1e-3)
+    manifest = {"step": step, "facts": {"configuration": run_info(before).config_yaml}}
+    said = resume.compare(tmp_path, manifest, now, run_info(now).config_yaml, is_own=True)
+    assert said is not None
+    assert "optim.lr 0.003 -> 0.001" in said
+    assert ("in its warm-up of 50 steps again" in said) == is_said
+
+
 def test_another_optimizer_is_another_run(tmp_path):
     changed = {"optim__optimizer": Optimizer.muon}
     with pytest.raises(UserError, match="with optim.optimizer adamw -> muon this would be another run"):

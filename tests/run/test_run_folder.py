@@ -34,11 +34,10 @@ from longctx.errors import UserError
 from longctx.files import write_manifest
 from longctx.hugging_face.export import model_of
 from longctx.local_part import local_of
-from longctx.metrics import History, Metrics
+from longctx.metrics import Metrics
 from longctx.metrics_file import read_metrics
 from longctx.run_folder import RunFolder
 from longctx.saving import Saving
-from longctx.trainer import Trainer
 from ranks import run_on_ranks
 from runs import ROOT, run_info, small_config, train, trainer_of
 
@@ -537,46 +536,6 @@ def test_a_home_folder_is_meant_by_its_sign(tmp_path, corpus, monkeypatch):
     assert config.checkpoint.branches_from == str(tmp_path / "runs" / "a")
 
 
-def test_a_start_that_logged_nothing_was_a_start(tmp_path):
-    first = History(tmp_path / "history.json", None, 0, True, 0.0)
-    again = History(tmp_path / "history.json", None, 4, True, 0.0)
-    assert (first.restarts, again.restarts, again.lost_steps) == (0, 1, 0)
-    assert again.started_at == first.started_at
-
-
-def test_a_run_that_begins_anew_under_an_old_name_has_a_clock_of_its_own(tmp_path, corpus):
-    """As runs without checkpoints do, for measurements; one that ended in between is the same, started again."""
-    config = small_config(tmp_path, corpus, optim__steps=2, checkpoint__at_end=False)
-    path = config.run_folder / "history.json"
-    assert go(config).is_complete
-    first = json.loads(path.read_bytes())
-    for lr in (3e-3, 1e-3):
-        config.optim.lr = lr
-        assert go(config).is_complete
-        found = json.loads(path.read_bytes())
-        assert (found["restarts"], found["lost_steps"]) == (0, 0)
-        assert found["started_at"] > first["started_at"]
-    assert len(list(config.run_folder.glob("history.*.json"))) == 2
-    (config.run_folder / "run.json").write_text('{"ended": "stopped by SIGTERM"}')
-    assert go(config).is_complete
-    found = json.loads(path.read_bytes())
-    assert (found["restarts"], found["lost_steps"]) == (1, 2)
-
-
-def test_steps_that_no_line_was_logged_of_are_lost_too(tmp_path, corpus, monkeypatch):
-    config = small_config(tmp_path, corpus, optim__steps=6, logging__every_steps=10, checkpoint__every_steps=2)
-    with monkeypatch.context() as patch:
-        step = Trainer.train_step
-        patch.setattr(Trainer, "train_step", lambda self: step(self) if self.step < 3 else 1 / 0)
-        patch.setattr(Metrics, "log_last_step", lambda _self: None)  # as of a process that was killed
-        with pytest.raises(ZeroDivisionError):
-            go(config)
-    assert go(config).is_complete
-    last = [row for row in read_metrics(config.run_folder / "metrics.jsonl") if "loss/train" in row][-1]
-    assert (last["run/lost_steps"], last["run/start_step"]) == (1, 2)
-    assert json.loads((config.run_folder / "history.json").read_bytes())["logged"] == 0  # of these W&B has seen none
-
-
 def test_the_last_checkpoint_before_the_rate_fell_is_of_the_whole_run(tmp_path, corpus, capsys):
     """Not only of the schedule of today: what an earlier end had let fall is no place to branch off from."""
     config = small_config(tmp_path, corpus, checkpoint__every_steps=3, checkpoint__keep=1, validation__sequences=0)
@@ -588,14 +547,3 @@ def test_the_last_checkpoint_before_the_rate_fell_is_of_the_whole_run(tmp_path, 
         assert sorted(path.name for path in (config.run_folder / "checkpoints").glob("step_*")) == sorted(
             ["step_3", f"step_{steps}"]
         )
-
-
-@pytest.mark.parametrize(("saved_steps", "step", "is_said"), [(100, 3, False), (100, 5, True), (2000, 4, False)])
-def test_a_warm_up_is_said_to_come_again_only_where_one_was_over(tmp_path, corpus, saved_steps, step, is_said):
-    before = small_config(tmp_path, corpus, optim__steps=saved_steps, optim__warmup_steps=None)
-    now = small_config(tmp_path, corpus, optim__steps=1000, optim__warmup_steps=None, optim__lr=1e-3)
-    manifest = {"step": step, "facts": {"configuration": run_info(before).config_yaml}}
-    said = resume.compare(tmp_path, manifest, now, run_info(now).config_yaml, is_own=True)
-    assert said is not None
-    assert "optim.lr 0.003 -> 0.001" in said
-    assert ("in its warm-up of 50 steps again" in said) == is_said
